@@ -1,0 +1,50 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo demo-clipart demo-seeds test test-extras quality checkpoints clean
+
+help:
+	@echo "make demo          set up, then the main job end to end on the embedded world (about 6 minutes on 2 cores)"
+	@echo "make demo-clipart  the same on real drawings with their titles"
+	@echo "make demo-seeds    the demo's comparison with 3 seeds"
+	@echo "make test          set up, then lint and tests"
+	@echo "make test-extras   tests that are slow or need more than 'make test' installs"
+	@echo "make quality       format the code and mend what the linter can mend"
+	@echo "make checkpoints   rebuild the tiny checkpoints from nothing"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e ".[test,qlora,kernels]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/hf-sugar demo
+
+demo-seeds: $(VENV)/.installed
+	$(BIN)/hf-sugar demo --output_dir runs/demo-seeds --seeds 0 1 2
+
+demo-clipart: $(VENV)/.installed
+	$(BIN)/python examples/clipart/train_teachers.py --data examples/clipart --output runs/clipart/teachers
+	$(BIN)/hf-sugar demo --config examples/clipart/demo.yaml
+
+checkpoints: $(VENV)/.installed
+	$(BIN)/python examples/build_tiny_checkpoints.py
+
+test: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not extras"
+
+test-extras: $(VENV)/.installed
+	$(BIN)/python -m pytest -m extras
+
+quality: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf runs

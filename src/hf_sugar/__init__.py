@@ -1,0 +1,32 @@
+"""One multimodal LLM that answers and retrieves: Sugar (https://huggingface.co/papers/2411.00304) for any LLaVA
+checkpoint. Names are imported when they are first touched, so `import hf_sugar` is cheap and does not import torch."""
+
+import importlib
+
+
+__version__ = "0.1.0.dev0"
+
+_MODULE_OF = {
+    "SugarConfig": "models",
+    "SugarForConditionalGeneration": "models",
+    "SugarOutput": "models",
+    "SugarProcessor": "models",
+    "SugarTrainer": "training",
+    "SugarTrainingConfig": "training",
+    "StructureLoss": "training",
+    "global_alignment_kernel": "alignment",
+    "TripleEncoder": "teachers",
+    "SugarIndex": "retrieval",
+}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'hf_sugar' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"hf_sugar.{_MODULE_OF[name]}"), name)
+
+
+def __dir__():
+    return __all__
