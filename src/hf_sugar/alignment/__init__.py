@@ -1,0 +1,13 @@
+from .kernel import IMAGE, TEXT, expected_alignment, global_alignment_kernel, log_delannoy, packed_alignment_kernel
+from .labels import label_matrix
+
+
+__all__ = [
+    "IMAGE",
+    "TEXT",
+    "expected_alignment",
+    "global_alignment_kernel",
+    "label_matrix",
+    "log_delannoy",
+    "packed_alignment_kernel",
+]

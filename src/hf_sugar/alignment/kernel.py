@@ -1,0 +1,590 @@
+"""Global alignment kernel between sequences of slice embeddings, in PyTorch."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+TEXT = 0
+IMAGE = 1
+
+NORMALIZATIONS = (None, "self", "count", "self+count")
+
+# A block is a run of samples whose slices share one Gram matrix, a chunk a set of pairs that share one recursion. They
+# bound the memory (about 40 MB in float32), except that a single longer sequence is never cut.
+BLOCK_SLICES = 1024
+BLOCK_PREFIXES = 512
+CHUNK_CELLS = 1 << 20
+# Below this size padding costs less than starting another chunk.
+SMALL_CHUNK_CELLS = 1 << 15
+PADDING = 1.3
+
+# Finite, because -inf would meet itself in a difference and give NaN gradients.
+LOG_ZERO = -1e30
+
+
+def global_alignment_kernel(
+    x: Sequence[torch.Tensor],
+    y: Sequence[torch.Tensor] | None = None,
+    *,
+    delta: float = 1.0,
+    normalize: bool | str | None = True,
+    log: bool = False,
+    modality_x: Sequence[torch.Tensor | Sequence[int]] | None = None,
+    modality_y: Sequence[torch.Tensor | Sequence[int]] | None = None,
+    split: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""
+    Global alignment kernel between every sequence of `x` and every sequence of `y`.
+
+    The kernel adds up, over all monotone alignments of two sequences (steps right, down and diagonal through the grid
+    of their slices), the product of the local similarities on the way:
+
+    $$K(x, y) = \sum_\pi \prod_i k(x_{\pi_1(i)}, y_{\pi_2(i)}), \qquad k = \frac{s}{2 - s}, \qquad
+    s = e^{-\phi / (2 \sigma^2)}, \qquad \sigma = \delta \sqrt{(n + m) / 2}$$
+
+    with \\(\phi\\) the squared distance of two L2-normalised slice embeddings and \\(n, m\\) the lengths of the pair.
+    The recursion runs in log space in float32, or in float64 for float64 inputs, whatever the autocast state, and is
+    differentiable in the embeddings. In float32 the logarithm is good to about 1e-5 for tens of slices; for hundreds,
+    where it reaches into the thousands, to a few 1e-3 (pass float64 if that matters).
+
+    Args:
+        x (`Sequence[torch.Tensor]`):
+            Sequences of shape `(length_i, dim)`, at least one slice each. Slices are L2-normalised inside (with
+            `split`, each half on its own), so their scale does not matter.
+        y (`Sequence[torch.Tensor]`, *optional*):
+            Second set of sequences. Without it the symmetric matrix of `x` with itself is computed.
+        delta (`float`, *optional*, defaults to `1.0`):
+            Bandwidth. Small values tell slices apart sharply, large ones hardly at all.
+        normalize (`bool` or `str`, *optional*, defaults to `True`):
+            What the kernel is divided by.
+
+            - `None` or `False`: nothing. Values reach the number of alignments (3 for two against two slices).
+            - `"self"` or `True`: the geometric mean of the two self-kernels, both at the pair's bandwidth.
+            - `"count"`: the number of alignments, see [`log_delannoy`].
+            - `"self+count"`: both, each kernel being divided by its own number of alignments first. Unlike `"self"`
+              it does not punish a difference in length; it can exceed 1 where lengths differ.
+        log (`bool`, *optional*, defaults to `False`):
+            Whether to return the logarithm, which cannot underflow.
+        modality_x (`Sequence`, *optional*):
+            For every sequence of `x` the modality of its slices, shape `(length_i,)`: `hf_sugar.alignment.TEXT` (0) or
+            `hf_sugar.alignment.IMAGE` (1). Together with `split` it switches on the triple kernel: slices of the same
+            modality are compared by the first half of their embeddings, slices of different modalities by the second.
+        modality_y (`Sequence`, *optional*):
+            The same for `y`.
+        split (`int`, *optional*):
+            Number of dimensions of the first half.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            `"torch"`, or `"auto"` to let the library choose.
+
+    Returns:
+        `torch.Tensor`: kernel values of shape `(len(x), len(y))`, float32, or float64 for float64 inputs.
+
+    Raises:
+        `ValueError`: if a sequence is empty, holds NaN or infinity or a slice of zeros; if shapes do not fit together;
+            if `delta` is not positive; if `split` is out of range or does not come with the modalities; if `normalize`
+            or `backend` is unknown.
+
+    Sources: the kernel is that of [Cuturi (2011)](https://icml.cc/2011/papers/489_icmlpaper.pdf), in the form of
+    Theorem 1 and Eq. 4-6 of [Sugar](https://huggingface.co/papers/2411.00304); normalisations are this library's.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_sugar import global_alignment_kernel
+
+    >>> x = [torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+    >>> global_alignment_kernel(x, normalize=None)
+    tensor([[3.0000, 0.1165],
+            [0.1165, 1.0000]])
+    ```
+    """
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"`backend` must be 'auto' or 'torch', got {backend!r}.")
+    if (modality_x is None) != (split is None):
+        raise ValueError("`modality_x` and `split` go together: pass both for the triple kernel, or neither.")
+    if (modality_y is None) != (modality_x is None or y is None):
+        raise ValueError("`modality_y` must be given exactly when both `y` and `modality_x` are.")
+
+    sequences, modalities = [], []
+    for name, group, group_modality in (("x", x, modality_x), ("y", y, modality_y)):
+        if group is None:
+            continue
+        if group_modality is not None and len(group_modality) != len(group):
+            raise ValueError(f"`modality_{name}` has {len(group_modality)} entries for {len(group)} sequences.")
+        for index, sequence in enumerate(group):
+            if sequence.ndim != 2 or len(sequence) == 0:
+                raise ValueError(
+                    f"`{name}[{index}]` has shape {tuple(sequence.shape)}; expected (length, dim) with length >= 1."
+                )
+            if sequence.shape[1] != x[0].shape[1]:
+                raise ValueError(
+                    f"`{name}[{index}]` has {sequence.shape[1]} dimensions but `x[0]` has {x[0].shape[1]}."
+                )
+            sequences.append(sequence)
+            if group_modality is not None:
+                modality = torch.as_tensor(group_modality[index], device=sequence.device)
+                if modality.shape != sequence.shape[:1]:
+                    raise ValueError(
+                        f"`modality_{name}[{index}]` has shape {tuple(modality.shape)} for {len(sequence)} slices."
+                    )
+                modalities.append(modality)
+    if len(x) == 0 or (y is not None and len(y) == 0):
+        raise ValueError("`x` and `y` must hold at least one sequence.")
+
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    prefixes = torch.stack([torch.arange(len(lengths)), lengths], dim=1)
+    # Autocast would refuse or convert some dtypes here.
+    with torch.autocast(sequences[0].device.type, enabled=False):
+        embeddings = torch.cat(sequences)
+    return packed_alignment_kernel(
+        embeddings,
+        F.pad(lengths.cumsum(0), (1, 0)),
+        prefixes[: len(x)],
+        prefixes[len(x) :] if y is not None else None,
+        delta=delta,
+        normalize=normalize,
+        log=log,
+        modality=torch.cat(modalities) if modalities else None,
+        split=split,
+    )
+
+
+def packed_alignment_kernel(
+    embeddings: torch.Tensor,
+    offsets: torch.Tensor,
+    prefixes: torch.Tensor,
+    other_prefixes: torch.Tensor | None = None,
+    *,
+    delta: float = 1.0,
+    normalize: bool | str | None = True,
+    log: bool = False,
+    modality: torch.Tensor | None = None,
+    split: int | None = None,
+) -> torch.Tensor:
+    """
+    [`global_alignment_kernel`] between prefixes of packed samples.
+
+    All prefixes of a sample share its slices, so inner products are taken once for every pair of slices, and only the
+    recursion runs for every pair of prefixes. The self-kernels of a normalised kernel depend on a prefix and the length
+    of its partner alone, and are computed once for each such combination. No tensor of shape `(pairs, length, length)`
+    is built for more than a chunk of the pairs (with gradients, autograd keeps what it needs).
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(total_slices, dim)`):
+            Slice embeddings of all samples, one sample after the other.
+        offsets (`torch.Tensor` of shape `(samples + 1,)`, int64):
+            Where each sample begins in `embeddings`, and the total: cumulative lengths starting from 0.
+        prefixes (`torch.Tensor` of shape `(P, 2)`, int64):
+            Rows `(sample, length)`: the first `length >= 1` slices of that sample.
+        other_prefixes (`torch.Tensor` of shape `(Q, 2)`, int64, *optional*):
+            Prefixes of the same packed samples to compare with. Without it `prefixes` are compared with themselves.
+        delta (`float`, *optional*, defaults to `1.0`):
+            Bandwidth.
+        normalize (`bool` or `str`, *optional*, defaults to `True`):
+            `None`, `"self"`, `"count"` or `"self+count"`, see [`global_alignment_kernel`].
+        log (`bool`, *optional*, defaults to `False`):
+            Whether to return the logarithm.
+        modality (`torch.Tensor` of shape `(total_slices,)`, int64, *optional*):
+            0 for text and 1 for images; with `split`, switches on the triple kernel.
+        split (`int`, *optional*):
+            Number of dimensions of the first half of an embedding.
+
+    Returns:
+        `torch.Tensor`: kernel values of shape `(P, P)` or `(P, Q)`, float32, or float64 for float64 embeddings.
+
+    Raises:
+        `ValueError`: if offsets are not increasing or do not cover `embeddings`, a prefix does not lie in its sample, or
+            for any of the reasons of [`global_alignment_kernel`].
+    """
+    normalize = {True: "self", False: None}.get(normalize, normalize)
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"`normalize` must be a bool or one of {NORMALIZATIONS}, got {normalize!r}.")
+    _check_delta(delta)
+    offsets = _check_offsets(offsets, len(embeddings))
+    symmetric = other_prefixes is None
+    rows = _check_prefixes("prefixes", prefixes, offsets)
+    columns = rows if symmetric else _check_prefixes("other_prefixes", other_prefixes, offsets)
+    by_self = normalize in ("self", "self+count")
+
+    with torch.autocast(embeddings.device.type, enabled=False):
+        slices = _Slices(embeddings, offsets, modality, split)
+        row_order, column_order = (np.argsort(p[:, 0], kind="stable") for p in (rows, columns))
+        rows, columns = rows[row_order], columns[column_order]
+        row_blocks, column_blocks = _blocks(rows, offsets), _blocks(columns, offsets)
+
+        def self_kernels(prefixes: np.ndarray, squared_distances: torch.Tensor, partners: np.ndarray) -> torch.Tensor:
+            lengths, inverse = np.unique(partners[:, 1], return_inverse=True)
+            i, length = (index.ravel() for index in np.indices((len(prefixes), len(lengths))))
+            totals = prefixes[i, 1] + lengths[length]
+            table = _log_kernels(squared_distances, offsets, prefixes, prefixes, i, i, totals, delta)
+            return table.view(len(prefixes), -1)[:, inverse]
+
+        def own_distances(prefixes: np.ndarray) -> torch.Tensor:
+            return slices.squared_distances(_span(prefixes, offsets), _span(prefixes, offsets))
+
+        result = slices.uni.new_zeros(len(rows), len(columns))
+        row_self = []
+        for row_block in row_blocks:
+            for column_block in column_blocks:
+                if symmetric and column_block.start < row_block.start:
+                    continue
+                a, b = rows[row_block], columns[column_block]
+                distances = slices.squared_distances(_span(a, offsets), _span(b, offsets))
+                diagonal = symmetric and column_block == row_block
+                if diagonal and by_self:
+                    row_self.append(self_kernels(a, distances, columns))
+                if diagonal:
+                    i, j = np.triu_indices(len(a), k=1 if by_self else 0)
+                else:
+                    i, j = (index.ravel() for index in np.indices((len(a), len(b))))
+                if len(i) == 0:
+                    continue
+                values = _log_kernels(distances, offsets, a, b, i, j, a[i, 1] + b[j, 1], delta)
+                tile = result.new_zeros(len(a), len(b)).index_put(
+                    (torch.as_tensor(i, device=result.device), torch.as_tensor(j, device=result.device)), values
+                )
+                if diagonal:
+                    tile = tile + tile.triu(1).T
+                elif symmetric:
+                    result[column_block, row_block] = tile.T
+                result[row_block, column_block] = tile
+
+        if by_self and symmetric:
+            row_self = torch.cat(row_self)
+            result = result - (row_self + row_self.T) / 2
+            # The diagonal was left out above: it is 1 by definition.
+            result = result.masked_fill(torch.eye(len(rows), dtype=torch.bool, device=result.device), 0.0)
+        elif by_self:
+            row_self = [self_kernels(rows[k], own_distances(rows[k]), columns) for k in row_blocks]
+            column_self = [self_kernels(columns[k], own_distances(columns[k]), rows) for k in column_blocks]
+            result = result - (torch.cat(row_self) + torch.cat(column_self).T) / 2
+        if normalize in ("count", "self+count"):
+            n, m = torch.from_numpy(rows[:, 1]), torch.from_numpy(columns[:, 1])
+            count = log_delannoy(n[:, None], m[None, :])
+            if normalize == "self+count":
+                count = count - (log_delannoy(n, n)[:, None] + log_delannoy(m, m)[None, :]) / 2
+            result = result - count.to(result)
+
+        result = result[np.argsort(row_order)][:, np.argsort(column_order)]
+        return result if log else result.exp()
+
+
+def expected_alignment(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    delta: float = 1.0,
+    modality_x: torch.Tensor | Sequence[int] | None = None,
+    modality_y: torch.Tensor | Sequence[int] | None = None,
+    split: int | None = None,
+) -> torch.Tensor:
+    """
+    How likely an alignment of two sequences passes through each pair of slices.
+
+    Alignments are weighted by their share of the kernel. The result is the gradient of `log K` with respect to the
+    logarithms of the local kernels; it makes a good heat map of what matches what.
+
+    Args:
+        x (`torch.Tensor` of shape `(n, dim)`):
+            First sequence.
+        y (`torch.Tensor` of shape `(m, dim)`):
+            Second sequence.
+        delta (`float`, *optional*, defaults to `1.0`):
+            Bandwidth.
+        modality_x (`torch.Tensor` of shape `(n,)`, *optional*):
+            Modality of each slice of `x`, for the triple kernel.
+        modality_y (`torch.Tensor` of shape `(m,)`, *optional*):
+            Modality of each slice of `y`.
+        split (`int`, *optional*):
+            Number of dimensions of the first half of an embedding.
+
+    Returns:
+        `torch.Tensor`: probabilities of shape `(n, m)`, detached, 1 in the first and in the last cell.
+
+    Raises:
+        `ValueError`: for the reasons of [`global_alignment_kernel`].
+    """
+    if (modality_x is None) != (modality_y is None):
+        raise ValueError("`modality_x` and `modality_y` go together: pass both or neither.")
+    _check_delta(delta)
+    n, m = len(x), len(y)
+    offsets = _check_offsets(torch.tensor([0, n, n + m]), n + m)
+    modality = None
+    if modality_x is not None:
+        modality = torch.cat([torch.as_tensor(code, device=x.device) for code in (modality_x, modality_y)])
+    with torch.autocast(x.device.type, enabled=False), torch.no_grad():
+        slices = _Slices(torch.cat([x, y]), offsets, modality, split)
+        squared_distances = slices.squared_distances(slice(0, n), slice(n, n + m))
+        order, _ = _diagonal_order(n, m)
+        cells = _log_local_kernel(squared_distances / (delta**2 * (n + m))).reshape(-1, 1)[order]
+        with torch.enable_grad():
+            cells.requires_grad_()
+            log_kernel = _recursion(cells, n, m)[-1].sum()
+        visits = torch.autograd.grad(log_kernel, cells)[0]
+        return torch.empty_like(visits).index_copy_(0, torch.from_numpy(order).to(x.device), visits).view(n, m)
+
+
+def log_delannoy(n: int | torch.Tensor, m: int | torch.Tensor) -> torch.Tensor:
+    """
+    Logarithm of the number of monotone alignments of `n` with `m` slices.
+
+    That is the Delannoy number `D(n - 1, m - 1)`: 1 for `n = 1`, 3 for `n = m = 2`, 13 for 3 and 63 for 4. Counted in
+    exact integers, of which the logarithm is taken last.
+
+    Args:
+        n (`int` or `torch.Tensor`):
+            Length or lengths of the first sequence, at least 1.
+        m (`int` or `torch.Tensor`):
+            Length or lengths of the second sequence, at least 1; broadcast with `n`.
+
+    Returns:
+        `torch.Tensor`: float64, of the broadcast shape, on the CPU.
+
+    Raises:
+        `ValueError`: if a length is below 1.
+    """
+    n, m = torch.broadcast_tensors(torch.as_tensor(n).cpu().long(), torch.as_tensor(m).cpu().long())
+    if n.numel() and min(n.min(), m.min()) < 1:
+        raise ValueError("`n` and `m` must be at least 1.")
+    if not n.numel():
+        return torch.zeros(n.shape, dtype=torch.float64)
+    n, m = torch.minimum(n, m), torch.maximum(n, m)
+    # Powers of two, so that growing lengths do not fill the cache.
+    table = _log_delannoy_table(*(1 << (int(size.max()) - 1).bit_length() for size in (n, m)))
+    return table[n - 1, m - 1]
+
+
+@functools.lru_cache(maxsize=16)
+def _log_delannoy_table(n: int, m: int) -> torch.Tensor:
+    row = [1] * m
+    table = [[0.0] * m]
+    for _ in range(1, n):
+        previous, row = row, [1]
+        for j in range(1, m):
+            row.append(row[-1] + previous[j] + previous[j - 1])
+        table.append([math.log(count) for count in row])
+    return torch.tensor(table, dtype=torch.float64)
+
+
+class _Slices:
+    """Normalised slices, and the cosines of the halves that Eq. 6 compares between two runs of them."""
+
+    def __init__(
+        self, embeddings: torch.Tensor, offsets: np.ndarray, modality: torch.Tensor | None, split: int | None
+    ):
+        self.offsets = offsets
+        if (modality is None) != (split is None):
+            raise ValueError("`modality` and `split` go together: pass both for the triple kernel, or neither.")
+        if embeddings.dtype != torch.float64:
+            embeddings = embeddings.float()
+        self._refuse(~embeddings.isfinite().all(dim=1), "holds NaN or infinity")
+        if split is None:
+            self.uni = self._normalize(embeddings, "is all zeros and has no direction")
+            self.modality = None
+            return
+        if not 0 < split < embeddings.shape[1]:
+            raise ValueError(
+                f"`split` must lie between 1 and {embeddings.shape[1] - 1}, because embeddings have "
+                f"{embeddings.shape[1]} dimensions; got {split}."
+            )
+        if modality.shape != embeddings.shape[:1]:
+            raise ValueError(f"`modality` has shape {tuple(modality.shape)} for {len(embeddings)} slices.")
+        # Codes lead the index arithmetic, which is done on the host.
+        self.modality = modality.cpu().numpy()
+        if not np.isin(self.modality, (TEXT, IMAGE)).all():
+            raise ValueError(f"`modality` may hold {TEXT} (text) and {IMAGE} (image) only.")
+        self.uni = self._normalize(embeddings[:, :split], f"is all zeros in its first {split} dimensions")
+        self.cross = self._normalize(embeddings[:, split:], f"is all zeros after its first {split} dimensions")
+
+    def _refuse(self, bad: torch.Tensor, what: str):
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            sample = int(np.searchsorted(self.offsets, row, side="right")) - 1
+            raise ValueError(
+                f"Slice {row - self.offsets[sample]} of sequence {sample} (row {row} of the packed embeddings) {what}."
+            )
+
+    def _normalize(self, vectors: torch.Tensor, complaint: str) -> torch.Tensor:
+        norm = vectors.norm(dim=1, keepdim=True)
+        self._refuse(norm[:, 0] == 0, complaint)
+        return vectors / norm
+
+    def cosines(self, rows: slice, columns: slice) -> torch.Tensor:
+        if self.modality is None:
+            return self.uni[rows] @ self.uni[columns].T
+        # Modalities side by side: each of the four blocks then needs one half of the embeddings only.
+        row_codes, column_codes = self.modality[rows], self.modality[columns]
+        row_order, column_order = np.argsort(row_codes, kind="stable"), np.argsort(column_codes, kind="stable")
+        row_texts, column_texts = int((row_codes == TEXT).sum()), int((column_codes == TEXT).sum())
+        row_uni, row_cross = self.uni[rows][row_order], self.cross[rows][row_order]
+        column_uni, column_cross = self.uni[columns][column_order].T, self.cross[columns][column_order].T
+        text, image = slice(None, row_texts), slice(row_texts, None)
+        column_text, column_image = slice(None, column_texts), slice(column_texts, None)
+        top = [row_uni[text] @ column_uni[:, column_text], row_cross[text] @ column_cross[:, column_image]]
+        bottom = [row_cross[image] @ column_cross[:, column_text], row_uni[image] @ column_uni[:, column_image]]
+        cosines = torch.cat([torch.cat(top, dim=1), torch.cat(bottom, dim=1)])
+        return cosines[np.argsort(row_order)][:, np.argsort(column_order)]
+
+    def squared_distances(self, rows: slice, columns: slice) -> torch.Tensor:
+        return (2 - 2 * self.cosines(rows, columns)).clamp(min=0)
+
+
+def _check_delta(delta: float):
+    if not 0 < delta < math.inf:
+        raise ValueError(f"`delta` must be positive and finite, got {delta}.")
+
+
+def _check_offsets(offsets: torch.Tensor, total: int) -> np.ndarray:
+    offsets = offsets.cpu().numpy()
+    if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != total:
+        raise ValueError(f"`offsets` must be one-dimensional and run from 0 to {total}, the number of slices.")
+    empty = np.flatnonzero(np.diff(offsets) < 1)
+    if len(empty):
+        raise ValueError(f"`offsets` must increase, but sequence {empty[0]} is empty: every sample needs a slice.")
+    return offsets
+
+
+def _check_prefixes(name: str, prefixes: torch.Tensor, offsets: np.ndarray) -> np.ndarray:
+    prefixes = prefixes.cpu().numpy()
+    if prefixes.ndim != 2 or prefixes.shape[1] != 2 or len(prefixes) == 0:
+        raise ValueError(f"`{name}` must have rows (sample, length), at least one; got shape {prefixes.shape}.")
+    samples, lengths = prefixes.T
+    bad = np.flatnonzero((samples < 0) | (samples >= len(offsets) - 1))
+    if len(bad):
+        raise ValueError(f"`{name}[{bad[0]}]` names sample {samples[bad[0]]} of {len(offsets) - 1}.")
+    available = np.diff(offsets)[samples]
+    bad = np.flatnonzero((lengths < 1) | (lengths > available))
+    if len(bad):
+        raise ValueError(
+            f"`{name}[{bad[0]}]` has length {lengths[bad[0]]}, but sample {samples[bad[0]]} has "
+            f"{available[bad[0]]} slices: lengths run from 1 to that."
+        )
+    return prefixes
+
+
+def _blocks(prefixes: np.ndarray, offsets: np.ndarray) -> list[slice]:
+    """Cuts prefixes that are sorted by sample into runs that span few slices."""
+    blocks, start = [], 0
+    for stop in range(1, len(prefixes) + 1):
+        full = stop == len(prefixes) or (
+            offsets[prefixes[stop, 0] + 1] - offsets[prefixes[start, 0]] > BLOCK_SLICES
+            or stop - start == BLOCK_PREFIXES
+        )
+        if full:
+            blocks.append(slice(start, stop))
+            start = stop
+    return blocks
+
+
+def _span(prefixes: np.ndarray, offsets: np.ndarray) -> slice:
+    """All slices of the samples of prefixes that are sorted by sample."""
+    return slice(offsets[prefixes[0, 0]], offsets[prefixes[-1, 0] + 1])
+
+
+def _log_kernels(
+    squared_distances: torch.Tensor,
+    offsets: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    i: np.ndarray,
+    j: np.ndarray,
+    totals: np.ndarray,
+    delta: float,
+) -> torch.Tensor:
+    """log K of the pairs `(a[i], b[j])`, each at the bandwidth of the total length given with it."""
+    width = squared_distances.shape[1]
+    flat, device = squared_distances.flatten(), squared_distances.device
+    row_start, column_start = offsets[a[0, 0]], offsets[b[0, 0]]
+
+    n, m = a[i, 1], b[j, 1]
+    corner = (offsets[a[i, 0]] - row_start) * width + offsets[b[j, 0]] - column_start
+    # K is symmetric, so the shorter sequence can always be the one whose index runs along a diagonal.
+    swap = n > m
+    down, right = np.where(swap, 1, width), np.where(swap, width, 1)
+    n, m = np.minimum(n, m), np.maximum(n, m)
+    # Lengths of neighbours are close when m runs up and down in turn as n grows.
+    order = np.lexsort((np.where(n % 2, m, -m), n))
+    jobs = np.stack([n, m, corner, down, right])[:, order]
+    scale = torch.as_tensor(1 / (delta**2 * totals[order]), dtype=flat.dtype, device=device)
+
+    values = []
+    for chunk in _chunks(jobs[0], jobs[1]):
+        rows, columns = int(jobs[0, chunk].max()), int(jobs[1, chunk].max())
+        cells, position = _diagonal_order(rows, columns)
+        job = torch.from_numpy(jobs[:, chunk]).to(device)
+        cell = torch.from_numpy(cells).to(device)[:, None]
+        # Cells outside a shorter pair read some other finite distance, and nothing of that pair depends on them.
+        index = (job[2] + cell // columns * job[3] + cell % columns * job[4]).clamp_(max=len(flat) - 1)
+        local = _log_local_kernel(flat.gather(0, index.flatten()).view_as(index) * scale[chunk])
+        last = torch.from_numpy(position[jobs[0, chunk] - 1, jobs[1, chunk] - 1]).to(device)
+        values.append(_recursion(local, rows, columns).gather(0, last[None]).squeeze(0))
+    return torch.cat(values)[np.argsort(order)]
+
+
+def _chunks(n: np.ndarray, m: np.ndarray) -> Iterator[slice]:
+    """Cuts pairs, sorted by lengths, into runs that are padded little and fit in memory."""
+    change = np.flatnonzero(np.diff(n, prepend=0) | np.diff(m, prepend=0)).tolist()
+    start = used = rows = columns = 0
+    for begin, end in zip(change, [*change[1:], len(n)], strict=True):
+        wider, higher = max(rows, int(n[begin])), max(columns, int(m[begin]))
+        cells = int(n[begin] * m[begin]) * (end - begin)
+        padded = wider * higher * (end - start)
+        if begin > start and (
+            padded > CHUNK_CELLS or (padded > SMALL_CHUNK_CELLS and padded > PADDING * (used + cells))
+        ):
+            yield from _pieces(start, begin, rows * columns)
+            start, used, wider, higher = begin, 0, int(n[begin]), int(m[begin])
+        rows, columns, used = wider, higher, used + cells
+    yield from _pieces(start, len(n), rows * columns)
+
+
+def _pieces(start: int, stop: int, cells: int) -> Iterator[slice]:
+    step = max(1, CHUNK_CELLS // cells)
+    for begin in range(start, stop, step):
+        yield slice(begin, min(begin + step, stop))
+
+
+@functools.lru_cache(maxsize=16)
+def _diagonal_order(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cells of an (n, m) grid anti-diagonal by anti-diagonal, and where each cell stands in that order."""
+    diagonal = np.arange(n)[:, None] + np.arange(m)
+    order = np.argsort(diagonal, axis=None, kind="stable")
+    position = np.empty_like(order)
+    position[order] = np.arange(n * m)
+    return order, position.reshape(n, m)
+
+
+def _log_local_kernel(exponent: torch.Tensor) -> torch.Tensor:
+    """log(s / (2 - s)) for s = exp(-exponent)."""
+    return -exponent - torch.log1p(-torch.expm1(-exponent))
+
+
+def _recursion(local: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """
+    Theorem 1 in log space, one anti-diagonal at a time for all pairs together.
+
+    `local` and the result have shape `(n * m, pairs)`, with `n <= m` or not, cells in the order of `_diagonal_order`.
+    """
+    first = [max(0, t - m + 1) for t in range(n + m - 1)]
+    sizes = [min(t, n - 1) - first[t] + 1 for t in range(n + m - 1)]
+    diagonals = local.split(sizes)
+    done = [diagonals[0]]
+    # Each diagonal is kept with one row of zeros (in log space) on either side.
+    before = F.pad(diagonals[0], (0, 0, 1, 1), value=LOG_ZERO)
+    twice_before = torch.full_like(before, LOG_ZERO)
+    for t in range(1, n + m - 1):
+        shift, size = first[t] - first[t - 1], sizes[t]
+        double_shift = first[t] - first[max(t - 2, 0)]
+        up, left = before[shift : shift + size], before[shift + 1 : shift + 1 + size]
+        corner = twice_before[double_shift : double_shift + size]
+        current = diagonals[t] + torch.logaddexp(torch.logaddexp(up, left), corner)
+        done.append(current)
+        twice_before, before = before, F.pad(current, (0, 0, 1, 1), value=LOG_ZERO)
+    return torch.cat(done)

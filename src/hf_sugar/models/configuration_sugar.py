@@ -1,0 +1,76 @@
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class SugarConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`SugarForConditionalGeneration`]: any image-text-to-text backbone and a retrieval projector.
+
+    Pointed at a plain backbone checkpoint, `from_pretrained` nests the backbone's own configuration, so a LLaVA
+    directory or Hub id can be used as it is.
+
+    Args:
+        vlm_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the backbone. Defaults to LLaVA-1.5.
+        retrieval_dim (`int`, *optional*, defaults to `768`):
+            Size of the embeddings.
+        retrieval_hidden_size (`int`, *optional*):
+            Width of the projector's hidden layer. Defaults to the backbone's hidden size.
+        image_pooling (`"mean"` or `"last"`, *optional*, defaults to `"mean"`):
+            What represents an image slice: the mean of the hidden states of its tokens, or the last one (the "w/o
+            AvgPool" ablation of the [paper](https://huggingface.co/papers/2411.00304)).
+        initializer_range (`float`, *optional*):
+            Standard deviation of the projector's initial weights. Defaults to one over the square root of the
+            backbone's hidden size: much less would make the embeddings so short that normalising them blows up the
+            gradient.
+        backbone_name_or_path (`str`, *optional*):
+            Set in an adapter repository: where the backbone's weights are.
+        backbone_revision (`str`, *optional*):
+            Set in an adapter repository: commit of the backbone that the adapter was trained on.
+    """
+
+    model_type = "sugar"
+    sub_configs_defaults = {"vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava")}
+
+    vlm_config: dict | PreTrainedConfig | None = None
+    retrieval_dim: int = 768
+    retrieval_hidden_size: int | None = None
+    image_pooling: str = "mean"
+    initializer_range: float | None = None
+    backbone_name_or_path: str | None = None
+    backbone_revision: str | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.image_pooling not in ("mean", "last"):
+            raise ValueError(f"`image_pooling` is {self.image_pooling!r}; it must be 'mean' or 'last'.")
+        if self.initializer_range is None:
+            self.initializer_range = self.get_text_config().hidden_size ** -0.5
+        # read on the outer configuration of a composite model too
+        self.tie_word_embeddings = bool(self.vlm_config.tie_word_embeddings)
+
+    def get_text_config(self, *args, **kwargs):
+        return self.vlm_config.get_text_config(*args, **kwargs)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.vlm_config.image_token_id
+
+    @property
+    def text_config(self):
+        return self.vlm_config.get_text_config()
+
+    @property
+    def vision_config(self):
+        return self.vlm_config.vision_config
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        # Without this, pointing at a plain LLaVA would silently build the default 7B with random weights.
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") not in (None, cls.model_type):
+            config = {"model_type": cls.model_type, "vlm_config": config}
+        return config, kwargs
+
+
+__all__ = ["SugarConfig"]

@@ -1,0 +1,397 @@
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput, cached_file
+
+from .configuration_sugar import SugarConfig
+
+
+ADAPTER_SUBFOLDER = "adapter"
+
+
+@dataclass
+class SugarOutput(ModelOutput):
+    """
+    Output of [`SugarForConditionalGeneration`]: the backbone's own output and the slice embeddings.
+
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is passed):
+            Next-token cross-entropy, as the backbone computes it.
+        logits (`torch.Tensor` of shape `(batch, length, vocabulary)`):
+            The backbone's logits, unchanged.
+        past_key_values (`Cache`, *optional*):
+            The backbone's cache.
+        hidden_states (`tuple[torch.Tensor]`, *optional*):
+            Hidden states of the language model, when asked for.
+        attentions (`tuple[torch.Tensor]`, *optional*):
+            Attention weights, when asked for.
+        image_hidden_states (`torch.Tensor`, *optional*):
+            Projected image features, where the backbone returns them.
+        embeddings (`torch.FloatTensor` of shape `(batch, slices, retrieval_dim)`, *optional*, returned when `slice_ids` is passed):
+            L2-normalised embedding of the prefix that ends at each slice, zero where a sample has fewer slices.
+        embedding_mask (`torch.LongTensor` of shape `(batch, slices)`, *optional*, returned when `slice_ids` is passed):
+            1 where the sample has that slice.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+    image_hidden_states: object | None = None
+    embeddings: torch.Tensor | None = None
+    embedding_mask: torch.Tensor | None = None
+
+
+def pool_slices(hidden_states: torch.Tensor, slice_ids: torch.Tensor, image_pooling: str = "mean"):
+    """
+    Mean of the hidden states of each slice.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`):
+            Last hidden states of the language model.
+        slice_ids (`torch.LongTensor` of shape `(batch, length)`):
+            Number of the slice that a token represents, -1 outside.
+        image_pooling (`str`, *optional*, defaults to `"mean"`):
+            `"last"` keeps only the last token of each slice (a text slice has no other).
+
+    Returns:
+        `tuple[torch.FloatTensor, torch.LongTensor]`: means of shape `(batch, slices, hidden)` in float32, and a mask of
+        shape `(batch, slices)` that is 1 where the sample has the slice.
+    """
+    batch, length, size = hidden_states.shape
+    slice_ids = slice_ids.to(hidden_states.device)
+    slices = int(slice_ids.max()) + 1
+    # Column 0 collects the tokens that belong to no slice, and is cut off at the end.
+    column = slice_ids + 1
+    if image_pooling == "last":
+        places = torch.arange(length, device=column.device).expand(batch, length)
+        last = places.new_zeros(batch, slices + 1).scatter_reduce(1, column, places, "amax")
+        column = torch.where(last.gather(1, column) == places, column, 0)
+    index = (column + torch.arange(batch, device=column.device)[:, None] * (slices + 1)).flatten()
+    total = torch.zeros(batch * (slices + 1), size, dtype=torch.float32, device=hidden_states.device)
+    total = total.index_add(0, index, hidden_states.reshape(-1, size).float())
+    count = torch.zeros(batch * (slices + 1), dtype=torch.float32, device=hidden_states.device)
+    count = count.index_add(0, index, torch.ones_like(index, dtype=torch.float32))
+    means = (total / count.clamp(min=1)[:, None]).view(batch, slices + 1, size)[:, 1:]
+    return means, (count.view(batch, slices + 1)[:, 1:] > 0).long()
+
+
+class RetrievalProjector(nn.Module):
+    """The MLP `r = MLP(d)` of the paper: one hidden layer, float32 whatever the backbone's dtype."""
+
+    def __init__(self, config: SugarConfig):
+        super().__init__()
+        size = config.get_text_config().hidden_size
+        hidden = config.retrieval_hidden_size or size
+        self.linear_1 = nn.Linear(size, hidden)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(hidden, config.retrieval_dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(hidden_states.to(self.linear_1.weight.dtype))))
+
+
+class SugarPreTrainedModel(PreTrainedModel):
+    config_class = SugarConfig
+    config: SugarConfig
+    base_model_prefix = "vlm"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = []
+    # never quantized, and kept exact under half precision: the projector is small and its cosines are compared
+    _keep_in_fp32_modules = ["retrieval_projector"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
+    """
+    Any image-text-to-text backbone (`AutoModelForImageTextToText`) with a retrieval projector: it generates what the
+    backbone generates, and embeds every prefix of an interleaved image-text sample in one forward pass.
+
+    Method: [Sugar](https://huggingface.co/papers/2411.00304).
+
+    Args:
+        config ([`SugarConfig`]):
+            Configuration of the model.
+
+    Example:
+
+    ```python
+    >>> from hf_sugar import SugarForConditionalGeneration, SugarProcessor
+
+    >>> model = SugarForConditionalGeneration.from_backbone("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
+    >>> processor = SugarProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf")
+    >>> embeddings = model.embed(**processor.embed_inputs(["a red circle", ["photo.jpg", "What is this?"]]))
+    ```
+    """
+
+    def __init__(self, config: SugarConfig):
+        super().__init__(config)
+        # callers flip the outer flag
+        config.vlm_config.tie_word_embeddings = config.tie_word_embeddings
+        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        self.retrieval_projector = RetrievalProjector(config)
+        if config.backbone_name_or_path is not None:
+            # it comes with the adapter, after the backbone
+            self._keys_to_ignore_on_load_missing = ["retrieval_projector"]
+        self.post_init()
+
+    # The part below the LM head. `base_model_prefix` names the whole backbone, because that is where a raw
+    # checkpoint's weights go; what callers of `base_model` want is the module that returns `last_hidden_state`.
+    @property
+    def base_model(self) -> PreTrainedModel:
+        return self.vlm.base_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.vlm.set_output_embeddings(new_embeddings)
+
+    def get_image_features(self, *args, **kwargs):
+        return self.vlm.get_image_features(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return self.vlm.prepare_inputs_for_generation(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        """Token for token what the backbone's own `generate` returns; takes the same arguments."""
+        kwargs.pop("slice_ids", None)
+        self.vlm.generation_config = self.generation_config
+        return self.vlm.generate(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        slice_ids: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> SugarOutput | tuple:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`):
+                Token ids, image placeholders expanded.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                0 on padding.
+            pixel_values (`torch.Tensor`, *optional*):
+                Images as the backbone's processor gives them.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Targets of the next-token loss, -100 where there is none.
+            slice_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Which slice of its sample each token represents, -1 outside, as [`SugarProcessor`] gives it. When
+                passed, the output has `embeddings`.
+            kwargs:
+                Anything else that the backbone's forward takes.
+
+        Returns:
+            [`SugarOutput`]: the logits are the backbone's, bit for bit.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        outputs = self.vlm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            labels=labels,
+            # [-1] keeps the last layer only
+            output_hidden_states=output_hidden_states or ([-1] if slice_ids is not None else False),
+            return_dict=True,
+            **kwargs,
+        )
+        embeddings = mask = None
+        if slice_ids is not None:
+            embeddings, mask = self.project_slices(outputs.hidden_states[-1], slice_ids)
+        output = SugarOutput(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.get("image_hidden_states"),
+            embeddings=embeddings,
+            embedding_mask=mask,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def project_slices(self, hidden_states: torch.Tensor, slice_ids: torch.Tensor, project: bool = True):
+        """
+        Embeddings of the slices from the last hidden states.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`):
+                Last hidden states.
+            slice_ids (`torch.LongTensor` of shape `(batch, length)`):
+                As in [`~SugarForConditionalGeneration.forward`].
+            project (`bool`, *optional*, defaults to `True`):
+                Whether to use the retrieval projector; without it the pooled hidden states themselves are returned,
+                which is what an untrained model is to be compared by.
+
+        Returns:
+            `tuple[torch.FloatTensor, torch.LongTensor]`: L2-normalised embeddings `(batch, slices, dim)`, mask
+            `(batch, slices)`.
+        """
+        pooled, mask = pool_slices(hidden_states, slice_ids, self.config.image_pooling)
+        if project:
+            pooled = self.retrieval_projector(pooled).float()
+        return nn.functional.normalize(pooled, dim=-1) * mask[..., None], mask
+
+    def embed_slices(self, slice_ids: torch.LongTensor, project: bool = True, **inputs):
+        """
+        One embedding for every prefix of every sample that ends at a slice, from one pass without the LM head.
+
+        Args:
+            slice_ids (`torch.LongTensor` of shape `(batch, length)`):
+                As in [`~SugarForConditionalGeneration.forward`].
+            project (`bool`, *optional*, defaults to `True`):
+                Whether to use the retrieval projector.
+            inputs:
+                `input_ids`, `attention_mask`, `pixel_values` and whatever else the backbone takes.
+
+        Returns:
+            `tuple[torch.FloatTensor, torch.LongTensor]`: embeddings `(batch, slices, dim)`, mask `(batch, slices)`.
+        """
+        hidden_states = self.base_model(**inputs, use_cache=False, return_dict=True)[0]
+        return self.project_slices(hidden_states, slice_ids, project)
+
+    def embed(self, slice_ids: torch.LongTensor, project: bool = True, **inputs) -> torch.FloatTensor:
+        """
+        The embedding of each whole sample: that of its last slice. Takes the arguments of
+        [`~SugarForConditionalGeneration.embed_slices`], which [`SugarProcessor.embed_inputs`] makes.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, dim)`: L2-normalised, so inner products are cosines.
+        """
+        embeddings, mask = self.embed_slices(slice_ids, project, **inputs)
+        last = mask.sum(dim=1) - 1
+        return embeddings[torch.arange(len(last), device=embeddings.device), last]
+
+    @classmethod
+    def from_backbone(cls, pretrained_model_name_or_path, **kwargs) -> "SugarForConditionalGeneration":
+        """
+        Wrap a plain backbone checkpoint with a fresh retrieval projector. The same as `from_pretrained` on it.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                Hub id or directory of any image-text-to-text checkpoint.
+            kwargs:
+                Arguments of `from_pretrained` and fields of [`SugarConfig`], `retrieval_dim` for example.
+        """
+        return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_vlm(cls, vlm: PreTrainedModel, **config_kwargs) -> "SugarForConditionalGeneration":
+        """
+        Wrap a backbone that is already loaded; it is used, not copied.
+
+        Args:
+            vlm (`PreTrainedModel`):
+                An image-text-to-text model.
+            config_kwargs:
+                Fields of [`SugarConfig`].
+        """
+        config = cls.config_class(vlm_config=copy.deepcopy(vlm.config), **config_kwargs)
+        config.name_or_path = vlm.config.name_or_path
+        with torch.device("meta"):
+            model = cls(config)
+        model.vlm = vlm
+        model.config.vlm_config = vlm.config
+        model.retrieval_projector = RetrievalProjector(config).to(vlm.device)
+        model.retrieval_projector.apply(model._init_weights)
+        model.generation_config = vlm.generation_config
+        return model.train(vlm.training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """
+        Load a full checkpoint, an adapter repository or a plain backbone, from the Hub or a directory.
+
+        An adapter repository (as [`SugarTrainer`] writes it under PEFT) holds the LoRA weights and the retrieval
+        projector in `adapter/`; the backbone comes from the place that its configuration names, at the revision it
+        was trained on. Nothing but weights is read from there.
+
+        Raises:
+            `ValueError`: if the adapter's weights are not exactly those that the model expects.
+        """
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        if config is None:
+            stored, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **hub)
+            if stored.get("backbone_name_or_path") is None:
+                return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            config = cls.config_class.from_dict(stored)
+        if config.backbone_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+        model = super().from_pretrained(
+            config.backbone_name_or_path, *args, config=config, **{**kwargs, "revision": config.backbone_revision}
+        )
+        model.load_sugar_adapter(pretrained_model_name_or_path, **hub)
+        return model.eval()
+
+    def load_sugar_adapter(self, pretrained_model_name_or_path, **hub_kwargs):
+        """
+        Attach the LoRA weights and the retrieval projector of an adapter repository.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                Hub id or directory that has an `adapter/` folder.
+            hub_kwargs:
+                `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            `ValueError`: if a weight is missing, unexpected or of another shape. A model never goes on with a random
+                projector.
+        """
+        from peft import PeftConfig
+
+        file = cached_file(
+            pretrained_model_name_or_path, "adapter_model.safetensors", subfolder=ADAPTER_SUBFOLDER, **hub_kwargs
+        )
+        peft_config = PeftConfig.from_pretrained(str(Path(file).parent))
+        info = self.load_adapter(peft_config=peft_config, adapter_state_dict=load_file(file))
+        wrong = {
+            "missing": sorted(info.missing_keys),
+            "unexpected": sorted(info.unexpected_keys),
+            "of another shape": sorted(str(key) for key in info.mismatched_keys),
+        }
+        if any(wrong.values()):
+            listing = "; ".join(f"{kind}: {', '.join(keys[:4])}" for kind, keys in wrong.items() if keys)
+            raise ValueError(
+                f"The adapter in {pretrained_model_name_or_path} does not fit this backbone ({listing}). Load it on "
+                "the backbone that it was trained on, which its config.json names."
+            )
+
+    def export_backbone(self, save_directory: str | Path, **kwargs):
+        """
+        Write the backbone as the plain checkpoint of its own class, without the retrieval projector.
+
+        Args:
+            save_directory (`str` or `Path`):
+                Directory to write to.
+            kwargs:
+                Arguments of `save_pretrained`.
+        """
+        self.vlm.generation_config = self.generation_config
+        self.vlm.save_pretrained(save_directory, **kwargs)

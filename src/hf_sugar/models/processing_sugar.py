@@ -1,0 +1,449 @@
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+ROLES = ("system", "user", "assistant")
+LOSS_ON = ("answers", "captions", "text")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+# LLaVA-1.5's own template puts every image of a message before every text, which takes interleaved documents apart,
+# and does not end an answer. This one keeps the order, marks what the assistant says, and is the same otherwise.
+SLICE_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + ' ' }}{% endif %}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ part['text'] + (eos_token if loop.last else ' ') }}{% endgeneration %}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+# Stands for the n-th text while the template is rendered, so that its place is known whatever the text says.
+_MARK = "\ue000{}\ue001"
+_MARK_RE = "\ue000(?P<text>[0-9]+)\ue001"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    8-bit RGB of any image, upright.
+
+    The EXIF orientation is applied, transparent pixels are laid over white, 16-bit greyscale is scaled to 8 bits, and
+    every other mode goes through Pillow's own conversion. Of an animation the first frame is taken.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The image.
+
+    Returns:
+        `PIL.Image.Image`: image of mode `"RGB"`; an upright RGB image is returned as it is.
+
+    Raises:
+        `ValueError`: for floating-point pixels and integers beyond 16 bits, whose range is not known.
+    """
+    if image.getexif().get(0x0112) is not None:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("values outside of 16 bits; scale them to 8 bits first")
+        # Pillow's own conversion clips at 255. Mode "I" is 16-bit content from a file, or an integer array of 0..255.
+        eight_bit = image.mode == "I" and values.max() <= 255
+        return Image.fromarray((values if eight_bit else values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point values of unknown range; scale them to 8 bits first")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _image_or_text(item: Any, where: str) -> dict[str, Any]:
+    if isinstance(item, Image.Image):
+        return {"type": "image", "image": to_rgb(item)}
+    if isinstance(item, str):
+        is_url = item.startswith(("http://", "https://"))
+        if not is_url and not item.lower().endswith(IMAGE_SUFFIXES):
+            if not item.strip():
+                raise ValueError(f"{where} is an empty text; there is nothing to embed.")
+            return {"type": "text", "text": item}
+        if not is_url:
+            item = Path(item)
+    if isinstance(item, Path):
+        if not item.is_file():
+            raise ValueError(f"{where} names the image file {str(item)!r}, which does not exist.")
+        return {"type": "image", "image": to_rgb(Image.open(item))}
+    if isinstance(item, str):
+        return {"type": "image", "image": load_image(item)}
+    raise ValueError(
+        f"{where} is a {type(item).__name__}; give a text, a PIL image, a path or URL, or a list of those."
+    )
+
+
+class SugarProcessor:
+    """
+    The backbone's own processor, and the slices: which token of the model's input represents which image or text.
+
+    An instance is of two classes, this one and the backbone's (`LlavaProcessor` for LLaVA), so everything that the
+    backbone's processor does, it does.
+
+    Where the chat template of a checkpoint does not keep the order of images and texts (LLaVA-1.5's does not), it is
+    replaced by one that does, and that equals LLaVA-1.5's in every other respect except that answers end with the
+    end-of-sequence token.
+
+    Example:
+
+    ```python
+    >>> from hf_sugar import SugarProcessor
+
+    >>> processor = SugarProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf")
+    >>> inputs = processor.embed_inputs(["a red circle", "photo.jpg", ["What is this?", "photo.jpg"]])
+    ```
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SugarProcessor":
+        """
+        Load the processor of a Sugar checkpoint or of a plain backbone.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                Hub id or directory.
+            kwargs:
+                Arguments of `AutoProcessor.from_pretrained`.
+        """
+        return cls.from_processor(AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs))
+
+    @classmethod
+    def from_processor(cls, processor: ProcessorMixin) -> "SugarProcessor":
+        """
+        Give a processor that is already loaded the methods of this class; it is changed in place and returned.
+
+        Args:
+            processor (`ProcessorMixin`):
+                The backbone's processor.
+        """
+        if isinstance(processor, cls):
+            return processor
+        backbone_class = type(processor)
+        # of the backbone's name, so that what it saves can be loaded without this library
+        processor.__class__ = type(backbone_class.__name__, (cls, backbone_class), {})
+        if not processor._keeps_order():
+            logger.info("The chat template does not keep the order of images and texts; it is replaced.")
+            processor.chat_template = SLICE_TEMPLATE.replace("<image>", processor.image_token)
+        return processor
+
+    def __reduce__(self):
+        return _restore_processor, (type(self).__mro__[2], self.__dict__.copy())
+
+    def _keeps_order(self) -> bool:
+        if self.chat_template is None:
+            return False
+        content = [{"type": "text", "text": "\ue000"}, {"type": "image"}, {"type": "text", "text": "\ue001"}]
+        rendered = self.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        return bool(re.search(f"\ue000.*{re.escape(self.image_token)}.*\ue001", rendered, re.DOTALL))
+
+    def embed_inputs(self, items: Sequence[Any], max_length: int | None = None) -> BatchFeature:
+        """
+        Model inputs for [`SugarForConditionalGeneration.embed`].
+
+        Args:
+            items (`list`):
+                What to embed; a batch may mix all of these: a text (`str`), a `PIL.Image`, a path or URL of an image
+                (`Path`, or a `str` that starts with http(s):// or ends like an image file), a list of those
+                (interleaved, in this order), or a mapping with `messages` and `images` in the conversational vision
+                format. All but the last are taken as one user message, as documents are in training.
+            max_length (`int`, *optional*):
+                Longest sequence that the model takes.
+
+        Returns:
+            `BatchFeature`: PyTorch tensors `input_ids`, `attention_mask`, `slice_ids` of shape `(batch, length)`, and
+            `pixel_values` where there are images.
+
+        Raises:
+            `ValueError`: for an empty text or list, a missing file, another type, or a sequence that is too long;
+                names the item.
+        """
+        conversations = []
+        for index, item in enumerate(items):
+            where = f"items[{index}]"
+            if isinstance(item, dict):
+                conversations.append(fill_images(item["messages"], item.get("images") or [], where))
+                continue
+            parts = list(item) if isinstance(item, list | tuple) else [item]
+            if not parts:
+                raise ValueError(f"{where} is an empty list; there is nothing to embed.")
+            content = [
+                _image_or_text(part, f"{where}[{n}]" if len(parts) > 1 else where) for n, part in enumerate(parts)
+            ]
+            conversations.append([{"role": "user", "content": content}])
+        names = [f"items[{index}]" for index in range(len(items))]
+        return self.encode_conversations(conversations, names=names, max_length=max_length)
+
+    def encode_conversations(
+        self,
+        conversations: list[list[dict[str, Any]]],
+        loss_on: list[str | None] | None = None,
+        names: list[str] | None = None,
+        max_length: int | None = None,
+        padding_side: str = "right",
+    ) -> BatchFeature:
+        """
+        Render, tokenise and pad conversations, and mark their slices.
+
+        Every content part outside of system messages is one slice, numbered in reading order. A text slice marks its
+        last token, an image slice every token of that image. The tokens are those of
+        `apply_chat_template(..., tokenize=True)`.
+
+        Args:
+            conversations (`list[list[dict]]`):
+                Messages whose content is a list of parts `{"type": "text", "text": ...}` or
+                `{"type": "image", "image": PIL.Image}`.
+            loss_on (`list[str | None]`, *optional*):
+                For each conversation which text carries the next-token loss: `"answers"` (what the assistant says and
+                the end-of-turn token after it), `"captions"` (texts that follow an image in their message), `"text"`
+                (all text), or `None` for no loss. When given, `labels` are returned.
+            names (`list[str]`, *optional*):
+                What error messages call the conversations.
+            max_length (`int`, *optional*):
+                Longest sequence that the model takes, image tokens included.
+            padding_side (`str`, *optional*, defaults to `"right"`):
+                Side of the padding.
+
+        Returns:
+            `BatchFeature`: the tensors of the backbone's processor, `slice_ids` `(batch, length)` long, and `labels`
+            `(batch, length)` long when `loss_on` is given.
+
+        Raises:
+            `ValueError`: if the chat template drops, changes or reorders parts, if a text contains the image token,
+                if a sequence is longer than `max_length`, or if no text carries the loss that `loss_on` asks for.
+        """
+        names = names or [f"conversation {index}" for index in range(len(conversations))]
+        rendered = [self._render(messages, name) for messages, name in zip(conversations, names)]
+        texts = [text for text, _ in rendered]
+        images = [
+            [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+            for messages in conversations
+        ]
+        bos = self.tokenizer.bos_token
+        batch = self(
+            text=list(texts),  # expanded in place by the processor
+            images=images if any(images) else None,
+            padding=True,
+            padding_side=padding_side,
+            # as `apply_chat_template` decides it
+            add_special_tokens=not (bos is not None and texts[0].startswith(bos)),
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            return_tensors="pt",
+        )
+        offsets = batch.pop("offset_mapping").numpy()
+        placeholders = batch.pop("text_replacement_offsets") or [[] for _ in conversations]
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        slice_ids = torch.full_like(batch["input_ids"], -1)
+        labels = torch.full_like(batch["input_ids"], -100)
+        for row, (name, (_, spans)) in enumerate(zip(names, rendered)):
+            if max_length is not None and lengths[row] > max_length:
+                raise ValueError(
+                    f"{name} has {lengths[row]} tokens after its {len(images[row])} image(s) are expanded; the limit is "
+                    f"{max_length}. Shorten or split it, or drop it: cutting could go through an image."
+                )
+            input_ids = batch["input_ids"][row].numpy()
+            starts, ends = offsets[row, :, 0], offsets[row, :, 1]
+            is_image_token = np.isin(input_ids, self.image_token_ids)
+            after = 0  # image placeholders before the slice
+            grown = 0  # characters that they have gained
+            for number, (is_image, start, end, loss_end, loss_kinds) in enumerate(spans):
+                if is_image:
+                    start, end = placeholders[row][after]["new_span"]
+                    grown = end - placeholders[row][after]["span"][1]
+                    after += 1
+                    tokens = np.flatnonzero((starts < end) & (ends > start) & is_image_token)
+                else:
+                    start, end, loss_end = start + grown, end + grown, loss_end + grown
+                    tokens = np.flatnonzero((starts < end) & (ends > start))[-1:]
+                    if loss_on is not None and loss_on[row] in loss_kinds:
+                        target = torch.from_numpy((starts < loss_end) & (ends > start))
+                        labels[row, target] = batch["input_ids"][row, target]
+                slice_ids[row, tokens] = number
+            if loss_on is not None and loss_on[row] is not None and (labels[row] == -100).all():
+                raise ValueError(_no_loss_message(name, loss_on[row]))
+        batch["slice_ids"] = slice_ids
+        if loss_on is not None:
+            batch["labels"] = labels
+        return batch
+
+    def _render(self, messages: list[dict[str, Any]], name: str) -> tuple[str, list[tuple]]:
+        """The text of a conversation and, for each slice in order: is it an image, where its text starts and ends,
+        where its loss ends, and the kinds of loss that cover it."""
+        texts, slices, marked = [], [], []
+        for message in messages:
+            role, seen_image, parts = message["role"], False, []
+            for part in message["content"]:
+                if part["type"] == "image":
+                    seen_image = True
+                    slices.append(None)
+                    parts.append({"type": "image"})
+                    continue
+                kinds = {"text"} | ({"captions"} if seen_image else set())
+                kinds |= {"answers"} if role == "assistant" and message.get("learn", True) else set()
+                if role != "system":
+                    slices.append((len(texts), role, kinds))
+                if self.image_token in part["text"]:
+                    raise ValueError(
+                        f"{name}: the text {part['text'][:60]!r} contains the image token {self.image_token!r}. Make "
+                        "it an image part, or remove it from the text."
+                    )
+                parts.append({"type": "text", "text": _MARK.format(len(texts))})
+                texts.append(part["text"])
+            marked.append({"role": role, "content": parts})
+        rendered = self.apply_chat_template(marked, tokenize=False)
+
+        # The template has put marks and image tokens somewhere; put the texts in and note where each slice is.
+        pieces, spans, position, cursor, found = [], {}, 0, 0, []
+        special = "|".join(re.escape(token) for token in self.tokenizer.all_special_tokens)
+        for match in re.finditer(f"{_MARK_RE}|{re.escape(self.image_token)}", rendered):
+            literal = rendered[cursor : match.start()]
+            piece = match.group() if match["text"] is None else texts[int(match["text"])]
+            start = position + len(literal)
+            position = start + len(piece)
+            pieces += [literal, piece]
+            cursor = match.end()
+            if match["text"] is None:
+                found.append(None)
+            else:
+                found.append(int(match["text"]))
+                # what ends the turn belongs to the answer: the model has to learn to stop
+                stop = re.match(rf"\s*({special})", rendered[cursor:])
+                is_image_next = stop is not None and stop.group(1) == self.image_token
+                spans[found[-1]] = (
+                    start,
+                    position,
+                    position if stop is None or is_image_next else position + stop.end(),
+                )
+        text = "".join(pieces) + rendered[cursor:]
+
+        expected = [None if part is None else part[0] for part in slices]
+        system = {n for n in range(len(texts))} - {n for n in expected if n is not None}
+        if [n for n in found if n not in system] != expected:
+            raise ValueError(
+                f"{name}: the chat template of this checkpoint drops or reorders parts of the conversation. Set "
+                "`processor.chat_template` to one that keeps images and texts in their order."
+            )
+        plain = self.apply_chat_template(
+            [
+                {
+                    "role": message["role"],
+                    "content": [
+                        {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
+                        for part in message["content"]
+                    ],
+                }
+                for message in messages
+            ],
+            tokenize=False,
+        )
+        if plain != text:
+            raise ValueError(
+                f"{name}: the chat template changes a text (most templates trim it). Remove the white space at the "
+                "ends of the texts, and anything else that the template rewrites."
+            )
+        result = []
+        for part in slices:
+            if part is None:
+                result.append((True, 0, 0, 0, set()))
+            else:
+                number, role, kinds = part
+                start, end, stop_end = spans[number]
+                result.append((False, start, end, stop_end if role == "assistant" else end, kinds))
+        return text, result
+
+
+def _restore_processor(backbone_class: type, state: dict[str, Any]) -> SugarProcessor:
+    processor = backbone_class.__new__(backbone_class)
+    processor.__dict__.update(state)
+    return SugarProcessor.from_processor(processor)
+
+
+def _no_loss_message(name: str, loss_on: str) -> str:
+    need = {
+        "answers": "no answer (no text from the assistant). Add an assistant message, or set `loss_on` to 'text' if it "
+        "is a document that is to be learnt whole",
+        "captions": "no caption (no text after an image in its message). Put the text after the image, or set "
+        "`loss_on` to 'text'",
+        "text": "no text. Add a text part",
+    }
+    return f"{name} has {need[loss_on]}."
+
+
+def fill_images(messages: list[dict[str, Any]], images: Sequence[Image.Image], where: str) -> list[dict[str, Any]]:
+    """
+    Put the images of a row into the image parts of its messages.
+
+    Args:
+        messages (`list[dict]`):
+            Messages in the conversational vision format. Content that is a plain string becomes one text part; the
+            images then stand before the first such user message, as in TRL.
+        images (`list[PIL.Image.Image]`):
+            Images in the order of the image parts.
+        where (`str`):
+            What error messages call the row.
+
+    Returns:
+        `list[dict]`: new messages that [`SugarProcessor.encode_conversations`] takes.
+
+    Raises:
+        `ValueError`: for an unknown role or part type, an empty text, or a number of images that differs from the
+            number of image parts.
+    """
+    filled, left, strings_seen = [], list(images), False
+    wanted = 0
+    for m, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise ValueError(f"{where}: messages[{m}] has the role {role!r}. Use one of {', '.join(ROLES)}.")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+            if role == "user" and not strings_seen:
+                strings_seen = True
+                content = [{"type": "image"} for _ in images] + content
+        parts = []
+        for c, part in enumerate(content):
+            if part["type"] == "image":
+                wanted += 1
+                parts.append({"type": "image", "image": to_rgb(left.pop(0)) if left else None})
+            elif part["type"] != "text":
+                raise ValueError(
+                    f"{where}: messages[{m}].content[{c}] has the type {part['type']!r}. Use 'text' or 'image'."
+                )
+            elif not (part["text"] or "").strip():
+                raise ValueError(f"{where}: messages[{m}].content[{c}] is an empty text. Remove the part or fill it.")
+            else:
+                parts.append({"type": "text", "text": part["text"]})
+        filled.append({**message, "content": parts})
+    if wanted != len(images):
+        raise ValueError(
+            f"{where}: {wanted} image parts in `messages` but {len(images)} images in `images`. Give one image for each "
+            "image part, in the same order."
+        )
+    return filled
+
+
+__all__ = ["SugarProcessor"]

@@ -1,0 +1,278 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor
+from hf_sugar.models.modeling_sugar import pool_slices
+from hf_sugar.models.processing_sugar import SLICE_TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def raw():
+    return tiny.llava()
+
+
+@pytest.fixture(scope="module")
+def raw_dir(raw, tmp_path_factory):
+    path = tmp_path_factory.mktemp("llava")
+    raw.save_pretrained(path)
+    tiny.processor().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(raw_dir):
+    return SugarForConditionalGeneration.from_pretrained(raw_dir, dtype=torch.float32, retrieval_dim=16)
+
+
+@pytest.fixture(scope="module")
+def processor(raw_dir):
+    return SugarProcessor.from_pretrained(raw_dir)
+
+
+ITEMS = [
+    "a red circle",
+    tiny.image(0),
+    ["a blue square", tiny.image(1), tiny.image(2), "left of a star é"],
+    [tiny.image(3), "what is this?"],
+]
+
+
+class TestModel:
+    def test_logits_are_the_backbones_bit_for_bit(self, raw, model, processor):
+        inputs = processor.embed_inputs(ITEMS)
+        slice_ids = inputs.pop("slice_ids")
+        expected = raw(**inputs, labels=inputs["input_ids"])
+        for kwargs in ({}, {"slice_ids": slice_ids}):
+            output = model(**inputs, labels=inputs["input_ids"], **kwargs)
+            assert torch.equal(output.logits, expected.logits)
+            assert torch.equal(output.loss, expected.loss)
+
+    @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+    def test_generates_the_same_tokens(self, raw, model, processor, kwargs):
+        inputs = processor.embed_inputs([["what is this?", tiny.image(5)], [tiny.image(6), "a red"]])
+        inputs.pop("slice_ids")
+        torch.manual_seed(0)
+        expected = raw.generate(**inputs, max_new_tokens=8, **kwargs)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=8, **kwargs), expected)
+
+    def test_embeddings_are_the_projected_means_of_exactly_their_tokens(self, raw, model, processor):
+        item = ITEMS[2]
+        inputs = processor.embed_inputs([item])
+        ids = inputs["input_ids"][0].tolist()
+        with torch.no_grad():
+            embeddings = model(**inputs).embeddings[0]
+            inputs.pop("slice_ids")
+            hidden = raw.model(**inputs).last_hidden_state[0]
+            # found by counting, not by the processor's marks: four tokens an image of 28 pixels in patches of 14
+            places = [i for i, token in enumerate(ids) if token == 4]
+            text = processor.tokenizer.decode(ids[: places[0]])
+            assert text.rstrip().endswith("a blue square")
+            end_of_first = next(
+                i for i in range(len(ids)) if processor.tokenizer.decode(ids[: i + 1]).endswith("a blue square")
+            )
+            end_of_last = max(
+                i for i in range(len(ids)) if processor.tokenizer.decode(ids[: i + 1]).endswith("left of a star é")
+            )
+            pooled = torch.stack(
+                [
+                    hidden[end_of_first],
+                    hidden[places[:4]].mean(0),
+                    hidden[places[4:]].mean(0),
+                    hidden[end_of_last],
+                ]
+            )
+            expected = torch.nn.functional.normalize(model.retrieval_projector(pooled), dim=-1)
+        torch.testing.assert_close(embeddings, expected, atol=1e-6, rtol=0)
+
+    def test_embed_is_the_last_slice_of_forward_and_skips_the_lm_head(self, model, processor):
+        inputs = processor.embed_inputs(ITEMS)
+        with torch.no_grad():
+            output = model(**inputs)
+            calls = []
+            hook = model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+            embedded = model.embed(**inputs)
+            hook.remove()
+        last = output.embedding_mask.sum(1) - 1
+        assert last.tolist() == [0, 0, 3, 1]
+        torch.testing.assert_close(embedded, output.embeddings[torch.arange(4), last], atol=1e-6, rtol=0)
+        assert not calls
+        torch.testing.assert_close(embedded.norm(dim=1), torch.ones(4))
+
+    def test_padding_side_and_batch_do_not_matter(self, model, processor):
+        conversations = [
+            [{"role": "user", "content": [{"type": "text", "text": "a red circle"}]}],
+            [{"role": "user", "content": [{"type": "image", "image": tiny.image(0)}, {"type": "text", "text": "a" * 40}]}],
+        ]
+        with torch.no_grad():
+            right = model.embed(**processor.encode_conversations(conversations, padding_side="right"))
+            left = model.embed(**processor.encode_conversations(conversations, padding_side="left"))
+            alone = torch.cat([model.embed(**processor.encode_conversations([c])) for c in conversations])
+        torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone, right, atol=1e-5, rtol=0)
+
+    def test_a_prefix_embedding_is_that_of_the_prefix_alone(self, model, processor):
+        item = ITEMS[2]
+        with torch.no_grad():
+            whole = model(**processor.embed_inputs([item])).embeddings[0]
+            for length in range(1, 5):
+                prefix = model.embed(**processor.embed_inputs([item[:length]]))[0]
+                torch.testing.assert_close(whole[length - 1], prefix, atol=1e-5, rtol=0)
+
+    def test_full_checkpoint_round_trip(self, model, processor, tmp_path):
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        again = SugarForConditionalGeneration.from_pretrained(tmp_path)
+        assert isinstance(again.config, SugarConfig)
+        inputs = processor.embed_inputs(ITEMS)
+        assert torch.equal(again.embed(**inputs), model.embed(**inputs))
+
+    def test_exported_backbone_is_a_plain_checkpoint(self, raw, model, processor, tmp_path):
+        model.export_backbone(tmp_path)
+        plain, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        inputs = processor.embed_inputs(ITEMS)
+        inputs.pop("slice_ids")
+        assert torch.equal(plain(**inputs).logits, raw(**inputs).logits)
+
+    def test_from_vlm_wraps_the_model_itself(self, raw, processor):
+        wrapped = SugarForConditionalGeneration.from_vlm(raw, retrieval_dim=8)
+        assert wrapped.vlm is raw
+        assert wrapped.embed(**processor.embed_inputs(ITEMS)).shape == (4, 8)
+
+    def test_last_pooling_uses_the_last_image_token(self):
+        hidden = torch.arange(12.0).view(1, 6, 2)
+        slice_ids = torch.tensor([[-1, 0, 0, 0, 1, -1]])
+        mean, mask = pool_slices(hidden, slice_ids)
+        last, _ = pool_slices(hidden, slice_ids, "last")
+        assert mean[0].tolist() == [[4.0, 5.0], [8.0, 9.0]]
+        assert last[0].tolist() == [[6.0, 7.0], [8.0, 9.0]]
+        assert mask.tolist() == [[1, 1]]
+
+    def test_unknown_image_pooling(self, raw):
+        with pytest.raises(ValueError, match="image_pooling.*'mean' or 'last'"):
+            SugarForConditionalGeneration.from_vlm(raw, image_pooling="max")
+
+
+class TestProcessor:
+    def test_is_the_backbones_own_processor_too(self, processor, raw_dir, tmp_path):
+        stock = type(AutoProcessor.from_pretrained(raw_dir))
+        assert isinstance(processor, stock) and isinstance(processor, SugarProcessor)
+        processor.save_pretrained(tmp_path)
+        assert type(AutoProcessor.from_pretrained(tmp_path)) is stock
+        copy = pickle.loads(pickle.dumps(processor))
+        assert torch.equal(copy.embed_inputs(ITEMS)["input_ids"], processor.embed_inputs(ITEMS)["input_ids"])
+
+    def test_template_that_reorders_is_replaced_and_one_that_does_not_is_kept(self, raw_dir):
+        assert SugarProcessor.from_pretrained(raw_dir).chat_template == SLICE_TEMPLATE
+        kept = SLICE_TEMPLATE.replace("USER", "HUMAN") + "{# mine #}"
+        assert SugarProcessor.from_processor(tiny.processor(chat_template=kept)).chat_template == kept
+        none = SugarProcessor.from_processor(tiny.processor(chat_template=None))
+        assert none.chat_template == SLICE_TEMPLATE
+
+    def test_replaced_template_agrees_with_llavas_where_that_keeps_the_order(self, processor):
+        messages = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "a star"}]},
+            {"role": "user", "content": [{"type": "text", "text": "where?"}]},
+        ]
+        ours = processor.apply_chat_template(messages, add_generation_prompt=True)
+        theirs = processor.apply_chat_template(
+            messages, chat_template=tiny.LLAVA_TEMPLATE, add_generation_prompt=True
+        )
+        assert ours == theirs.replace("a star ", "a star</s>")
+
+    def test_tokens_are_those_of_the_chat_template(self, processor):
+        content = [{"type": "image", "image": tiny.image()}, {"type": "text", "text": "what is this?"}]
+        messages = [[{"role": "user", "content": content}]]
+        expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        found = processor.encode_conversations(messages)
+        assert torch.equal(found["input_ids"], expected["input_ids"])
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+    def test_adjacent_images_are_two_slices(self, processor):
+        """With nothing between them they are one run of image tokens."""
+        template = SLICE_TEMPLATE.replace("<image>\n", "<image>")
+        glued = SugarProcessor.from_processor(tiny.processor(chat_template=template))
+        slice_ids = glued.embed_inputs([[tiny.image(1), tiny.image(2)]])["slice_ids"][0]
+        assert slice_ids[slice_ids >= 0].tolist() == [0] * 4 + [1] * 4
+
+    def test_labels(self, processor):
+        decode = processor.tokenizer.decode
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
+            {"role": "user", "content": [{"type": "image", "image": tiny.image()}, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "a star"}]},
+            {"role": "user", "content": [{"type": "text", "text": "where?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "left"}]},
+        ]
+
+        def learnt(loss_on):
+            labels = processor.encode_conversations([messages], [loss_on])["labels"][0]
+            return decode(labels[labels != -100]).replace("</s>", "|").replace(" ", "")
+
+        assert learnt("answers") == "astar|left|"
+        assert learnt("text") == "what?astar|where?left|"
+        assert learnt("captions") == "what?"
+        nothing = processor.encode_conversations([messages], [None])["labels"]
+        assert (nothing == -100).all()
+        # system text is no slice
+        assert processor.encode_conversations([messages])["slice_ids"].max() == 4
+
+    def test_text_that_looks_like_the_template_does_not_confuse_the_marks(self, processor):
+        item = ["USER: ASSISTANT: a", tiny.image(), "USER:", "USER:"]
+        inputs = processor.embed_inputs([item])
+        ids, slice_ids = inputs["input_ids"][0], inputs["slice_ids"][0]
+        ends = [int((slice_ids == n).nonzero()[-1]) for n in (0, 2, 3)]
+        assert processor.tokenizer.decode(ids[: ends[0] + 1]) == "USER: USER: ASSISTANT: a"
+        assert processor.tokenizer.decode(ids[ends[0] + 1 : ends[1] + 1]).endswith("\nUSER:")
+        assert processor.tokenizer.decode(ids[ends[1] + 1 : ends[2] + 1]) == " USER:"
+
+    def test_items(self, processor, tmp_path):
+        path = tmp_path / "picture.png"
+        tiny.image(9).save(path)
+        row = {"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [tiny.image(9)]}
+        batch = processor.embed_inputs([tiny.image(9), path, str(path), [str(path)], row])
+        assert all(torch.equal(batch["input_ids"][0], ids) for ids in batch["input_ids"])
+        assert all(torch.equal(batch["pixel_values"][0], pixels) for pixels in batch["pixel_values"])
+
+    def test_transparent_images_are_laid_over_white(self, processor):
+        clear = tiny.image(1).convert("RGBA")
+        clear.putalpha(0)
+        white = np.full((30, 30, 3), 255, dtype=np.uint8)
+        batch = processor.embed_inputs([clear, tiny.Image.fromarray(white)])
+        assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+
+    @pytest.mark.parametrize(
+        "item, message",
+        [
+            ("  ", r"items\[1\] is an empty text"),
+            ([], r"items\[1\] is an empty list"),
+            (["a", ""], r"items\[1\]\[1\] is an empty text"),
+            ("nowhere.png", r"items\[1\] names the image file 'nowhere.png', which does not exist"),
+            (Path("nowhere.jpg"), r"items\[1\] names the image file 'nowhere.jpg', which does not exist"),
+            (3, r"items\[1\] is a int; give a text"),
+            ("an <image> here", r"items\[1\]: the text 'an <image> here' contains the image token"),
+            ({"messages": [{"role": "bot", "content": "a"}]}, r"items\[1\]: messages\[0\] has the role 'bot'"),
+            ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"1 image parts .* but 0 images"),
+        ],
+    )
+    def test_bad_items_are_named(self, processor, item, message):
+        with pytest.raises(ValueError, match=message):
+            processor.embed_inputs(["good", item])
+
+    def test_too_long_is_an_error_that_counts_image_tokens(self, processor):
+        with pytest.raises(ValueError, match=r"items\[1\] has \d+ tokens after its 2 image\(s\) are expanded; the limit is 12"):
+            processor.embed_inputs(["a", [tiny.image(), tiny.image()]], max_length=12)
+
+    def test_template_that_reorders_by_hand(self, processor):
+        stock = SugarProcessor.from_processor(tiny.processor())
+        stock.chat_template = tiny.LLAVA_TEMPLATE
+        with pytest.raises(ValueError, match="drops or reorders parts"):
+            stock.embed_inputs([["text first", tiny.image()]])

@@ -1,0 +1,115 @@
+"""Random models of real architectures, small enough to build in a test."""
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+
+# The chat template of llava-hf/llava-1.5-7b-hf: images first, then texts, in every message.
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=352, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(["USER: what is this? ASSISTANT: a red circle", "a blue square left of a star"] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def processor(size: int = 28, chat_template: str | None = LLAVA_TEMPLATE) -> LlavaProcessor:
+    images = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return LlavaProcessor(
+        images,
+        tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+
+
+def llava(seed: int = 0, hidden_size: int = 32, size: int = 28, max_positions: int = 512) -> LlavaForConditionalGeneration:
+    set_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=size, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=384,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=max_positions,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config = LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=4, image_seq_length=(size // 14) ** 2
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def image(seed: int = 0, height: int = 30, width: int = 30) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def teachers(path) -> dict[str, str]:
+    """Random CLIP, DINOv2 and BERT in directories, as the `teachers` setting names them."""
+    import transformers as T
+
+    set_seed(0)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    clip = T.CLIPConfig(
+        text_config=dict(
+            vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=64, eos_token_id=2, pad_token_id=0, bos_token_id=1,
+        ),
+        vision_config=dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+        ),
+        projection_dim=16,
+    )
+    dinov2 = T.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
+    )
+    bert = T.BertConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    for name, model in (("cross", T.CLIPModel(clip)), ("image", T.Dinov2Model(dinov2)), ("text", T.BertModel(bert))):
+        model.save_pretrained(path / name)
+        if name != "text":
+            images.save_pretrained(path / name)
+        if name != "image":
+            tokens = tokenizer()
+            tokens.model_max_length = 64
+            tokens.save_pretrained(path / name)
+    return {name: str(path / name) for name in ("image", "text", "cross")}
