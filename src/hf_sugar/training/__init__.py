@@ -1,0 +1,9 @@
+"""Training: [`SugarTrainer`], its configuration and the structure loss."""
+
+from .collator import SugarCollator
+from .config import SugarTrainingConfig
+from .loss import StructureLoss
+from .trainer import SugarTrainer
+
+
+__all__ = ["StructureLoss", "SugarCollator", "SugarTrainer", "SugarTrainingConfig"]

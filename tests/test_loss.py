@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from hf_sugar.alignment import label_matrix
+from hf_sugar.training.loss import StructureLoss
+
+
+def looped(embeddings, labels):
+    """Eq. 3, term by term, in float64."""
+    embeddings, labels = embeddings.detach().double(), labels.double()
+    total = 0.0
+    for i, a in enumerate(embeddings):
+        for j, b in enumerate(embeddings):
+            cosine = sum(p * q for p, q in zip(a.tolist(), b.tolist(), strict=True)) / float(a.norm() * b.norm())
+            total += (cosine - float(labels[i, j])) ** 2
+    return total
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.rand(7, 7, generator=generator)
+    return torch.randn(7, 5, generator=generator), (labels + labels.T) / 2
+
+
+@pytest.mark.parametrize(("reduction", "divisor"), [("row_mean", 7), ("mean", 49), ("sum", 1)])
+def test_equals_a_loop(inputs, reduction, divisor):
+    embeddings, labels = inputs
+    loss = StructureLoss(reduction)(embeddings, labels)
+    assert loss.shape == () and loss.dtype == torch.float32
+    torch.testing.assert_close(loss.item(), looped(embeddings, labels) / divisor, rtol=1e-5, atol=0)
+
+
+def test_default_is_the_papers_one_over_n(inputs):
+    embeddings, labels = inputs
+    torch.testing.assert_close(
+        StructureLoss()(embeddings, labels).item(), looped(embeddings, labels) / 7, rtol=1e-5, atol=0
+    )
+
+
+def test_by_hand():
+    # cosines: 1 on the diagonal, 0 beside it; the labels miss by 0 and 0.5
+    embeddings = torch.tensor([[2.0, 0.0], [0.0, 0.1]])
+    labels = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    assert StructureLoss()(embeddings, labels).item() == pytest.approx(0.25)
+
+
+def test_ignores_the_scale_of_embeddings(inputs):
+    embeddings, labels = inputs
+    scales = torch.linspace(0.01, 100, 7)[:, None]
+    torch.testing.assert_close(StructureLoss()(embeddings * scales, labels), StructureLoss()(embeddings, labels))
+
+
+def test_gradients(inputs):
+    embeddings, labels = (tensor.double() for tensor in inputs)
+    labels.requires_grad_()
+    assert torch.autograd.gradcheck(lambda e: StructureLoss()(e, labels), embeddings.requires_grad_())
+    StructureLoss()(embeddings, labels).backward()
+    assert labels.grad is None
+
+
+def test_is_zero_at_its_labels_and_can_be_learned(inputs):
+    target = torch.nn.functional.normalize(inputs[0], dim=1)
+    labels = target @ target.T
+    assert StructureLoss()(target * 3, labels).item() < 1e-10
+    embeddings = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    optimizer = torch.optim.Adam([embeddings], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = StructureLoss()(embeddings, labels)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_computes_in_float32_under_autocast(inputs, dtype):
+    embeddings, labels = inputs
+    with torch.autocast("cpu", dtype=dtype):
+        loss = StructureLoss()(embeddings, labels)
+        half = StructureLoss()(embeddings.to(dtype).requires_grad_(), labels)
+    assert loss.dtype == half.dtype == torch.float32
+    assert loss.item() == StructureLoss()(embeddings, labels).item()
+    assert half.item() == StructureLoss()(embeddings.to(dtype).float(), labels).item()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_zero_without_a_pair_stays_in_the_graph(n):
+    embeddings = torch.randn(n, 4, requires_grad=True)
+    loss = StructureLoss()(embeddings * 2, torch.full((n, n), 0.3))
+    assert loss.item() == 0
+    loss.backward()
+    assert torch.equal(embeddings.grad, torch.zeros(n, 4))
+
+
+def test_errors(inputs):
+    embeddings, labels = inputs
+    with pytest.raises(ValueError, match="`reduction`.*'average'"):
+        StructureLoss("average")
+    with pytest.raises(ValueError, match=r"`embeddings`.*\(n, dim\).*\(7,\)"):
+        StructureLoss()(embeddings[:, 0], labels)
+    with pytest.raises(ValueError, match=r"`labels`.*\(7, 7\).*\(7, 6\)"):
+        StructureLoss()(embeddings, labels[:, :6])
+
+
+def test_docstring_example():
+    torch.manual_seed(0)
+    positions = torch.tensor([[0, 1], [0, 2], [1, 2], [2, 1], [2, 3]])
+    labels, share = label_matrix(torch.randn(7, 16), torch.tensor([0, 2, 4, 7]), positions)
+    embeddings = torch.randn(5, 8, requires_grad=True)
+    StructureLoss()(embeddings, labels).backward()
+    assert embeddings.grad.abs().sum() > 0 and 0 <= share <= 1
