@@ -108,7 +108,12 @@ class TestModel:
     def test_padding_side_and_batch_do_not_matter(self, model, processor):
         conversations = [
             [{"role": "user", "content": [{"type": "text", "text": "a red circle"}]}],
-            [{"role": "user", "content": [{"type": "image", "image": tiny.image(0)}, {"type": "text", "text": "a" * 40}]}],
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": tiny.image(0)}, {"type": "text", "text": "a" * 40}],
+                }
+            ],
         ]
         with torch.no_grad():
             right = model.embed(**processor.encode_conversations(conversations, padding_side="right"))
@@ -183,9 +188,7 @@ class TestProcessor:
             {"role": "user", "content": [{"type": "text", "text": "where?"}]},
         ]
         ours = processor.apply_chat_template(messages, add_generation_prompt=True)
-        theirs = processor.apply_chat_template(
-            messages, chat_template=tiny.LLAVA_TEMPLATE, add_generation_prompt=True
-        )
+        theirs = processor.apply_chat_template(messages, chat_template=tiny.LLAVA_TEMPLATE, add_generation_prompt=True)
         assert ours == theirs.replace("a star ", "a star</s>")
 
     def test_tokens_are_those_of_the_chat_template(self, processor):
@@ -268,7 +271,9 @@ class TestProcessor:
             processor.embed_inputs(["good", item])
 
     def test_too_long_is_an_error_that_counts_image_tokens(self, processor):
-        with pytest.raises(ValueError, match=r"items\[1\] has \d+ tokens after its 2 image\(s\) are expanded; the limit is 12"):
+        with pytest.raises(
+            ValueError, match=r"items\[1\] has \d+ tokens after its 2 image\(s\) are expanded; the limit is 12"
+        ):
             processor.embed_inputs(["a", [tiny.image(), tiny.image()]], max_length=12)
 
     def test_template_that_reorders_by_hand(self, processor):

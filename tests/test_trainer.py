@@ -89,9 +89,7 @@ def teachers(tmp_path_factory):
 
 
 def config(path, teachers=None, **kwargs):
-    return SugarTrainingConfig(
-        output_dir=str(path), **{**COMMON, "retrieval_dim": 16, "teachers": teachers, **kwargs}
-    )
+    return SugarTrainingConfig(output_dir=str(path), **{**COMMON, "retrieval_dim": 16, "teachers": teachers, **kwargs})
 
 
 def history(trainer, key):
@@ -115,9 +113,7 @@ class TestSftEquality:
         ours.train()
         theirs = SFTTrainer(
             backbone,
-            SFTConfig(
-                str(tmp_path / "b"), max_length=None, assistant_only_loss=True, warmup_steps=0.03, **kwargs
-            ),
+            SFTConfig(str(tmp_path / "b"), max_length=None, assistant_only_loss=True, warmup_steps=0.03, **kwargs),
             train_dataset=data,
             processing_class=SugarProcessor.from_pretrained(backbone),
             peft_config=LoraConfig(**peft) if lora else None,
@@ -170,9 +166,7 @@ class TestStructureLoss:
         cache, _ = trainer._teachers
         embeddings, prefixes = [], []
         for d, (row, document) in enumerate(zip(data, documents)):
-            filled = [
-                {"role": m["role"], "content": [dict(part) for part in m["content"]]} for m in row["messages"]
-            ]
+            filled = [{"role": m["role"], "content": [dict(part) for part in m["content"]]} for m in row["messages"]]
             images = iter(row["images"])
             for message in filled:
                 for part in message["content"]:
@@ -232,9 +226,9 @@ class TestStructureLoss:
             assert a == pytest.approx(b, rel=1e-4)
         # with no learning, the generative loss of a batch is that of its halves accumulated
         whole = losses(learning_rate=0.0, max_steps=2)[0]
-        halves = losses(
-            learning_rate=0.0, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2
-        )[0]
+        halves = losses(learning_rate=0.0, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2)[
+            0
+        ]
         assert whole == pytest.approx(halves, rel=1e-4)
 
     def test_streaming_with_online_teachers(self, backbone, teachers, tmp_path):
@@ -284,7 +278,10 @@ class TestRows:
         assert torch.equal(whole["input_ids"], collator([row])["input_ids"])
 
     def test_text_only_rows_mix_with_images(self, backbone):
-        text = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], "images": []}
+        text = {
+            "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}],
+            "images": [],
+        }
         batch = self.collator(backbone)([text, dict(rows([conversation], 1)[0])])
         assert len(batch["pixel_values"]) == 1
         assert "pixel_values" not in self.collator(backbone)([text])
@@ -389,8 +386,14 @@ class TestSaving:
             return SugarTrainer(
                 backbone,
                 config(
-                    tmp_path / "out", teachers, lr_scheduler_type="constant", warmup_steps=0, max_steps=steps,
-                    save_strategy="steps", save_steps=2, **kwargs,
+                    tmp_path / "out",
+                    teachers,
+                    lr_scheduler_type="constant",
+                    warmup_steps=0,
+                    max_steps=steps,
+                    save_strategy="steps",
+                    save_steps=2,
+                    **kwargs,
                 ),
                 train_dataset=rows([conversation, caption, story]),
                 peft_config=LoraConfig(r=4) if lora else None,
@@ -422,7 +425,10 @@ class TestSaving:
         from safetensors.torch import load_file, save_file
 
         trainer = SugarTrainer(
-            backbone, config(tmp_path, teachers, max_steps=1), train_dataset=rows([conversation]), peft_config=LoraConfig(r=4)
+            backbone,
+            config(tmp_path, teachers, max_steps=1),
+            train_dataset=rows([conversation]),
+            peft_config=LoraConfig(r=4),
         )
         trainer.save_model()
         file = tmp_path / "adapter" / "adapter_model.safetensors"

@@ -33,7 +33,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=352, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    bpe.train_from_iterator(["USER: what is this? ASSISTANT: a red circle", "a blue square left of a star"] * 4, trainer)
+    bpe.train_from_iterator(
+        ["USER: what is this? ASSISTANT: a red circle", "a blue square left of a star"] * 4, trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
@@ -56,10 +58,17 @@ def processor(size: int = 28, chat_template: str | None = LLAVA_TEMPLATE) -> Lla
     )
 
 
-def llava(seed: int = 0, hidden_size: int = 32, size: int = 28, max_positions: int = 512) -> LlavaForConditionalGeneration:
+def llava(
+    seed: int = 0, hidden_size: int = 32, size: int = 28, max_positions: int = 512
+) -> LlavaForConditionalGeneration:
     set_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=size, patch_size=14
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=14,
     )
     text = LlamaConfig(
         vocab_size=384,
@@ -90,11 +99,23 @@ def teachers(path) -> dict[str, str]:
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     clip = T.CLIPConfig(
         text_config=dict(
-            vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=64, eos_token_id=2, pad_token_id=0, bos_token_id=1,
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            eos_token_id=2,
+            pad_token_id=0,
+            bos_token_id=1,
         ),
         vision_config=dict(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
         ),
         projection_dim=16,
     )

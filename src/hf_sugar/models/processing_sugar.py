@@ -185,7 +185,8 @@ class SugarProcessor:
         for index, item in enumerate(items):
             where = f"items[{index}]"
             if isinstance(item, dict):
-                conversations.append(fill_images(item["messages"], item.get("images") or [], where))
+                images = [to_rgb(image) for image in item.get("images") or []]
+                conversations.append(fill_images(item["messages"], images, where))
                 continue
             parts = list(item) if isinstance(item, list | tuple) else [item]
             if not parts:
@@ -341,7 +342,7 @@ class SugarProcessor:
         text = "".join(pieces) + rendered[cursor:]
 
         expected = [None if part is None else part[0] for part in slices]
-        system = {n for n in range(len(texts))} - {n for n in expected if n is not None}
+        system = set(range(len(texts))) - {n for n in expected if n is not None}
         if [n for n in found if n not in system] != expected:
             raise ValueError(
                 f"{name}: the chat template of this checkpoint drops or reorders parts of the conversation. Set "
@@ -393,7 +394,7 @@ def _no_loss_message(name: str, loss_on: str) -> str:
     return f"{name} has {need[loss_on]}."
 
 
-def fill_images(messages: list[dict[str, Any]], images: Sequence[Image.Image], where: str) -> list[dict[str, Any]]:
+def fill_images(messages: list[dict[str, Any]], images: Sequence[Any], where: str) -> list[dict[str, Any]]:
     """
     Put the images of a row into the image parts of its messages.
 
@@ -401,8 +402,8 @@ def fill_images(messages: list[dict[str, Any]], images: Sequence[Image.Image], w
         messages (`list[dict]`):
             Messages in the conversational vision format. Content that is a plain string becomes one text part; the
             images then stand before the first such user message, as in TRL.
-        images (`list[PIL.Image.Image]`):
-            Images in the order of the image parts.
+        images (`list`):
+            Images in the order of the image parts; they are put in as they are.
         where (`str`):
             What error messages call the row.
 
@@ -416,7 +417,7 @@ def fill_images(messages: list[dict[str, Any]], images: Sequence[Image.Image], w
     filled, left, strings_seen = [], list(images), False
     wanted = 0
     for m, message in enumerate(messages):
-        role, content = message["role"], message["content"]
+        role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"{where}: messages[{m}] has the role {role!r}. Use one of {', '.join(ROLES)}.")
         if isinstance(content, str):
@@ -425,15 +426,15 @@ def fill_images(messages: list[dict[str, Any]], images: Sequence[Image.Image], w
                 strings_seen = True
                 content = [{"type": "image"} for _ in images] + content
         parts = []
-        for c, part in enumerate(content):
-            if part["type"] == "image":
+        for c, part in enumerate(content or []):
+            if part.get("type") == "image":
                 wanted += 1
-                parts.append({"type": "image", "image": to_rgb(left.pop(0)) if left else None})
-            elif part["type"] != "text":
+                parts.append({"type": "image", "image": left.pop(0) if left else None})
+            elif part.get("type") != "text":
                 raise ValueError(
-                    f"{where}: messages[{m}].content[{c}] has the type {part['type']!r}. Use 'text' or 'image'."
+                    f"{where}: messages[{m}].content[{c}] has the type {part.get('type')!r}. Use 'text' or 'image'."
                 )
-            elif not (part["text"] or "").strip():
+            elif not (part.get("text") or "").strip():
                 raise ValueError(f"{where}: messages[{m}].content[{c}] is an empty text. Remove the part or fill it.")
             else:
                 parts.append({"type": "text", "text": part["text"]})

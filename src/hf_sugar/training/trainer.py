@@ -232,11 +232,13 @@ class SugarTrainer(SFTTrainer):
     def _teacher_embeddings(self) -> Callable[[list[Any]], torch.Tensor]:
         """What embeds slices for the collator."""
         encoder = TripleEncoder.from_teachers(self.args.teachers, device=self.args.device)
-        self._split = encoder.split
         if self.args.teacher_mode == "online":
+            self._split = encoder.split
             return encoder.encode
         directory = self.args.teacher_cache_dir or Path(self.args.output_dir) / "teacher_cache"
-        self._teachers = TeacherCache.for_encoder(directory, encoder), encoder
+        cache = TeacherCache.for_encoder(directory, encoder)
+        self._split = cache.split
+        self._teachers = cache, encoder
         datasets = [self.train_dataset]
         if self.eval_dataset is not None:
             datasets += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]

@@ -1,0 +1,358 @@
+"""Checks of rows: the quick ones that need no image, and the thorough ones that open every image."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from hf_sugar.models.processing_sugar import ROLES, fill_images
+
+from .rows import conversation_row, load_image, row_name
+
+
+_KIND_OF = {"answers": "conversations", "captions": "captions", "text": "documents"}
+
+
+class Problem(NamedTuple):
+    """
+    One thing that is wrong with one row.
+
+    Attributes:
+        row (`int`):
+            Position of the row in the dataset.
+        field (`str`):
+            Place in the row, such as `"messages[0].content[1]"`.
+        message (`str`):
+            What is wrong there, and the remedy.
+        id (`str`, *optional*):
+            The row's `id`.
+    """
+
+    row: int
+    field: str
+    message: str
+    id: str | None = None
+
+    def __str__(self) -> str:
+        return f"{row_name({'id': self.id}, self.row)}, `{self.field}`: {self.message}"
+
+
+@dataclass
+class CheckReport:
+    """
+    What [`check_dataset`] found. `str(report)` is a summary to read.
+
+    Attributes:
+        rows (`int`):
+            Number of rows.
+        kinds (`dict[str, int]`):
+            Rows whose loss is on answers (`"conversations"`), on captions (`"captions"`), on all text (`"documents"`).
+        images (`int`):
+            Number of image slices.
+        texts (`int`):
+            Number of text slices.
+        text_only (`int`):
+            Rows without an image.
+        slices_min (`int`):
+            Fewest slices in a row.
+        slices_mean (`float`):
+            Slices in a row on average.
+        slices_max (`int`):
+            Most slices in a row.
+        duplicates (`int`):
+            Rows that repeat an earlier one: same messages, same image files or bytes.
+        tokens_max (`int`, *optional*):
+            Longest row in tokens, image tokens included. Only with a processor.
+        problems (`list[Problem]`):
+            Everything that is wrong, in the order of the rows.
+    """
+
+    rows: int
+    kinds: dict[str, int]
+    images: int
+    texts: int
+    text_only: int
+    slices_min: int
+    slices_mean: float
+    slices_max: int
+    duplicates: int
+    tokens_max: int | None
+    problems: list[Problem]
+
+    @property
+    def ok(self) -> bool:
+        """`bool`: whether no row has a problem."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        lines = [
+            f"{self.rows} rows ({kinds}; {self.text_only} without an image)",
+            f"{self.images} images and {self.texts} texts",
+            f"slices a row: {self.slices_min} to {self.slices_max}, {self.slices_mean:.1f} on average",
+            f"{self.duplicates} rows repeat an earlier one",
+        ]
+        if self.tokens_max is not None:
+            lines.append(f"the longest row has {self.tokens_max} tokens")
+        lines.append(_listing(self.problems) if self.problems else "no problems")
+        return "\n".join(lines)
+
+
+def _listing(problems: list[Problem], shown: int = 5) -> str:
+    lines = [f"{len(problems)} problems in {len({problem.row for problem in problems})} rows:"]
+    lines += [f"  {problem}" for problem in problems[:shown]]
+    if len(problems) > shown:
+        lines.append(f"  and {len(problems) - shown} more")
+    return "\n".join(lines)
+
+
+def row_problems(row: dict[str, Any], num_images: int) -> list[tuple[str, str]]:
+    """
+    Structural problems of one row. Images are not looked at.
+
+    Args:
+        row (`dict`):
+            Row in the conversational vision format; `images` is not read.
+        num_images (`int`):
+            Number of images that belong to the row.
+
+    Returns:
+        `list[tuple[str, str]]`: pairs of field and message, empty for a good row.
+    """
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return [("messages", "is not a list with at least one message. Give the row its messages or drop it.")]
+    problems = []
+    image_parts = texts = answers = captions = 0
+    strings_seen = False
+    for m, message in enumerate(messages):
+        field = f"messages[{m}]"
+        if not isinstance(message, dict):
+            problems.append((field, "is not a mapping. Write it as {'role': ..., 'content': [...]}."))
+            continue
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            problems.append((f"{field}.role", f"is {role!r}. Use one of {', '.join(ROLES)}."))
+        image_seen = False
+        if isinstance(content, str):
+            if role == "user" and not strings_seen:
+                strings_seen = True
+                image_parts += num_images
+                image_seen = num_images > 0
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list) or not content:
+            problems.append((f"{field}.content", "is empty. Fill it or remove the message."))
+            continue
+        for c, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "image" and role == "system":
+                problems.append(
+                    (f"{field}.content[{c}]", "is an image in a system message. Move it to a user message.")
+                )
+            elif kind == "image":
+                image_parts += 1
+                image_seen = True
+            elif kind != "text":
+                problems.append(
+                    (f"{field}.content[{c}].type", f"is {kind!r}. Every part is of the type 'text' or 'image'.")
+                )
+            elif not isinstance(part.get("text"), str) or not part["text"].strip():
+                problems.append((f"{field}.content[{c}].text", "is empty. Fill it or remove the part."))
+            elif role != "system":
+                texts += 1
+                answers += role == "assistant"
+                captions += image_seen
+    if image_parts != num_images:
+        counts = f"holds {num_images} images but `messages` has {image_parts} image parts"
+        problems.append(("images", f"{counts}. Give one image for each image part, in the same order."))
+    loss_on = row.get("loss_on") or "answers"
+    if loss_on not in _KIND_OF:
+        problems.append(("loss_on", f"is {loss_on!r}. Use one of {', '.join(_KIND_OF)}."))
+    elif not problems and loss_on == "answers" and not answers:
+        problems.append(("messages", "no answer. Add an assistant turn, or set loss_on='text' for a document."))
+    elif not problems and loss_on == "captions" and not captions:
+        problems.append(("messages", "no caption. Put a text after the image, or set loss_on='text' for a document."))
+    elif not problems and loss_on == "text" and not texts:
+        problems.append(("messages", "no text. Add a text part or drop the row."))
+    return problems
+
+
+def text_rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], int]]:
+    """
+    Iterate over the text of a dataset's rows without reading its images.
+
+    Args:
+        dataset ([`datasets.Dataset`]):
+            Rows of any layout that [`~data.rows.conversation_row`] takes.
+
+    Yields:
+        `tuple[dict, int]`: `messages`, `loss_on` and `id`, and the number of images.
+
+    Raises:
+        `ValueError`: if the dataset has no `messages` column (nor `prompt` and `completion`), or no column of images.
+    """
+    columns = dataset.column_names
+    if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
+        raise ValueError(
+            f"the dataset has no `messages` column (it has {', '.join(columns)}). Bring it into the conversational "
+            "vision format, for example with `hf_sugar.data.load_data`."
+        )
+    if "images" in columns:
+        lists = dataset.select_columns("images").with_format("arrow")[:]["images"]
+        counts = [count or 0 for count in pc.list_value_length(lists).to_pylist()]
+    elif "image" in columns:
+        counts = pc.is_valid(dataset.select_columns("image").with_format("arrow")[:]["image"]).to_pylist()
+    else:
+        counts = [0] * len(dataset)
+    names = ("messages", "prompt", "completion", "loss_on", "id")
+    text = dataset.select_columns([name for name in names if name in columns])
+    counts = iter(counts)
+    for batch in text.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            row = conversation_row(dict(zip(batch, values, strict=True)))
+            del row["images"]
+            yield row, int(next(counts))
+
+
+def check_rows_structure(dataset: Dataset) -> list[Problem]:
+    """
+    Check the structure of every row: roles, parts, number of images, and that some text carries the loss. No image is
+    read, so this is quick on large datasets too.
+
+    Args:
+        dataset ([`datasets.Dataset`]):
+            Rows in the conversational vision format.
+
+    Returns:
+        `list[Problem]`: what is wrong, in the order of the rows.
+
+    Raises:
+        `ValueError`: if the dataset has no `messages` column.
+    """
+    progress = tqdm(text_rows(dataset), total=len(dataset), desc="checking rows", unit=" rows")
+    return [
+        Problem(index, field, message, row.get("id"))
+        for index, (row, num_images) in enumerate(progress)
+        for field, message in row_problems(row, num_images)
+    ]
+
+
+def validate_rows(dataset: Dataset, name: str = "dataset") -> None:
+    """
+    Refuse a dataset with malformed rows.
+
+    Args:
+        dataset ([`datasets.Dataset`]):
+            Rows in the conversational vision format.
+        name (`str`, *optional*, defaults to `"dataset"`):
+            What the error calls the dataset.
+
+    Raises:
+        `ValueError`: naming the first few malformed rows and their total, or if there is no row at all.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"{name} has no rows.")
+    problems = check_rows_structure(dataset)
+    if problems:
+        raise ValueError(f"{name} cannot be used: {_listing(problems)}")
+
+
+def check_dataset(
+    dataset: Dataset, processor: Any = None, max_length: int | None = None, decode: bool = True
+) -> CheckReport:
+    """
+    Check a dataset thoroughly, and count what is in it.
+
+    Args:
+        dataset ([`datasets.Dataset`]):
+            Rows in the conversational vision format.
+        processor ([`SugarProcessor`], *optional*):
+            Processor of the model to be trained. With it every row is tokenized, images included, to find its length,
+            and texts that contain the processor's image token are reported. Needs `decode`.
+        max_length (`int`, *optional*):
+            Report rows of more tokens than this. Needs `processor`.
+        decode (`bool`, *optional*, defaults to `True`):
+            Whether to open every image.
+
+    Returns:
+        [`CheckReport`]: counts and problems.
+
+    Raises:
+        `ValueError`: if the dataset has no rows or no `messages` column, or if an argument lacks the one it needs.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the dataset has no rows.")
+    if max_length is not None and processor is None:
+        raise ValueError("`max_length` counts tokens: give the `processor` too.")
+    if processor is not None and not decode:
+        raise ValueError("`processor` needs the images: leave `decode` at True.")
+
+    columns = dataset.column_names
+    arrow = dataset.with_format("arrow")  # images as they are stored: casting the column would copy them all
+    problems, kinds, digests = [], Counter(), set()
+    images_total = texts_total = text_only = tokens_max = 0
+    slices = []
+    for index, (row, num_images) in enumerate(
+        tqdm(text_rows(dataset), total=len(dataset), desc="checking rows", unit=" rows")
+    ):
+        found = row_problems(row, num_images)
+        stored = []
+        if num_images:
+            record = arrow[index]
+            stored = record["images"].to_pylist()[0] if "images" in columns else record["image"].to_pylist()
+        digest = hashlib.blake2b(json.dumps(row["messages"], sort_keys=True).encode())
+        for image in stored:
+            image = image or {"bytes": None, "path": None}  # a null in the list; decoding reports it below
+            digest.update(image["bytes"] or (image["path"] or "").encode())
+        digests.add(digest.digest())
+
+        images = []
+        for n, image in enumerate(stored if decode else []):
+            where = f"images[{n}]"
+            try:
+                images.append(load_image(image, where))
+            except ValueError as error:
+                found.append((where, str(error).removeprefix(f"{where}: ")))
+        if not found:
+            messages = fill_images(row["messages"], images or [None] * num_images, "the row")
+            contents = [message["content"] for message in messages if message["role"] != "system"]
+            texts = sum(part["type"] == "text" for content in contents for part in content)
+            texts_total += texts
+            images_total += num_images
+            text_only += not num_images
+            slices.append(texts + num_images)
+            kinds[_KIND_OF[row.get("loss_on") or "answers"]] += 1
+            if processor is not None:
+                found, tokens = _tokenized(messages, processor, max_length)
+                tokens_max = max(tokens_max, tokens)
+        problems += [Problem(index, field, message, row.get("id")) for field, message in found]
+
+    return CheckReport(
+        rows=len(dataset),
+        kinds=dict(kinds),
+        images=images_total,
+        texts=texts_total,
+        text_only=text_only,
+        slices_min=min(slices, default=0),
+        slices_mean=sum(slices) / max(len(slices), 1),
+        slices_max=max(slices, default=0),
+        duplicates=len(dataset) - len(digests),
+        tokens_max=tokens_max if processor is not None else None,
+        problems=problems,
+    )
+
+
+def _tokenized(messages, processor, max_length) -> tuple[list[tuple[str, str]], int]:
+    try:
+        tokens = processor.encode_conversations([messages], names=["the row"])["input_ids"].shape[1]
+    except ValueError as error:
+        return [("messages", str(error).removeprefix("the row: "))], 0
+    if max_length is not None and tokens > max_length:
+        return [("messages", f"{tokens} tokens, more than max_length={max_length}. Shorten or split the row.")], tokens
+    return [], tokens

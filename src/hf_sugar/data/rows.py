@@ -1,0 +1,200 @@
+"""One row of training data, taken apart into its slices."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from hf_sugar.models.processing_sugar import fill_images, to_rgb
+
+
+def row_name(row: dict[str, Any], index: int) -> str:
+    """
+    How error messages call a row: its position, and its `id` where it has one.
+
+    Args:
+        row (`dict`):
+            Row in the conversational vision format.
+        index (`int`):
+            Position of the row in its dataset.
+
+    Returns:
+        `str`: for example `"row 17 (llava.json:17)"`.
+    """
+    return f"row {index} ({row['id']})" if row.get("id") else f"row {index}"
+
+
+def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    A row of any layout that TRL takes for vision data, with the columns that this library reads.
+
+    Args:
+        row (`dict`):
+            Row with `messages`, or with `prompt` and `completion` (lists of messages; only what the assistant says in
+            the completion is learnt then), and `images` or `image`.
+
+    Returns:
+        `dict`: `messages`, `images` (a list), `loss_on` (defaults to `"answers"`) and `id` (or `None`).
+
+    Raises:
+        `ValueError`: if the row has neither `messages` nor conversational `prompt` and `completion`.
+    """
+    if row.get("messages") is not None:
+        messages = row["messages"]
+    elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        messages = [{**message, "learn": False} for message in row["prompt"]] + row["completion"]
+    else:
+        raise ValueError(
+            f"a row has the columns {', '.join(row)}; slices are the content parts of `messages` (or of `prompt` and "
+            "`completion` that are lists of messages). Bring the dataset into that format, for example with "
+            "`hf_sugar.data.load_data`."
+        )
+    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+    return {
+        "messages": messages,
+        "images": images,
+        "loss_on": row.get("loss_on") or "answers",
+        "id": row.get("id"),
+    }
+
+
+def answer_to_image(row: dict[str, Any]) -> str | None:
+    """
+    The text that goes with the image of a row: its only answer, or its caption.
+
+    Args:
+        row (`dict`):
+            Row of any layout that [`conversation_row`] takes.
+
+    Returns:
+        `str` or `None`: `None` if the row does not have exactly one image and one such text.
+    """
+    row = conversation_row(row)
+    if len(row["images"]) != 1 or row["loss_on"] == "text":
+        return None
+    role = "user" if row["loss_on"] == "captions" else "assistant"
+    texts = []
+    for message in row["messages"]:
+        if message["role"] == role:
+            content = message["content"]
+            content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            texts += [part["text"] for part in content if part["type"] == "text"]
+    return texts[0] if len(texts) == 1 else None
+
+
+def undecoded(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    The dataset with its images left as bytes or paths. Left to `datasets`, an unreadable image stops the iteration with
+    an error that names no row.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Any dataset.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.decode(False) if dataset.features else dataset
+    dataset = copy.deepcopy(dataset)  # of the description; the data themselves are shared
+    for name in ("image", "images"):
+        # `cast_column` would rewrite the whole dataset where the images are in lists
+        feature = dataset.info.features.get(name)
+        feature = feature.feature if isinstance(feature, datasets.List) else feature
+        if isinstance(feature, datasets.Image):
+            feature.decode = False
+    return dataset
+
+
+def load_image(image: Image.Image | str | Path | bytes | dict[str, Any], where: str = "image") -> Image.Image:
+    """
+    Decode an image, whatever form a dataset keeps it in, and bring it to 8-bit RGB.
+
+    The EXIF orientation is applied, transparent pixels are laid over white, 16-bit greyscale is scaled down to 8 bits,
+    and every other mode goes through Pillow's own conversion. Of an animation the first frame is taken. Nothing is
+    downloaded: a web address is refused.
+
+    Args:
+        image (`PIL.Image.Image` or `str` or `pathlib.Path` or `bytes` or `dict`):
+            Decoded image, path of an image file, content of an image file, or the `{"bytes": ..., "path": ...}` mapping
+            of an undecoded [`datasets.Image`] column.
+        where (`str`, *optional*, defaults to `"image"`):
+            What error messages name: the row and the position in it.
+
+    Returns:
+        `PIL.Image.Image`: image of mode `"RGB"`. An input that is an upright RGB image already is returned as it is.
+
+    Raises:
+        `ValueError`: if the file does not exist, cannot be decoded, has more pixels than Pillow's guard against
+            decompression bombs lets through, has a mode with no defined conversion to 8 bits (floats, 32-bit
+            integers), or if `image` is of another type or a web address.
+    """
+    if isinstance(image, Image.Image):
+        name = f"image of mode {image.mode} and size {image.size}"
+    elif isinstance(image, str | Path):
+        image, name = {"path": str(image), "bytes": None}, f"image file {str(image)!r}"
+    elif isinstance(image, bytes):
+        image, name = {"path": None, "bytes": image}, f"image of {len(image)} bytes"
+    elif isinstance(image, dict) and (image.get("bytes") or image.get("path")):
+        image = {"path": image.get("path"), "bytes": image.get("bytes")}
+        name = f"image file {image['path']!r}" if image["path"] else f"image of {len(image['bytes'])} bytes"
+    else:
+        raise ValueError(
+            f"{where}: expected a PIL image, a path, bytes or a mapping with `bytes` or `path`, got "
+            f"{image if image is None or isinstance(image, dict) else type(image).__name__}."
+        )
+    if isinstance(image, dict) and not image["bytes"] and image["path"].startswith(("http://", "https://")):
+        raise ValueError(f"{where}: {name} is a web address. Download the images and give their local paths.")
+
+    try:
+        if isinstance(image, dict):
+            image = datasets.Image().decode_example(image)  # orientation included
+        else:
+            image.load()
+        return to_rgb(image)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{where}: {name} does not exist. Correct the path, or the root directory that paths are relative to."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{where}: {name} is too large: {error} Scale the file down, or set `PIL.Image.MAX_IMAGE_PIXELS` if you "
+            "trust it."
+        ) from error
+    except Exception as error:  # a decoder may raise anything: OSError, SyntaxError, struct.error, EOFError ...
+        raise ValueError(
+            f"{where}: {name} cannot be decoded ({type(error).__name__}: {error}). Replace the file or drop the row."
+        ) from error
+
+
+def row_slices(row: dict[str, Any], where: str = "row") -> list[str | Image.Image]:
+    """
+    The slices of a row in reading order: one for every content part of its user and assistant messages.
+
+    A message whose content is a plain string is one text slice. As in TRL, the images of a row then stand before the
+    first such user message. System messages hold no slices.
+
+    Args:
+        row (`dict`):
+            Row in the conversational vision format: `messages`, and `images` in the order of the image parts
+            (`None` and a missing column both mean no images). An image may have any form [`load_image`] takes.
+        where (`str`, *optional*, defaults to `"row"`):
+            What error messages call the row, see [`row_name`].
+
+    Returns:
+        `list[str | PIL.Image.Image]`: texts as they are, images in RGB.
+
+    Raises:
+        `ValueError`: for an unknown role or part type, an empty text, a number of images that differs from the number
+            of image parts, or an image that cannot be loaded.
+    """
+    row = conversation_row(row)
+    images = iter(range(len(row["images"])))
+    slices = []
+    for message in fill_images(row["messages"], row["images"], where):
+        if message["role"] != "system":
+            for part in message["content"]:
+                if part["type"] == "image":
+                    slices.append(load_image(part["image"], f"{where}, images[{next(images)}]"))
+                else:
+                    slices.append(part["text"])
+    return slices

@@ -1,0 +1,685 @@
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import BatchFeature
+
+from hf_sugar.evaluation import (
+    WINOGROUND_CHANCE,
+    Figure,
+    bootstrap_interval,
+    embedder,
+    exact_match,
+    generator,
+    image_text_retrieval,
+    interleaved_retrieval,
+    plot_alignment,
+    plot_gallery,
+    plot_losses,
+    plot_similarities,
+    ranks,
+    recall_at_k,
+    report_table,
+    to_dict,
+    winoground,
+)
+from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
+
+
+def picture(color, size=(8, 8)):
+    return Image.new("RGB", size, color)
+
+
+def unit(vectors):
+    vectors = np.asarray(vectors, dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+IMAGE_PART = {"type": "image", "text": None}
+
+
+def conversation(*turns, images=(), **columns):
+    """Turns alternate between user and assistant; `None` is an image part."""
+    roles = itertools.cycle(["user", "assistant"])
+    messages = [
+        {"role": role, "content": [IMAGE_PART if part is None else text_part(part) for part in turn]}
+        for role, turn in zip(roles, turns, strict=False)
+    ]
+    return {"messages": messages, "images": list(images), **columns}
+
+
+# ranks, recalls
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_ranks_equal_the_worst_order_of_a_brute_force_sort(data):
+    queries, candidates = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 8))
+    # few distinct values, so that ties are common
+    scores = np.array([[data.draw(st.integers(0, 3)) for _ in range(candidates)] for _ in range(queries)], dtype=float)
+    relevant = [data.draw(st.sets(st.integers(0, candidates - 1), min_size=1)) for _ in range(queries)]
+    for row, answers, rank in zip(scores, relevant, ranks(scores, relevant), strict=True):
+        order = sorted(range(candidates), key=lambda c: (-row[c], c in answers))  # irrelevant first among equals
+        assert rank == 1 + min(order.index(answer) for answer in answers)
+
+
+def test_recall_by_hand():
+    scores = np.array([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2], [0.3, 0.8, 0.8]])
+    hits = recall_at_k(scores, np.array([0, 1, 2]), ks=(1, 2, 3))
+    assert hits[1].tolist() == [1, 0, 0]
+    assert hits[2].tolist() == [1, 0, 1]
+    assert hits[3].tolist() == [1, 1, 1]
+    # two equal relevant candidates do not stand in each other's way
+    assert ranks(scores, [{0}, {0, 1, 2}, {1, 2}]).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "relevant", "message"),
+    [
+        ([[0.1, np.nan]], [0], "query 0 hold NaN"),
+        ([[0.1, 0.2]], [2], r"relevant\[0\]` is \[2\]"),
+        ([[0.1, 0.2]], [-1], r"relevant\[0\]` is \[-1\]"),
+        ([[0.1, 0.2]], [set()], "at least one index from 0 to 1"),
+        ([[0.1, 0.2]], [0, 1], r"shape \(1, 2\)"),
+    ],
+)
+def test_recall_refuses(scores, relevant, message):
+    with pytest.raises(ValueError, match=message):
+        recall_at_k(np.array(scores), relevant)
+
+
+# intervals
+
+
+def test_interval_agrees_with_the_binomial_distribution():
+    n, p = 400, 0.3
+    values = np.zeros(n)
+    values[: int(n * p)] = 1
+    # exact quantiles of the mean of a resample, which is binomial(n, p) / n
+    log_terms = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log(1 - p)
+        for i in range(n + 1)
+    ]
+    cumulative = np.cumsum(np.exp(log_terms))
+    expected = [np.searchsorted(cumulative, q) / n for q in (0.025, 0.975)]
+    assert bootstrap_interval(values, resamples=4000) == pytest.approx(expected, abs=1.5 / n)
+    narrow = bootstrap_interval(values, confidence=0.5)
+    assert expected[0] < narrow[0] < p < narrow[1] < expected[1]
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for trial in range(300):
+        low, high = bootstrap_interval(generator.random(120) < 0.4, resamples=300, seed=trial)
+        covered += low <= 0.4 <= high
+    assert 0.91 < covered / 300 < 0.98
+
+
+def test_interval_resamples_whole_groups():
+    values = np.repeat(np.random.default_rng(0).random(50) < 0.5, 20).astype(float)
+    groups = np.repeat(np.arange(50), 20)
+    assert bootstrap_interval(values, groups=groups) == pytest.approx(bootstrap_interval(values[::20]))
+    singles = bootstrap_interval(values)
+    low, high = bootstrap_interval(values, groups=groups)
+    assert high - low > 3 * (singles[1] - singles[0])
+
+
+def test_interval_is_reproducible_and_needs_values():
+    values = np.arange(20.0)
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    assert bootstrap_interval([1, 1, 1]) == (1, 1)
+    with pytest.raises(ValueError, match="empty"):
+        bootstrap_interval([])
+
+
+def test_figure_and_table():
+    figure = Figure(63.12, 58.94, 67.16, 500)
+    assert str(figure) == "63.1 [58.9, 67.2]"
+    assert figure.to_dict() == {"value": 63.12, "low": 58.94, "high": 67.16, "n": 500}
+    assert Figure.from_hits([True, False, False, False]).value == 25
+    results = {"exact_match": figure, "misses": [{"row": "row 0"}], "duplicates": 3}
+    assert json.loads(json.dumps(to_dict(results)))["exact_match"]["n"] == 500
+    assert report_table({"a": results, "b": {"exact_match": figure, "other": figure}}).splitlines() == [
+        "| metric | a | b |",
+        "|---|---|---|",
+        "| exact_match | 63.1 [58.9, 67.2] | 63.1 [58.9, 67.2] |",
+        "| duplicates | 3 |  |",
+        "| other |  | 63.1 [58.9, 67.2] |",
+    ]
+
+
+# tasks
+
+
+def lookup(table):
+    """Embedding function that looks texts up by themselves and images by the colour of their first pixel."""
+
+    def embed(items):
+        return unit([table[item if isinstance(item, str) else item.getpixel((0, 0))] for item in items])
+
+    return embed
+
+
+def test_image_text_retrieval_by_hand():
+    red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    table = {red: [1, 0, 0], green: [0, 1, 0], blue: [0, 0, 1]}
+    table |= {"red": [1, 0, 0], "green": [0.6, 0.5, 0], "blue": [0.1, 0.2, 1]}
+    results = image_text_retrieval(
+        lookup(table), [picture(c) for c in (red, green, blue)], ["red", "green", "blue"], (1, 2)
+    )
+    # the caption "green" lies nearer to the red image, but the green image nearest to its caption
+    assert results["image_to_text_recall@1"].value == 100
+    assert results["text_to_image_recall@1"].value == pytest.approx(200 / 3)
+    assert results["text_to_image_recall@2"].value == 100
+    assert results["text_to_image_recall@2"].n == 3
+    assert results["duplicate_captions"] == 0
+
+
+def test_image_text_retrieval_counts_identical_captions_as_relevant():
+    red, green = (255, 0, 0), (0, 255, 0)
+    table = {red: [1, 0.1], green: [0, 1], "a shape": [1, 0]}
+    results = image_text_retrieval(lookup(table), [picture(red), picture(green)], ["a shape", "a shape"], (1,))
+    assert results["image_to_text_recall@1"].value == 100
+    assert results["text_to_image_recall@1"].value == 100
+    assert results["duplicate_captions"] == 1
+
+
+def test_image_text_retrieval_with_several_captions_an_image():
+    red, green = (255, 0, 0), (0, 255, 0)
+    table = {red: [1, 0], green: [0, 1], "red": [1, 0], "rot": [0.4, 0.5], "green": [0, 1], "gruen": [0.1, 1]}
+    captions = [["red", "rot"], ["green", "gruen"]]
+    results = image_text_retrieval(lookup(table), [picture(red), picture(green)], captions, (1,))
+    assert results["image_to_text_recall@1"].value == 100
+    assert results["text_to_image_recall@1"].value == 75
+    assert results["text_to_image_recall@1"].n == 4
+    with pytest.raises(ValueError, match="1 images but 2 captions"):
+        image_text_retrieval(lookup(table), [picture(red)], captions)
+
+
+def test_intervals_resample_images_and_stories():
+    generator = np.random.default_rng(0)
+    colors = [(i, i, i) for i in range(40)]
+    vectors = unit(generator.normal(size=(40, 30)))
+    # every second image is found by all of its captions, the others by none
+    table = dict(zip(colors, vectors, strict=True))
+    table |= {f"{i} {n}": vectors[i - i % 2] for i in range(40) for n in range(8)}
+    captions = [[f"{i} {n}" for n in range(8)] for i in range(40)]
+    results = image_text_retrieval(lookup(table), [picture(color) for color in colors], captions, (1,))
+    found = np.arange(40) % 2 == 0
+    assert results["text_to_image_recall@1"] == Figure(50, *(100 * end for end in bootstrap_interval(found)), 320)
+
+    story = [
+        [picture(colors[i]), *[part for n in range(8) for part in (f"{i} {n}", picture(colors[i]))]] for i in range(40)
+    ]
+    by_last_text = lookup(table)
+    results = interleaved_retrieval(
+        lambda items: by_last_text([item[-1] if isinstance(item, list) else item for item in items]), story, (1,)
+    )
+    assert results["context_recall@1"] == Figure(50, *(100 * end for end in bootstrap_interval(found)), 320)
+
+
+def test_recall_over_many_queries_equals_one_product():
+    generator = np.random.default_rng(0)
+    n = 2100  # more than two blocks
+    images, texts = unit(generator.normal(size=(n, 6))), unit(generator.normal(size=(n, 6)))
+    by_id = {f"t{i}": texts[i] for i in range(n)}
+
+    def embed(items):
+        return np.stack([by_id[item] if isinstance(item, str) else images[item.getpixel((0, 0))] for item in items])
+
+    pictures = [Image.new("I", (1, 1), i) for i in range(n)]
+    results = image_text_retrieval(embed, pictures, [f"t{i}" for i in range(n)], (10,))
+    scores = images @ texts.T
+    expected = np.mean([(scores[i] > scores[i, i]).sum() < 10 for i in range(n)])
+    assert results["image_to_text_recall@10"].value == pytest.approx(100 * expected)
+
+
+def test_interleaved_retrieval_queries_candidates_and_relevance():
+    colors = {name: picture(name) for name in ("red", "green", "blue", "yellow")}
+    stories = [
+        ["one", colors["red"], "two", colors["green"], "three", colors["blue"]],
+        [colors["yellow"], "four", picture("red"), colors["green"], "five"],
+    ]
+    seen = []
+
+    def names(item):
+        if isinstance(item, list):
+            return [names(part) for part in item]
+        return item if isinstance(item, str) else {v.tobytes(): k for k, v in colors.items()}[item.tobytes()]
+
+    def embed(items):
+        seen.append([names(item) for item in items])
+        # a query's embedding is that of the image that follows "two", or else of red
+        axes = {"red": 0, "green": 1, "blue": 2, "yellow": 3}
+        rows = []
+        for name in seen[-1]:
+            key = name if isinstance(name, str) else name[-1]
+            rows.append(np.eye(4)[axes.get(key, 1 if key == "two" else 0)])
+        return np.array(rows, dtype=np.float32)
+
+    results = interleaved_retrieval(embed, stories, ks=(1,))
+    assert seen[0] == ["red", "green", "blue", "yellow"]
+    assert seen[1] == [
+        ["one", "red", "two"],
+        ["one", "red", "two", "green", "three"],
+        ["yellow", "four"],
+        ["yellow", "four", "red"],
+    ]
+    assert seen[2] == ["two", "three", "four", "four"]
+    assert results["candidates"] == 4
+    assert results["duplicate_images"] == 2
+    # right: green after "two", red after "four"
+    assert results["context_recall@1"].value == 50
+    assert results["last_sentence_recall@1"].value == 50
+
+    seen.clear()
+    assert interleaved_retrieval(embed, stories, ks=(1,), min_context=1)["context_recall@1"].n == 5
+    assert seen[1][0] == ["one"]
+
+    no_text_first = interleaved_retrieval(embed, [[colors["red"], colors["green"], "two", colors["green"]]], (1,), 1)
+    assert no_text_first["context_recall@1"].n == 2
+    assert no_text_first["last_sentence_recall@1"].n == 1
+
+    with pytest.raises(ValueError, match="has 9 slices before it"):
+        interleaved_retrieval(embed, stories, min_context=9)
+    with pytest.raises(ValueError, match="at least 1 slice"):
+        interleaved_retrieval(embed, stories, min_context=0)
+
+
+# s(c0,i0), s(c0,i1), s(c1,i0), s(c1,i1): text, image, group
+WINOGROUND_TABLE = [
+    ((0.9, 0.1, 0.2, 0.8), 1, 1, 1),
+    ((0.9, 0.8, 0.1, 0.85), 1, 1, 1),
+    ((0.5, 0.6, 0.4, 0.7), 1, 0, 0),  # the first caption prefers the wrong image
+    ((0.5, 0.4, 0.6, 0.7), 0, 1, 0),  # the first image prefers the wrong caption
+    ((0.1, 0.9, 0.8, 0.2), 0, 0, 0),
+    ((0.5, 0.5, 0.1, 0.9), 1, 0, 0),  # ties do not count
+    ((0.5, 0.1, 0.5, 0.9), 0, 1, 0),
+    ((0.5, 0.5, 0.5, 0.5), 0, 0, 0),
+]
+
+
+@pytest.mark.parametrize(("scores", "text", "image", "group"), WINOGROUND_TABLE)
+def test_winoground_rule(scores, text, image, group):
+    s00, s01, s10, s11 = scores
+    i0, i1 = picture("red"), picture("blue")
+    # captions as the standard axes, so that an image's coordinates are its scores; inner products need no unit norm
+    table = {"a b": [1, 0], "b a": [0, 1], (255, 0, 0): [s00, s10], (0, 0, 255): [s01, s11]}
+
+    def embed(items):
+        return np.array([table[item if isinstance(item, str) else item.getpixel((0, 0))] for item in items])
+
+    row = {"image_0": i0, "image_1": i1, "caption_0": "a b", "caption_1": "b a"}
+    results = winoground(embed, [row])
+    assert [results[name].value / 100 for name in ("text_score", "image_score", "group_score")] == [text, image, group]
+
+
+def test_winoground_chance():
+    n = 20000
+    vectors = np.random.default_rng(0).normal(size=(4 * n, 8))
+    stream = iter(np.split(vectors, 2))
+    row = {"image_0": picture("red"), "image_1": picture("red"), "caption_0": "a", "caption_1": "b"}
+    results = winoground(lambda items: next(stream), [row] * n)
+    # of the 24 orders of four scores, those that satisfy the rule
+    orders = list(itertools.permutations(range(4)))
+    group = sum(min(a, d) > max(b, c) for a, b, c, d in orders) / len(orders)
+    text = sum(a > c and d > b for a, b, c, d in orders) / len(orders)
+    assert WINOGROUND_CHANCE == pytest.approx(
+        {"text_score": 100 * text, "image_score": 100 * text, "group_score": 100 * group}
+    )
+    # scores that share an image or a caption are not quite independent
+    for name, chance in WINOGROUND_CHANCE.items():
+        assert results[name].value == pytest.approx(chance, abs=2.5)
+
+
+def test_exact_match():
+    rows = [
+        conversation([None, "What is it?"], ["A  red\nCircle "], images=[picture("red")], id="vqa:0"),
+        conversation([None, "Describe"], ["a square"], ["And", None], ["two", "stars"], images=[picture("blue")] * 2),
+        conversation(["Hello"], ["yes"], images=[], id="vqa:2"),
+    ]
+    seen = []
+
+    def generate(conversations):
+        seen.extend(conversations)
+        return [{"What is it?": "a red circle", "And": "one star", "Hello": "Yes"}[question(c)] for c in conversations]
+
+    def question(row):
+        return next(part["text"] for part in row["messages"][-1]["content"] if part["type"] == "text")
+
+    results = exact_match(generate, rows, chunk_size=2)
+    assert [[m["role"] for m in c["messages"]] for c in seen] == [["user"], ["user", "assistant", "user"], ["user"]]
+    assert [len(c["images"]) for c in seen] == [1, 2, 0]
+    assert results["exact_match"].value == pytest.approx(200 / 3)
+    assert results["misses"] == [{"row": "row 1", "expected": "two stars", "generated": "one star"}]
+    strict = exact_match(generate, rows, normalise=str)
+    assert [miss["row"] for miss in strict["misses"]] == ["row 0 (vqa:0)", "row 1", "row 2 (vqa:2)"]
+    json.dumps(to_dict(strict))
+
+    with pytest.raises(ValueError, match=r"row 1 \(x\) has no assistant turn"):
+        exact_match(generate, [rows[0], conversation(["Hello"], id="x")])
+
+
+def test_exact_match_prompt_has_only_its_own_images():
+    row = conversation([None, "Draw another"], ["like", None], images=[picture("red"), picture("blue")])
+    prompts = []
+    exact_match(lambda c: prompts.extend(c) or ["like"], [row])
+    assert prompts[0]["images"] == row["images"][:1]
+
+
+# models
+
+
+class FakeProcessor:
+    """A token for each character; images are tokens of their own."""
+
+    image_token_id = 1
+
+    def __init__(self):
+        self.batches = []
+
+    def encode(self, conversations, side):
+        self.batches.append(conversations)
+        ids, pixels = [], []
+        for messages in conversations:
+            row = []
+            for message in messages:
+                for part in message["content"]:
+                    if part["type"] == "image":
+                        row += [self.image_token_id] * 4
+                        pixels.append(np.asarray(part["image"], dtype=np.float64)[0, 0] / 255)
+                    else:
+                        row += [ord(c) for c in part["text"]]
+            ids.append(row)
+        width = max(map(len, ids))
+        pad = [[0] * (width - len(row)) for row in ids]
+        rows = [p + row if side == "left" else row + p for row, p in zip(ids, pad, strict=True)]
+        batch = {"input_ids": torch.tensor(rows), "attention_mask": (torch.tensor(rows) != 0).long()}
+        if pixels:
+            batch["pixel_values"] = torch.tensor(np.array(pixels))
+        return batch
+
+    def embed_inputs(self, items):
+        conversations = []
+        for item in items:
+            images = iter(item["images"])
+            [message] = item["messages"]
+            content = [{**p, "image": next(images)} if p["type"] == "image" else p for p in message["content"]]
+            conversations.append([{"role": "user", "content": content}])
+        batch = self.encode(conversations, "right")
+        batch["slice_ids"] = torch.full_like(batch["input_ids"], -1)
+        last = batch["attention_mask"].sum(dim=1) - 1
+        batch["slice_ids"][torch.arange(len(items)), last] = 0
+        return BatchFeature(batch)
+
+    def apply_chat_template(
+        self, messages, tokenize, add_generation_prompt, return_dict, return_tensors, processor_kwargs
+    ):
+        assert tokenize and add_generation_prompt and return_dict and return_tensors == "pt"
+        assert processor_kwargs == {"padding": True, "padding_side": "left"}
+        return BatchFeature(self.encode(messages, "left"))
+
+    def batch_decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return ["".join(chr(i) for i in row if i != 0) for row in ids.tolist()]
+
+
+class FakeModel(torch.nn.Module):
+    """Embeds the tokens marked by `slice_ids`; answers with the prompt backwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(200, 4, generator=torch.Generator().manual_seed(0)))
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.calls = []
+
+    def embed(self, slice_ids, project, input_ids, attention_mask, pixel_values=None):
+        assert not self.training and not torch.is_grad_enabled()
+        assert pixel_values is None or pixel_values.dtype == self.dtype
+        self.calls.append(project)
+        mask = (slice_ids == 0).float()[..., None]
+        pooled = (self.weight[input_ids] * mask).sum(dim=1) / mask.sum(dim=1)
+        return torch.nn.functional.normalize(pooled, dim=-1)
+
+    def generate(self, input_ids, attention_mask, pixel_values=None, **kwargs):
+        assert not self.training and not torch.is_grad_enabled()
+        self.calls.append(kwargs)
+        space = torch.full((len(input_ids), 1), ord(" "))
+        return torch.cat([input_ids, space, input_ids.flip(1)], dim=1)
+
+
+ITEMS = ["abc", picture("red"), ["ab", picture("blue"), "xyz"], "a much longer text", ["z"], "no.png", " q "]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_embedder_keeps_the_order_and_takes_the_last_slice(batch_size):
+    model, processor = FakeModel().train(), FakeProcessor()
+    embeddings = embedder(model, processor, batch_size=batch_size)(ITEMS)
+    last = [ord("c"), 1, ord("z"), ord("t"), ord("z"), ord("g"), ord("q")]
+    expected = torch.nn.functional.normalize(model.weight[last].detach(), dim=-1)
+    np.testing.assert_allclose(embeddings, expected.numpy(), atol=1e-6)
+    assert embeddings.dtype == np.float32
+    assert model.training
+    assert model.calls == [True] * math.ceil(len(ITEMS) / batch_size)
+
+
+def test_embedder_batches_similar_lengths():
+    processor = FakeProcessor()
+    embedder(FakeModel(), processor, batch_size=2)(
+        ["a", "a" * 50, picture("red"), "b" * 49, "bb", [picture("red"), "c"]]
+    )
+    lengths = [
+        sorted(
+            sum(4 if part["type"] == "image" else len(part["text"]) for part in messages[0]["content"])
+            for messages in b
+        )
+        for b in processor.batches
+    ]
+    assert lengths == [[4, 5], [49, 50], [1, 2]]
+
+
+def test_embedder_loads_lazily_decoded_items_window_by_window():
+    held, most = set(), 0
+
+    class Lazy:
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, i):
+            nonlocal most
+            held.add(i)
+            most = max(most, len(held))
+            return chr(33 + i)
+
+    class Model(FakeModel):
+        def embed(self, **inputs):
+            held.difference_update((inputs["input_ids"][:, 0] - 33).tolist())
+            return super().embed(**inputs)
+
+    model = Model()
+    embeddings = embedder(model, FakeProcessor(), batch_size=2)(Lazy())
+    np.testing.assert_allclose(embeddings, unit(model.weight[33:133].detach().numpy()), atol=1e-6)
+    assert most == 32
+
+
+def test_embedder_mean_pooling_ignores_padding():
+    model = FakeModel()
+    embeddings = embedder(model, FakeProcessor(), project=False, pooling="mean")(["ab", "cdefg"])
+    tokens = [[ord(c) for c in text] for text in ("ab", "cdefg")]
+    expected = unit([model.weight[row].detach().numpy().mean(axis=0) for row in tokens])
+    np.testing.assert_allclose(embeddings, expected, atol=1e-6)
+    assert model.calls == [False]
+
+
+def test_embedder_errors():
+    model = FakeModel().train()
+    with pytest.raises(ValueError, match="'slice' or 'mean'"):
+        embedder(model, FakeProcessor(), pooling="max")
+    embed = embedder(model, FakeProcessor(), batch_size=1)
+    with pytest.raises(ValueError, match="no items"):
+        embed([])
+    with pytest.raises(ValueError, match="item 1 is empty or holds an empty text"):
+        embed(["much longer", ["a", "  "]])
+    model.weight.data[ord("b")] = float("nan")
+    with pytest.raises(ValueError, match="item 1 is not finite in torch.float32"):
+        embed(["aaa", "b", "aa"])
+    assert model.training
+
+
+def test_embedder_reads_image_files(tmp_path):
+    picture("red").save(tmp_path / "a.png")
+    processor = FakeProcessor()
+    embedder(FakeModel(), processor)([tmp_path / "a.png", "a.png"])
+    assert [b[0]["content"][0]["type"] for b in processor.batches[0]] == ["image", "text"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_generator_keeps_the_order_and_decodes_new_tokens_only(batch_size):
+    model, processor = FakeModel().train(), FakeProcessor()
+    generate = generator(model, processor, batch_size=batch_size, max_new_tokens=7, num_beams=2)
+    texts = ["abc", "x", "a longer one", "hi"]
+    conversations = [conversation([text]) for text in texts]
+    assert generate(conversations) == [text[::-1] for text in texts]
+    assert model.training
+    assert model.calls[0] == {"do_sample": False, "max_new_tokens": 7, "num_beams": 2}
+    assert generate([]) == []
+
+
+def test_generator_fills_in_images():
+    model, processor = FakeModel(), FakeProcessor()
+    row = conversation([None, "a", None], images=[picture("red"), picture("blue").convert("RGBA")])
+    generator(model, processor)([row])
+    content = processor.batches[0][0][0]["content"]
+    assert [part["type"] for part in content] == ["image", "text", "image"]
+    assert content[0]["image"].getpixel((0, 0)) == (255, 0, 0)
+    assert content[2]["image"].getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(ValueError, match=r"Number of images provided \(1\)"):
+        generator(model, processor)([{**row, "images": row["images"][:1]}])
+
+
+def test_both_functions_with_a_real_model():
+    processor = SugarProcessor.from_processor(tiny.processor())
+    model = SugarForConditionalGeneration.from_vlm(tiny.llava(), retrieval_dim=16)
+    items = ["a red circle", tiny.image(0), ["a blue square", tiny.image(1), tiny.image(2), "left of a star"], "x"]
+    together, alone = (embedder(model, processor, batch_size=b)(items) for b in (4, 1))
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    with torch.no_grad():
+        direct = model.embed(**processor.embed_inputs([items[2]]))
+    np.testing.assert_allclose(together[2:3], direct.numpy(), atol=1e-5)
+    # without projector: the mean of all hidden states of the backbone
+    inputs = processor.embed_inputs(items[:1])
+    inputs.pop("slice_ids")
+    with torch.no_grad():
+        hidden = model.vlm.model(**inputs).last_hidden_state.mean(dim=1)
+    mean = embedder(model, processor, project=False, pooling="mean")(items)
+    np.testing.assert_allclose(mean[:1], torch.nn.functional.normalize(hidden, dim=-1).numpy(), atol=1e-5)
+
+    rows = [
+        conversation(["Hello"]),
+        conversation([None, "what is this?"], ["a star"], ["and", None], images=[tiny.image(0), tiny.image(1)]),
+    ]
+    answers = generator(model, processor, max_new_tokens=6)(rows)
+    assert answers == [generator(model, processor, max_new_tokens=6)([row])[0] for row in rows]
+    assert len(set(answers)) == 2
+
+
+# plots
+
+
+def check_png(path, width, height):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.size == (width, height)
+        colors = image.convert("RGB").getcolors(maxcolors=10**6)
+    assert len(colors) > 20
+    assert list(path.parent.glob(".*")) == []
+
+
+def history(n):
+    log = [{"step": s, "generative_loss": 2 / (1 + s), "structure_loss": 9 / (1 + s), "loss": 1.0} for s in range(n)]
+    return [*log, {"step": n, "eval_generative_loss": 0.4, "eval_structure_loss": 1.0}]
+
+
+def test_plot_losses(tmp_path):
+    path = tmp_path / "new" / "losses.png"
+    plot_losses(history(10), path)
+    check_png(path, 1200, 480)
+    before = path.read_bytes()
+    plot_losses(
+        [history(10), [{"step": 1, "generative_loss": 1.0}, {"step": 2, "generative_loss": 0.5}]], path, ["a", "b"]
+    )
+    check_png(path, 1200, 480)
+    assert path.read_bytes() != before
+    plot_losses([{"step": 1, "g": 1.0}, {"step": 2, "g": 0.5}], path, keys=("g", "d"))
+    check_png(path, 1200, 480)
+    with pytest.raises(ValueError, match="2 runs but 1 `labels`"):
+        plot_losses([history(3), history(3)], path, ["a"])
+    with pytest.raises(ValueError, match=r"pass two of \['loss', 'step'\]"):
+        plot_losses([{"step": 1, "loss": 1.0}], path)
+
+
+def test_plot_similarities(tmp_path):
+    x = unit(np.random.default_rng(0).normal(size=(12, 4)))
+    plot_similarities(np.clip(x @ x.T, 0, 1), x @ x.T, tmp_path / "s.png")
+    check_png(tmp_path / "s.png", 1200, 600)
+    with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
+        plot_similarities(np.eye(2), np.eye(3), tmp_path / "s.png")
+
+
+def test_plot_alignment(tmp_path):
+    rows, columns = ["A $5 circle, or $6.", picture("red")], [picture("blue", (40, 20)), "text " * 50, picture("red")]
+    plot_alignment(np.full((2, 3), 0.5), rows, columns, tmp_path / "a.png")
+    check_png(tmp_path / "a.png", int(150 * 5.6), int(150 * 3.7))
+    plot_alignment(np.zeros((1, 1)), rows[:1], columns[:1], tmp_path / "one.png")
+    check_png(tmp_path / "one.png", int(150 * 3.6), int(150 * 2.7))
+    with pytest.raises(ValueError, match=r"need \(2, 3\)"):
+        plot_alignment(np.zeros((3, 2)), rows, columns, tmp_path / "a.png")
+
+
+def test_plot_gallery(tmp_path):
+    hits = [picture("red"), picture("blue")]
+    rows = [
+        {"query": "a $1 red image", "truth": hits[0], "hits": hits, "correct": [True, False]},
+        {"query": ["a", hits[0], "b"], "truth": hits[1], "hits": hits[:1], "correct": [False]},
+        {"query": hits[1], "truth": "blue", "hits": ["blue", ["red", hits[1]]], "correct": [True, False]},
+    ]
+    plot_gallery(rows, tmp_path / "g.png")
+    check_png(tmp_path / "g.png", int(150 * (3.6 + 1.3 + 1.3 + 2.4 + 0.4)), int(150 * (3 * 1.25 + 0.4)))
+    framed = Image.open(tmp_path / "g.png").convert("RGB").getcolors(maxcolors=10**6)
+    assert {color: count for count, color in framed}.get((42, 157, 74), 0) > 1000
+    plot_gallery([{**row, "correct": [False] * len(row["correct"])} for row in rows], tmp_path / "g.png")
+    framed = Image.open(tmp_path / "g.png").convert("RGB").getcolors(maxcolors=10**6)
+    assert (42, 157, 74) not in {color for _, color in framed}
+    with pytest.raises(ValueError, match=r"rows\[0\]` has 2 hits but 1"):
+        plot_gallery([{**rows[0], "correct": [True]}], tmp_path / "g.png")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_gallery([], tmp_path / "g.png")
+
+
+def test_a_failed_plot_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "s.png"
+    plot_similarities(np.eye(3), np.eye(3), path)
+    before = path.read_bytes()
+
+    def fail(self, file, **kwargs):
+        file.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="no space"):
+        plot_similarities(np.ones((3, 3)), np.eye(3), path)
+    assert path.read_bytes() == before

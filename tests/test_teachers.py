@@ -1,0 +1,827 @@
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextModel,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+    set_seed,
+)
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from hf_sugar.alignment import IMAGE, TEXT
+from hf_sugar.data.rows import load_image, row_name, row_slices
+from hf_sugar.teachers import TeacherCache, TripleEncoder, slice_key
+
+
+TEXTS = ["a red circle", "a small blue square left of a star", "star", "a red circle and a small star left of it"]
+
+
+def picture(seed: int, width: int = 20, height: int = 24) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def save_tokenizer(directory: Path, max_length: int) -> None:
+    words = ["[PAD]", "[CLS]", "[UNK]", "[SEP]", *sorted({word for text in TEXTS for word in text.split()})]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        unk_token="[UNK]",
+        eos_token="[SEP]",
+        model_max_length=max_length,
+    ).save_pretrained(directory)
+
+
+def build_clip(directory: Path, seed: int = 0) -> str:
+    set_seed(seed)
+    small = dict(projection_dim=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(small, vocab_size=32, max_position_embeddings=12, bos_token_id=1, eos_token_id=3, pad_token_id=0)
+    vision = dict(small, image_size=16, patch_size=8)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)).save_pretrained(directory)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(directory)
+    save_tokenizer(directory, 12)
+    return str(directory)
+
+
+def build_siglip(directory: Path) -> str:
+    set_seed(0)
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(small, vocab_size=32, max_position_embeddings=16, projection_size=32, pad_token_id=0)
+    SiglipModel(
+        SiglipConfig(text_config=text, vision_config=dict(small, image_size=16, patch_size=8))
+    ).save_pretrained(directory)
+    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(directory)
+    save_tokenizer(directory, 10**30)
+    return str(directory)
+
+
+def build_dinov2(directory: Path) -> str:
+    set_seed(1)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    Dinov2Model(config).save_pretrained(directory)
+    BitImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(directory)
+    return str(directory)
+
+
+def build_bert(directory: Path, seed: int = 2, max_length: int = 32) -> str:
+    set_seed(seed)
+    config = BertConfig(
+        vocab_size=32,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+    )
+    BertModel(config).save_pretrained(directory)
+    save_tokenizer(directory, max_length)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teachers")
+    return {
+        "clip": build_clip(root / "clip"),
+        "siglip": build_siglip(root / "siglip"),
+        "dinov2": build_dinov2(root / "dinov2"),
+        "bert": build_bert(root / "bert"),
+    }
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoints):
+    return TripleEncoder(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu", batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def clip_only(checkpoints):
+    return TripleEncoder(None, None, checkpoints["clip"], device="cpu")
+
+
+def tokens(directory: str, text: str, **kwargs) -> dict[str, torch.Tensor]:
+    return dict(PreTrainedTokenizerFast.from_pretrained(directory)(text, return_tensors="pt", **kwargs))
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return x / x.square().sum(-1, keepdim=True).sqrt()
+
+
+# --- the encoder against stock classes, one slice at a time and without padding
+
+
+@torch.no_grad()
+def test_embeddings_are_those_of_the_stock_classes(encoder, checkpoints):
+    images = [picture(i, width=20 + 3 * i) for i in range(4)]
+    slices = [TEXTS[1], images[0], images[1], TEXTS[0], TEXTS[2], images[2], TEXTS[3], images[3]]
+    dinov2 = Dinov2Model.from_pretrained(checkpoints["dinov2"]).eval()
+    bert = BertModel.from_pretrained(checkpoints["bert"]).eval()
+    clip_text = CLIPTextModelWithProjection.from_pretrained(checkpoints["clip"]).eval()
+    clip_image = CLIPVisionModelWithProjection.from_pretrained(checkpoints["clip"]).eval()
+    for item, found in zip(slices, encoder.encode(slices), strict=True):
+        if isinstance(item, str):
+            first = bert(**tokens(checkpoints["bert"], item)).last_hidden_state[0, 0]
+            second = clip_text(**tokens(checkpoints["clip"], item)).text_embeds[0]
+        else:
+            pixels = BitImageProcessorPil.from_pretrained(checkpoints["dinov2"])(item, return_tensors="pt")
+            first = dinov2(**pixels).last_hidden_state[0, 0]
+            first = torch.cat([first, torch.zeros(24 - 16)])  # narrower than the text encoder
+            pixels = CLIPImageProcessorPil.from_pretrained(checkpoints["clip"])(item, return_tensors="pt")
+            second = clip_image(**pixels).image_embeds[0]
+        torch.testing.assert_close(found, torch.cat([unit(first), unit(second)]), atol=1e-5, rtol=0)
+    assert (encoder.split, encoder.dim) == (24, 24 + 20)
+    assert encoder.modality(slices).tolist() == [TEXT, IMAGE, IMAGE, TEXT, TEXT, IMAGE, TEXT, IMAGE]
+
+
+@torch.no_grad()
+def test_siglip_pads_texts_to_their_full_length_without_a_mask(checkpoints):
+    encoder = TripleEncoder(None, None, checkpoints["siglip"], device="cpu", batch_size=2)
+    text_model = SiglipTextModel.from_pretrained(checkpoints["siglip"]).eval()
+    vision_model = SiglipVisionModel.from_pretrained(checkpoints["siglip"]).eval()
+    found = encoder.encode([*TEXTS, picture(0)])
+    assert encoder.dim == 32
+    for text, embedding in zip(TEXTS, found, strict=False):
+        ids = tokens(checkpoints["siglip"], text)["input_ids"]
+        ids = F.pad(ids, (0, 16 - ids.shape[1]), value=0)
+        torch.testing.assert_close(embedding, unit(text_model(input_ids=ids).pooler_output[0]), atol=1e-5, rtol=0)
+    pixels = SiglipImageProcessorPil.from_pretrained(checkpoints["siglip"])(picture(0), return_tensors="pt")
+    torch.testing.assert_close(found[-1], unit(vision_model(**pixels).pooler_output[0]), atol=1e-5, rtol=0)
+
+
+def test_clip_alone_has_no_split(clip_only, encoder):
+    slices = [picture(0), *TEXTS, picture(1)]
+    assert (clip_only.split, clip_only.dim) == (None, 20)
+    torch.testing.assert_close(clip_only.encode(slices), encoder.encode(slices)[:, 24:], atol=1e-6, rtol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(order=st.permutations(range(8)), batch_size=st.integers(1, 9))
+def test_order_and_batch_size_do_not_matter(encoder, order, batch_size):
+    slices = [*TEXTS, *(picture(i, width=17 + i) for i in range(4))]
+    reference = torch.cat([encoder.encode([item]) for item in slices])
+    original, encoder.batch_size = encoder.batch_size, batch_size
+    try:
+        found = encoder.encode([slices[i] for i in order])
+    finally:
+        encoder.batch_size = original
+    torch.testing.assert_close(found, reference[list(order)], atol=1e-5, rtol=0)
+
+
+def test_output_form(encoder):
+    embeddings = encoder.encode([picture(0), "star"])
+    assert embeddings.dtype == torch.float32 and embeddings.device.type == "cpu" and not embeddings.requires_grad
+    torch.testing.assert_close(embeddings[:, :24].norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(embeddings[:, 24:].norm(dim=1), torch.ones(2))
+    assert encoder.encode([]).shape == (0, 44)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(encoder.encode([picture(0), "star"]), embeddings, atol=1e-6, rtol=0)
+
+
+def test_image_modes_and_odd_shapes(encoder):
+    grey = picture(0).convert("L")
+    torch.testing.assert_close(encoder.encode([grey]), encoder.encode([grey.convert("RGB")]))
+    # three rows of pixels are not three channels
+    red = encoder.encode([Image.new("RGB", size, (200, 30, 90)) for size in ((20, 24), (20, 3), (3, 3), (1, 3))])
+    torch.testing.assert_close(red, red[:1].expand_as(red), atol=1e-5, rtol=0)
+
+
+def test_bfloat16_runs_in_bfloat16(checkpoints, encoder):
+    half = TripleEncoder(
+        checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu", dtype=torch.bfloat16
+    )
+    slices = [picture(0), "a red circle"]
+    found, reference = half.encode(slices), encoder.encode(slices)
+    assert found.dtype == torch.float32
+    assert 1e-5 < (found - reference).abs().max() < 0.1
+    assert half.fingerprint != encoder.fingerprint
+
+
+# --- pooling
+
+
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "lasttoken"),
+        ({"pooling_mode": "mean", "embedding_dimension": 24}, "mean"),
+    ],
+)
+@torch.no_grad()
+def test_sentence_transformers_pooling(checkpoints, tmp_path, config, pooling):
+    path = build_bert(tmp_path / "bert")
+    (tmp_path / "bert" / "1_Pooling").mkdir()
+    (tmp_path / "bert" / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    encoder = TripleEncoder(checkpoints["dinov2"], path, checkpoints["clip"], device="cpu")
+    bert = BertModel.from_pretrained(path).eval()
+    for text, found in zip(TEXTS, encoder.encode(TEXTS), strict=True):
+        hidden = bert(**tokens(path, text)).last_hidden_state[0]
+        expected = {"cls": hidden[0], "mean": hidden.mean(0), "lasttoken": hidden[-1]}[pooling]
+        torch.testing.assert_close(found[:24], unit(expected), atol=1e-5, rtol=0)
+
+
+def test_pooling_that_is_not_known_is_refused(checkpoints, tmp_path):
+    path = build_bert(tmp_path / "bert")
+    (tmp_path / "bert" / "1_Pooling").mkdir()
+    pooling = tmp_path / "bert" / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(ValueError, match=r"max_tokens.*1_Pooling/config.json"):
+        TripleEncoder(checkpoints["dinov2"], path, checkpoints["clip"], device="cpu")
+    pooling.write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    modules = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Dense")]
+    (tmp_path / "bert" / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match="not applied here: Dense"):
+        TripleEncoder(checkpoints["dinov2"], path, checkpoints["clip"], device="cpu")
+
+
+@torch.no_grad()
+def test_first_token_where_the_pooler_was_never_trained(checkpoints, tmp_path):
+    set_seed(0)
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    encoder = TripleEncoder(str(tmp_path), checkpoints["bert"], checkpoints["clip"], device="cpu")
+    pixels = CLIPImageProcessorPil.from_pretrained(tmp_path)(picture(0), return_tensors="pt")
+    expected = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()(**pixels).last_hidden_state[0, 0]
+    torch.testing.assert_close(encoder.encode([picture(0)])[0, :16], unit(expected), atol=1e-5, rtol=0)
+
+
+# --- truncation
+
+
+def test_truncation_is_counted_and_reported_once(checkpoints, tmp_path, caplog):
+    bert = build_bert(tmp_path / "bert", max_length=32)
+    (tmp_path / "bert" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20}))
+    encoder = TripleEncoder(checkpoints["dinov2"], bert, checkpoints["clip"], device="cpu", batch_size=2)
+    exact = " ".join(["star"] * 10)  # 12 tokens with [CLS] and [SEP]
+    over_clip, over_both = exact + " red", " ".join(["star"] * 19)
+    with caplog.at_level(logging.WARNING, logger="hf_sugar"):
+        encoder.encode([exact, "star", picture(0)])
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, logger="hf_sugar"):
+        encoder.encode([over_clip, "star", over_both, over_clip, exact])
+    (record,) = caplog.records
+    assert "Of 5 texts" in record.getMessage()
+    assert "1 at 20 tokens by the text teacher" in record.getMessage()
+    assert "3 at 12 tokens by the cross teacher" in record.getMessage()
+    caplog.clear()
+    counts = Counter()
+    encoder.encode([over_clip], truncated=counts)
+    encoder.encode([over_both], truncated=counts)
+    assert counts == {"cross": 2, "text": 1} and not caplog.records
+    # CLIP's last token survives the cut
+    torch.testing.assert_close(encoder.encode([over_clip])[:, 24:], encoder.encode([exact])[:, 24:], atol=1e-6, rtol=0)
+
+
+# --- fingerprint and construction
+
+
+def test_fingerprint_follows_what_decides_the_embeddings(checkpoints, tmp_path):
+    def fingerprint(directory):
+        return TripleEncoder(checkpoints["dinov2"], str(directory), checkpoints["clip"], device="cpu").fingerprint
+
+    first = fingerprint(build_bert(tmp_path / "first"))
+    assert len(first) == 64 and int(first, 16) >= 0
+    assert fingerprint(build_bert(tmp_path / "copy")) == first  # the same files elsewhere
+    (tmp_path / "copy" / "README.md").write_text("a card")
+    assert fingerprint(tmp_path / "copy") == first
+    (tmp_path / "copy" / "1_Pooling").mkdir()
+    (tmp_path / "copy" / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    assert fingerprint(tmp_path / "copy") != first
+    assert fingerprint(build_bert(tmp_path / "other_weights", seed=3)) != first
+    assert fingerprint(build_bert(tmp_path / "other_tokenizer", max_length=31)) != first
+    roles = [TripleEncoder(None, None, checkpoints[name], device="cpu").fingerprint for name in ("clip", "siglip")]
+    assert len({first, *roles}) == 3
+
+
+def test_fingerprint_reads_no_weights(checkpoints, monkeypatch):
+    monkeypatch.setattr("hf_sugar.teachers.encoder.AutoModel", None)
+    encoder = TripleEncoder(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
+    assert encoder.fingerprint
+    assert all(part in encoder.description for part in ("image=", "text=", "cross=", checkpoints["clip"], "float32"))
+
+
+def test_hub_checkpoints_are_pinned_to_their_commit(checkpoints, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--org--clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    os.symlink(checkpoints["clip"], repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    encoder = TripleEncoder(None, None, "org/clip", device="cpu")
+    assert "org/clip@0123456789ab" in encoder.description
+    local = TripleEncoder(None, None, checkpoints["clip"], device="cpu")
+    assert encoder.fingerprint != local.fingerprint
+    torch.testing.assert_close(encoder.encode(["star", picture(0)]), local.encode(["star", picture(0)]))
+
+
+def test_from_teachers(checkpoints, encoder):
+    mapping = {"image": checkpoints["dinov2"], "text": checkpoints["bert"], "cross": checkpoints["clip"]}
+    assert TripleEncoder.from_teachers(mapping, device="cpu").fingerprint == encoder.fingerprint
+    clip = TripleEncoder.from_teachers({"cross": checkpoints["clip"]}, device="cpu")
+    nulls = {"image": None, "text": None, "cross": checkpoints["clip"]}
+    assert clip.split is None
+    assert clip.fingerprint == TripleEncoder.from_teachers(nulls, device="cpu").fingerprint
+    with pytest.raises(ValueError, match="no `cross`"):
+        TripleEncoder.from_teachers({"image": checkpoints["dinov2"], "text": checkpoints["bert"]})
+    with pytest.raises(ValueError, match="give both"):
+        TripleEncoder.from_teachers({"image": checkpoints["dinov2"], "cross": checkpoints["clip"]})
+    with pytest.raises(ValueError, match=r"\['clip'\].*image, text and cross"):
+        TripleEncoder.from_teachers({"clip": checkpoints["clip"]})
+
+
+def test_defaults_are_those_of_the_paper(monkeypatch):
+    paths = []
+    monkeypatch.setattr("hf_sugar.teachers.encoder._Teacher", lambda role, path, *args: paths.append((role, path)))
+    TripleEncoder.from_teachers(None)
+    assert paths == [
+        ("image", "facebook/dinov2-base"),
+        ("text", "BAAI/bge-base-en-v1.5"),
+        ("cross", "openai/clip-vit-large-patch14"),
+    ]
+
+
+def test_construction_errors(checkpoints, tmp_path):
+    with pytest.raises(ValueError, match="give both"):
+        TripleEncoder(None, checkpoints["bert"], checkpoints["clip"])
+    with pytest.raises(ValueError, match="`revisions`"):
+        TripleEncoder(None, None, checkpoints["clip"], revisions={"clip": "main"})
+    with pytest.raises(OSError):
+        TripleEncoder(None, None, str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"cross teacher .*BertModel.*dual encoder"):
+        TripleEncoder(None, None, checkpoints["bert"], device="cpu").encode(["star"])
+
+
+def test_incomplete_and_pickled_checkpoints_are_refused(checkpoints, tmp_path):
+    path = Path(build_clip(tmp_path / "clip"))
+    model = CLIPModel.from_pretrained(path)
+    state = {key: value for key, value in model.state_dict().items() if key != "text_projection.weight"}
+    model.save_pretrained(path, state_dict=state)
+    with pytest.raises(ValueError, match="text_projection.weight"):
+        TripleEncoder(None, None, str(path), device="cpu").encode(["star"])
+    (path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        TripleEncoder(None, None, str(path), device="cpu").encode(["star"])
+
+
+def test_slices_that_cannot_be_embedded(encoder):
+    with pytest.raises(ValueError, match=r"slices\[1\] is an empty text"):
+        encoder.encode(["star", "  "])
+    with pytest.raises(TypeError, match=r"slices\[0\] is a ndarray"):
+        encoder.encode([np.zeros((3, 3, 3))])
+
+
+def test_values_that_are_not_finite_are_refused(checkpoints, tmp_path):
+    path = Path(build_clip(tmp_path / "clip"))
+    model = CLIPModel.from_pretrained(path)
+    model.text_projection.weight.data.fill_(float("inf"))
+    model.save_pretrained(path)
+    with pytest.raises(ValueError, match="not finite"):
+        TripleEncoder(None, None, str(path), device="cpu").encode(["star"])
+
+
+# --- the cache
+
+
+def row(*parts, **columns):
+    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "text": None} for p in parts]
+    images = [part for part in parts if not isinstance(part, str)]
+    return {"messages": [{"role": "user", "content": content}], "images": images, **columns}
+
+
+def open_cache(directory, encoder):
+    return TeacherCache.for_encoder(directory, encoder)
+
+
+def test_cache_round_trip(encoder, tmp_path):
+    slices = [TEXTS[0], picture(0), TEXTS[1], picture(1)]
+    embeddings = encoder.encode(slices)
+    cache = open_cache(tmp_path / "cache", encoder)
+    assert not (tmp_path / "cache").exists()  # opening writes nothing
+    cache.add(slices[:3], embeddings[:3])
+    cache.add(slices[3:], embeddings[3:])
+    for opened in (cache, open_cache(tmp_path / "cache", encoder)):
+        assert len(opened) == 4 and slices[1] in opened and "star" not in opened
+        found = opened.lookup([slices[i] for i in (3, 0, 0, 2, 1)])
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, embeddings[[3, 0, 0, 2, 1]], atol=5e-4, rtol=0)
+        torch.testing.assert_close(found[:, :24].norm(dim=1), torch.ones(5), atol=1e-6, rtol=0)
+        torch.testing.assert_close(found[:, 24:].norm(dim=1), torch.ones(5), atol=1e-6, rtol=0)
+    files = sorted(file.name for file in (tmp_path / "cache").iterdir())
+    assert files == ["cache.json", "shard-00000.safetensors", "shard-00001.safetensors"]
+    header = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    assert (header["dim"], header["split"], header["fingerprint"]) == (44, 24, encoder.fingerprint)
+
+
+def test_cache_without_split_renormalises_the_whole_vector(tmp_path):
+    cache = TeacherCache(tmp_path, "f", 3, None)
+    cache.add(["a"], torch.tensor([[3.0, 0.0, 4.0]]))
+    torch.testing.assert_close(cache.lookup(["a"]), torch.tensor([[0.6, 0.0, 0.8]]))
+
+
+def test_float16_error_is_the_documented_one(tmp_path):
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(300, 2, 768, dtype=torch.float64), dim=-1)
+    x = torch.cat([x, F.normalize(x + 0.01 * torch.randn_like(x), dim=-1)])
+    cache = TeacherCache(tmp_path, "f", 1536, 768)
+    names = [str(i) for i in range(600)]
+    cache.add(names, x.flatten(1))
+    found = cache.lookup(names).double().unflatten(1, (2, 768))
+    for half in range(2):
+        a, b = x[:, half], found[:, half]
+        assert (a @ a.T - b @ b.T).abs().max() < 1e-4
+
+
+def test_keys_name_the_content(tmp_path):
+    image = picture(0)
+    image.save(tmp_path / "same.png")
+    assert slice_key(Image.open(tmp_path / "same.png")) == slice_key(image.copy())
+    pixels = np.asarray(image)
+    transposed_size = Image.fromarray(pixels.reshape(pixels.shape[1], pixels.shape[0], 3))  # equal bytes
+    changed = pixels.copy()
+    changed[-1, -1, -1] ^= 1
+    others = [image, transposed_size, Image.fromarray(changed), "a", "a ", image.tobytes().decode("latin-1")]
+    assert len({slice_key(item) for item in others}) == len(others)
+    assert len(slice_key("é")) == 64
+
+
+def test_missing_is_unique_and_ordered(encoder, tmp_path):
+    cache = open_cache(tmp_path, encoder)
+    cache.add(["star"], encoder.encode(["star"]))
+    assert cache.missing(["b", "star", "a", "b", "c", "a"]) == ["b", "a", "c"]
+
+
+def test_lookup_names_the_slice_that_lacks_an_embedding(encoder, tmp_path):
+    cache = open_cache(tmp_path, encoder)
+    cache.add(["star"], encoder.encode(["star"]))
+    with pytest.raises(KeyError, match=r"slices\[1\], 'a red circle', has no embedding.*hf-sugar prepare"):
+        cache.lookup(["star", "a red circle"])
+    with pytest.raises(KeyError, match=r"an image of size \(20, 24\)"):
+        cache.lookup([picture(0)])
+
+
+def test_a_cache_of_other_teachers_is_refused(encoder, clip_only, checkpoints, tmp_path):
+    cache = open_cache(tmp_path / "cache", encoder)
+    cache.add(["star"], encoder.encode(["star"]))
+    with pytest.raises(ValueError) as raised:
+        open_cache(tmp_path / "cache", clip_only)
+    message = str(raised.value)
+    for part in (str(tmp_path / "cache"), encoder.description, clip_only.description, "another directory", "delete"):
+        assert part in message
+    with pytest.raises(ValueError, match="not the one of the teacher cache"):
+        cache.fill([row("star")], clip_only)
+
+
+def test_an_existing_cache_is_opened_without_the_weights(encoder, checkpoints, tmp_path, monkeypatch):
+    open_cache(tmp_path, encoder).add(["star"], encoder.encode(["star"]))
+    monkeypatch.setattr("hf_sugar.teachers.encoder.AutoModel", None)
+    fresh = TripleEncoder(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
+    assert open_cache(tmp_path, fresh).lookup(["star"]).shape == (1, 44)
+
+
+def test_damaged_caches(encoder, tmp_path):
+    cache = open_cache(tmp_path, encoder)
+    cache.add(["star"], encoder.encode(["star"]))
+    (tmp_path / ".shard-00001.safetensors.tmp").write_bytes(b"half written")  # what a killed process leaves
+    again = open_cache(tmp_path, encoder)
+    assert len(again) == 1
+    again.add(["a"], encoder.encode(["a"]))
+    assert len(open_cache(tmp_path, encoder)) == 2 and not list(tmp_path.glob(".*"))
+    (tmp_path / "shard-00001.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors.*Delete this file"):
+        open_cache(tmp_path, encoder)
+    (tmp_path / "cache.json").unlink()
+    with pytest.raises(ValueError, match="no cache.json"):
+        open_cache(tmp_path, encoder)
+    (tmp_path / "cache.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(ValueError, match="format version 99"):
+        open_cache(tmp_path, encoder)
+
+
+def test_a_write_that_fails_leaves_nothing(encoder, tmp_path, monkeypatch):
+    cache = open_cache(tmp_path, encoder)
+    cache.add(["star"], encoder.encode(["star"]))
+
+    def torn(shard, path):
+        Path(path).write_bytes(b"first half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_sugar.teachers.cache.save_file", torn)
+        with pytest.raises(OSError, match="disk full"):
+            cache.add(["a"], encoder.encode(["a"]))
+    assert "a" not in cache and "a" not in open_cache(tmp_path, encoder)
+    cache.add(["a"], encoder.encode(["a"]))
+    assert "a" in open_cache(tmp_path, encoder)
+
+
+def test_add_checks_its_arguments(encoder, tmp_path):
+    cache = open_cache(tmp_path, encoder)
+    with pytest.raises(ValueError, match=r"\(1, 44\), expected \(2, 44\)"):
+        cache.add(["a", "b"], encoder.encode(["a"]))
+    with pytest.raises(ValueError, match="not finite"):
+        cache.add(["a"], torch.full((1, 44), float("nan")))
+
+
+def test_fill_encodes_every_slice_once(encoder, tmp_path):
+    rows = [row(picture(0), "star"), row("star", "a red circle", picture(0), picture(1)), row("a red circle")]
+    cache = open_cache(tmp_path, encoder)
+    counts = cache.fill(rows, encoder, batch_slices=2)
+    assert counts == {"rows": 3, "skipped": 0, "slices": 7, "unique": 4, "encoded": 4}
+    slices = [picture(0), "star", "a red circle", picture(1)]
+    torch.testing.assert_close(cache.lookup(slices), encoder.encode(slices), atol=5e-4, rtol=0)
+    rows.append(row("left", "star"))
+    counts = open_cache(tmp_path, encoder).fill(rows, encoder)
+    assert counts == {"rows": 4, "skipped": 0, "slices": 9, "unique": 5, "encoded": 1}
+
+
+def test_fill_sees_what_another_process_wrote(encoder, tmp_path):
+    rows = [row("star", picture(0)), row("a red circle")]
+    first, second = open_cache(tmp_path, encoder), open_cache(tmp_path, encoder)
+    assert first.fill(rows, encoder, batch_slices=1)["encoded"] == 3
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert second.fill(rows, encoder) == {"rows": 2, "skipped": 0, "slices": 3, "unique": 3, "encoded": 0}
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
+    assert torch.equal(first.lookup(["star", picture(0)]), second.lookup(["star", picture(0)]))
+
+
+def test_fill_takes_prompt_and_completion(encoder, tmp_path):
+    part = {"type": "image", "text": None}
+    sample = {
+        "prompt": [{"role": "user", "content": [part, {"type": "text", "text": "left of"}]}],
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": "star"}]}],
+        "image": picture(0),
+    }
+    cache = open_cache(tmp_path, encoder)
+    assert cache.fill([sample], encoder)["encoded"] == 3
+    assert all(item in cache for item in (picture(0), "left of", "star"))
+
+
+def test_fill_goes_on_after_a_kill(encoder, checkpoints, tmp_path):
+    rows = [row(f"star {word}", picture(i)) for i, word in enumerate(["red", "blue", "left", "circle", "square"])]
+
+    class Killed(TripleEncoder):
+        calls = 0
+
+        def encode(self, slices, **kwargs):
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return super().encode(slices, **kwargs)
+
+    killed = Killed(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(tmp_path, killed).fill(rows, killed, batch_slices=2)
+    cache = open_cache(tmp_path, encoder)
+    assert len(cache) == 4
+    counts = cache.fill(rows, encoder)
+    assert (counts["unique"], counts["encoded"]) == (10, 6)
+    slices = [item for r in rows for item in row_slices(r)]
+    torch.testing.assert_close(cache.lookup(slices), encoder.encode(slices), atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fill_names_or_skips_bad_rows(encoder, tmp_path, caplog, streaming):
+    features = datasets.Features(
+        {
+            "messages": [
+                {
+                    "role": datasets.Value("string"),
+                    "content": [{"type": datasets.Value("string"), "text": datasets.Value("string")}],
+                }
+            ],
+            "images": datasets.List(datasets.Image()),
+            "id": datasets.Value("string"),
+        }
+    )
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    good = tmp_path / "good.png"
+    picture(0).save(good)
+    part = {"type": "image", "text": None}
+    rows = [
+        {**row("star", id="a:0"), "images": []},
+        {"messages": [{"role": "user", "content": [part]}], "images": [str(broken)], "id": "a:1"},
+        {"messages": [{"role": "user", "content": [part]}], "images": [str(good)], "id": "a:2"},
+        {"messages": [{"role": "user", "content": [part]}], "images": [], "id": "a:3"},
+    ]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    if streaming:
+        dataset = dataset.to_iterable_dataset()
+    cache = open_cache(tmp_path / "cache", encoder)
+    with pytest.raises(ValueError, match=r"row 1 \(a:1\), images\[0\].*broken.png.*cannot be decoded"):
+        cache.fill(dataset, encoder)
+    with caplog.at_level(logging.WARNING, logger="hf_sugar"):
+        counts = cache.fill(dataset, encoder, on_row_error="skip")
+    assert counts == {"rows": 4, "skipped": 2, "slices": 2, "unique": 2, "encoded": 2}
+    assert picture(0) in cache
+    messages = [record.getMessage() for record in caplog.records]
+    assert "row 1 (a:1)" in messages[0] and "row 3 (a:3)" in messages[1] and messages[2] == "Skipped 2 of 4 rows."
+    with pytest.raises(ValueError, match="on_row_error"):
+        cache.fill(dataset, encoder, on_row_error="ignore")
+
+
+def test_fill_reports_truncation_once(encoder, tmp_path, caplog):
+    rows = [row(" ".join(["star"] * n)) for n in (3, 11, 12, 13, 12)]
+    with caplog.at_level(logging.WARNING, logger="hf_sugar"):
+        open_cache(tmp_path, encoder).fill(rows, encoder, batch_slices=9)
+    (record,) = caplog.records
+    assert "Of 4 texts" in record.getMessage() and "3 at 12 tokens by the cross teacher" in record.getMessage()
+
+
+# --- rows and images
+
+
+def test_row_slices_in_reading_order():
+    a, b = picture(0), picture(1)
+    image = {"type": "image", "text": None}
+    sample = {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "first"}, image, {"type": "text", "text": "second"}],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "third"}, image]},
+        ],
+        "images": [a, b],
+    }
+    assert row_slices(sample) == ["first", a, "second", "third", b]
+    strings = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "answer"},
+            {"role": "user", "content": "again"},
+        ],
+        "images": [a, b],
+    }
+    assert row_slices(strings) == [a, b, "question", "answer", "again"]
+    assert row_slices({"messages": strings["messages"]}) == ["question", "answer", "again"]
+    assert row_slices({"messages": strings["messages"], "images": None}) == ["question", "answer", "again"]
+
+
+def test_string_content_agrees_with_trl():
+    from trl.data_utils import prepare_multimodal_messages
+
+    images = [picture(0), picture(1)]
+    messages = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": "answer"},
+        {"role": "user", "content": "again"},
+    ]
+    prepared = prepare_multimodal_messages(messages, images)
+    expected = [part["image"] if part["type"] == "image" else part["text"] for m in prepared for part in m["content"]]
+    assert row_slices({"messages": messages, "images": images}) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "match"),
+    [
+        ([{"role": "user", "content": [{"type": "image"}]}], [], r"row 7 \(x\): 1 image parts .* but 0 images"),
+        (
+            [{"role": "user", "content": "q"}, {"role": "human", "content": "a"}],
+            [],
+            r"messages\[1\] has the role 'human'",
+        ),
+        ([{"content": "q"}], [], "has the role None"),
+        ([{"role": "user", "content": [{"type": "video"}]}], [], r"messages\[0\].content\[0\] has the type 'video'"),
+        ([{"role": "user", "content": [{"type": "text", "text": " \n"}]}], [], r"content\[0\] is an empty text"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], [], "empty text"),
+        ([{"role": "user", "content": ""}], [], "empty text"),
+        ([{"role": "assistant", "content": "a"}], ["x.png"], "0 image parts in `messages` but 1 images"),
+        (
+            [{"role": "user", "content": "q"}],
+            ["x.png"],
+            r"row 7 \(x\), images\[0\]: image file 'x.png' does not exist",
+        ),
+    ],
+)
+def test_row_errors_name_the_place(messages, images, match):
+    sample = {"messages": messages, "images": images, "id": "x"}
+    with pytest.raises(ValueError, match=match):
+        row_slices(sample, row_name(sample, 7))
+
+
+def test_row_name():
+    assert row_name({"id": "a.json:3"}, 5) == "row 5 (a.json:3)"
+    assert row_name({}, 5) == row_name({"id": None}, 5) == "row 5"
+
+
+def test_load_image_takes_every_form(tmp_path):
+    image = picture(0)
+    path = tmp_path / "a.png"
+    image.save(path)
+    content = path.read_bytes()
+    forms = [image, Image.open(path), path, str(path), content, {"bytes": content, "path": None}]
+    forms += [{"bytes": None, "path": str(path)}, {"path": str(path)}, {"bytes": content}]
+    for form in forms:
+        loaded = load_image(form)
+        assert loaded.mode == "RGB" and loaded.tobytes() == image.tobytes()
+    assert load_image(image) is image
+
+
+@pytest.mark.parametrize("form", ["path", "opened"])
+def test_load_image_applies_the_exif_orientation(tmp_path, form):
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    path = tmp_path / "a.png"
+    picture(0, 20, 24).save(path, exif=exif)
+    loaded = load_image(path if form == "path" else Image.open(path))
+    assert loaded.size == (24, 20)
+    assert np.array_equal(np.asarray(loaded), np.rot90(np.asarray(picture(0, 20, 24)), -1))
+
+
+def test_load_image_modes(tmp_path):
+    def pixel(image):
+        loaded = load_image(image)
+        assert loaded.mode == "RGB"
+        return loaded.getpixel((0, 0))
+
+    assert pixel(Image.new("1", (2, 2), 1)) == (255, 255, 255)
+    assert pixel(Image.new("L", (2, 2), 7)) == (7, 7, 7)
+    assert pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 0))) == (255, 255, 255)
+    assert pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 255))) == (255, 0, 0)
+    assert pixel(Image.new("RGBA", (2, 2), (0, 0, 0, 51))) == (204, 204, 204)
+    assert pixel(Image.new("LA", (2, 2), (0, 0))) == (255, 255, 255)
+    assert pixel(Image.new("CMYK", (2, 2), (0, 255, 255, 0))) == (255, 0, 0)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert pixel(palette) == (10, 20, 30)
+    palette.info["transparency"] = 1
+    assert pixel(palette) == (255, 255, 255)
+    # 16 bits, in memory and through a file
+    grey = Image.fromarray(np.full((2, 2), 0x8040, dtype=np.uint16))
+    grey.save(tmp_path / "grey.png")
+    assert pixel(grey) == pixel(tmp_path / "grey.png") == (0x80, 0x80, 0x80)
+    assert pixel(Image.fromarray(np.full((2, 2), 100, dtype=np.uint16))) == (0, 0, 0)
+    assert pixel(Image.fromarray(np.full((2, 2), 0x8040, dtype=np.int32))) == (0x80, 0x80, 0x80)
+    assert pixel(Image.fromarray(np.full((2, 2), 100, dtype=np.int32))) == (100, 100, 100)
+    for bad in (
+        np.full((2, 2), 70000, dtype=np.int32),
+        np.full((2, 2), -1, dtype=np.int32),
+        np.zeros((2, 2), np.float32),
+    ):
+        with pytest.raises(ValueError, match="scale them to 8 bits"):
+            load_image(Image.fromarray(bad))
+
+
+def test_load_image_errors_name_the_place_and_the_remedy(tmp_path, monkeypatch):
+    broken, cut, good = tmp_path / "broken.jpg", tmp_path / "cut.png", tmp_path / "good.png"
+    broken.write_bytes(b"text")
+    picture(0, 100, 100).save(good)
+    cut.write_bytes(good.read_bytes()[:5000])
+    for image, match in [
+        (tmp_path / "none.png", r"row 3: image file .*none.png' does not exist.*Correct the path"),
+        (broken, r"row 3: image file .*broken.jpg' cannot be decoded.*Replace the file or drop the row"),
+        (cut, r"row 3: image file .*cut.png' cannot be decoded"),
+        (Image.open(cut), "row 3: image of mode RGB .* cannot be decoded"),
+        (b"text", "row 3: image of 4 bytes cannot be decoded"),
+        ("https://example.org/a.jpg", "row 3: .* is a web address.*Download"),
+        (None, "row 3: expected a PIL image.*got None"),
+        ({"bytes": None, "path": None}, "row 3: expected a PIL image"),
+        (np.zeros((2, 2, 3)), "row 3: .*got ndarray"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            load_image(image, "row 3")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"row 3: .*good.png' is too large.*MAX_IMAGE_PIXELS"):
+        load_image(good, "row 3")
