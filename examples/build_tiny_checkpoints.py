@@ -1,0 +1,240 @@
+"""
+Builds the tiny checkpoints of the rendered world from nothing: a LLaVA and the teachers CLIP, DINOv2 and BERT.
+
+    python examples/build_tiny_checkpoints.py --output_dir weights
+    python examples/build_tiny_checkpoints.py --output_dir weights --only clip bert --clip_steps 200
+
+Each is saved as soon as it is trained, then loaded again from disk and scored. `scores.json` keeps the scores.
+"""
+
+import json
+import os
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import concatenate_datasets
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from trl import TrlParser
+
+from hf_sugar.world import DESCRIBE, load_world
+from hf_sugar.world.checkpoints import (
+    CHECKPOINTS,
+    exact_match,
+    pretrain_llava,
+    recall_at_1,
+    save_checkpoint,
+    train_bert,
+    train_clip,
+    train_dinov2,
+)
+from hf_sugar.world.scenes import render, scenes, story
+
+
+@dataclass
+class BuildArguments:
+    output_dir: str = field(
+        default="weights", metadata={"help": "Folder that receives the checkpoints and scores.json."}
+    )
+    only: list[str] = field(
+        default_factory=lambda: list(CHECKPOINTS), metadata={"help": "Which checkpoints to build."}
+    )
+    scores_only: bool = field(default=False, metadata={"help": "Only score what `output_dir` holds."})
+    image_size: int = field(default=32, metadata={"help": "Width and height of the images."})
+    seed: int = field(default=0, metadata={"help": "Seed of data, weights and batches."})
+    threads: int = field(default=1, metadata={"help": "CPU threads."})
+    scenes: int = field(default=9000, metadata={"help": "Scenes the teachers see, each with a near twin."})
+    stories: int = field(default=1500, metadata={"help": "Stories the teachers see."})
+    clip_steps: int = field(default=900, metadata={"help": "Steps of 256 pairs."})
+    dinov2_steps: int = field(default=500, metadata={"help": "Steps of 128 images."})
+    bert_steps: int = field(default=500, metadata={"help": "Steps of 128 pairs."})
+    llava_steps: int = field(default=1500, metadata={"help": "Steps of 2560 tokens."})
+    llava_rows: int = field(default=30000, metadata={"help": "Rows the LLaVA sees: conversations, stories, captions."})
+    eval_size: int = field(default=500, metadata={"help": "Rows or candidates in each score."})
+
+
+def teacher_data(args: BuildArguments) -> tuple[list, list[str], list[tuple[str, str]]]:
+    """
+    Images with texts, and pairs of texts that mean the same. Rows come in twos that are hard to tell apart: scenes that
+    differ in the order of their words, or two steps of one story.
+    """
+    rng = random.Random(args.seed)
+    images, texts, pairs = [], [], []
+    train = [scene for scene in scenes("train") if len(scene.things) == 2]
+    for scene in rng.choices(train, k=args.scenes):
+        attributes = ("thing", "color", "size", "shape") if scene.relation else ("color", "size")
+        twins = [other for other in map(scene.swapped, attributes) if other != scene and other.split == "train"]
+        for each in (scene, rng.choice(twins or train)):
+            images.append(each.render(rng, args.image_size))
+            texts.append(rng.choice([each.caption, rng.choice(each.paraphrases)]))
+            pairs.append(tuple(rng.sample([each.caption, *each.paraphrases], 2)))
+    for _ in range(args.stories):
+        for sentence, placed in story("train", rng)[:2]:
+            images.append(render(placed, rng, args.image_size))
+            texts.append(sentence)
+            pairs.append((sentence, sentence))
+    for _ in range(args.stories):
+        for text in rng.choice(train).question(rng):
+            pairs.append((text, text))
+    return images, texts, pairs
+
+
+def llava_rows(args: BuildArguments):
+    shares = {"conversations": 0.8, "stories": 0.07, "captions": 0.13}
+    return concatenate_datasets(
+        [
+            load_world(kind, "train", round(share * args.llava_rows), args.image_size, args.seed, progress=True)
+            for kind, share in shares.items()
+        ]
+    )
+
+
+def captioned(split: str, args: BuildArguments) -> tuple[list, list[str]]:
+    rows = load_world("captions", split, args.eval_size, args.image_size, args.seed)
+    return [row["images"][0] for row in rows], [row["messages"][0]["content"][1]["text"] for row in rows]
+
+
+def spread(similarity: torch.Tensor) -> dict[str, float]:
+    others = similarity[~torch.eye(len(similarity), dtype=torch.bool)]
+    return {"cosine_of_pairs": similarity.diag().mean().item(), "cosine_of_others": others.mean().item()}
+
+
+@torch.no_grad()
+def score_clip(directory: Path, args: BuildArguments) -> dict:
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(directory)
+    scores = {}
+    for split in ("test", "test_unseen"):
+        images, texts = captioned(split, args)
+        out = model(**processor(images=images, text=texts, padding=True, return_tensors="pt"))
+        scores[split] = {
+            "image_to_text_R@1": recall_at_1(out.image_embeds, out.text_embeds),
+            "text_to_image_R@1": recall_at_1(out.text_embeds, out.image_embeds),
+            **spread(out.image_embeds @ out.text_embeds.T),
+        }
+        right = []
+        for row in load_world("winoground", split, args.eval_size, args.image_size, args.seed):
+            pair = processor(
+                images=[row["image_0"], row["image_1"]],
+                text=[row["caption_0"], row["caption_1"]],
+                padding=True,
+                return_tensors="pt",
+            )
+            s = model(**pair).logits_per_image
+            by_text, by_image = (s.diag() > s.flip(1).diag()).all(), (s.diag() > s.flip(0).diag()).all()
+            right.append([by_text, by_image, by_text & by_image])
+        means = torch.tensor(right).float().mean(0).tolist()
+        scores[split] |= dict(zip(("winoground_text", "winoground_image", "winoground_group"), means, strict=True))
+    return scores
+
+
+@torch.no_grad()
+def score_dinov2(directory: Path, args: BuildArguments) -> dict:
+    """Whether an image finds another picture of its scene, moved by at most a pixel and lit differently."""
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32)
+    processor = AutoImageProcessor.from_pretrained(directory)
+    scores = {}
+    for split in ("test", "test_unseen"):
+        rng = random.Random(args.seed)
+        views = []
+        for scene in random.Random(args.seed).sample(scenes(split), args.eval_size):
+            placed = scene.place(rng)
+            nudge = [(thing, x + 0.5 / args.image_size, y + 0.5 / args.image_size) for thing, x, y in placed]
+            views.append([render(each, rng, args.image_size) for each in (placed, nudge)])
+        a, b = (
+            torch.nn.functional.normalize(
+                model(**processor(images=list(images), return_tensors="pt")).last_hidden_state[:, 0], dim=-1
+            )
+            for images in zip(*views, strict=True)
+        )
+        scores[split] = {"view_R@1": recall_at_1(a, b), **spread(a @ b.T)}
+    return scores
+
+
+@torch.no_grad()
+def score_bert(directory: Path, args: BuildArguments) -> dict:
+    """Whether a paraphrase finds its caption."""
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32, add_pooling_layer=False)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    scores = {}
+    for split in ("test", "test_unseen"):
+        rng = random.Random(args.seed)
+        chosen = rng.sample(scenes(split), args.eval_size)
+        a, b = (
+            torch.nn.functional.normalize(
+                model(**tokenizer(texts, padding=True, return_tensors="pt")).last_hidden_state[:, 0], dim=-1
+            )
+            for texts in ([rng.choice(s.paraphrases) for s in chosen], [s.caption for s in chosen])
+        )
+        scores[split] = {"paraphrase_R@1": recall_at_1(a, b), **spread(a @ b.T)}
+    return scores
+
+
+def score_llava(directory: Path, args: BuildArguments) -> dict:
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(directory)
+    scores = {}
+    for split in ("test", "test_unseen"):
+        rows = load_world("conversations", split, 2 * args.eval_size, args.image_size, args.seed)
+        describes = [messages[0]["content"][1]["text"] == DESCRIBE for messages in rows["messages"]]
+        scores[split] = {
+            "caption_exact": exact_match(model, processor, rows.select([i for i, d in enumerate(describes) if d])),
+            "vqa_exact": exact_match(model, processor, rows.select([i for i, d in enumerate(describes) if not d])),
+        }
+    return scores
+
+
+def build(name: str, directory: Path, args: BuildArguments) -> list[float]:
+    losses = []
+    if name == "llava":
+        model, processor = pretrain_llava(
+            llava_rows(args), steps=args.llava_steps, tokens_per_batch=2560, seed=args.seed, losses=losses
+        )
+    else:
+        images, texts, pairs = teacher_data(args)
+        if name == "clip":
+            model, processor = train_clip(images, texts, steps=args.clip_steps, block=2, seed=args.seed, losses=losses)
+        elif name == "dinov2":
+            model, processor = train_dinov2(images, steps=args.dinov2_steps, seed=args.seed, losses=losses)
+        else:
+            model, processor = train_bert(pairs, steps=args.bert_steps, block=2, seed=args.seed, losses=losses)
+    save_checkpoint(model, processor, directory)
+    return losses
+
+
+def main(args: BuildArguments) -> None:
+    torch.set_num_threads(args.threads)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / "scores.json"
+    score = {"llava": score_llava, "clip": score_clip, "dinov2": score_dinov2, "bert": score_bert}
+    for name in args.only:
+        directory = output_dir / name
+        results = json.loads(path.read_text()) if path.exists() else {}
+        entry = results.setdefault(name, {})
+        if not args.scores_only:
+            start = time.perf_counter()
+            losses = build(name, directory, args)
+            entry["training"] = {
+                "steps": len(losses),
+                "seed": args.seed,
+                "seconds": round(time.perf_counter() - start),
+                "threads": args.threads,
+                "final_loss": sum(losses[-20:]) / len(losses[-20:]),
+            }
+        scored = score[name](directory, args)
+        entry["scores"] = {
+            split: {key: round(value, 4) for key, value in values.items()} for split, values in scored.items()
+        }
+        entry["rows_scored"] = args.eval_size
+        entry["bytes"] = sum(file.stat().st_size for file in directory.iterdir())
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(temporary, path)
+        print(name, json.dumps(entry, indent=2))
+
+
+if __name__ == "__main__":
+    main(TrlParser(BuildArguments).parse_args_and_config()[0])

@@ -1,0 +1,305 @@
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+
+from hf_sugar.data import load_data
+from hf_sugar.evaluation import embedder, exact_match, generator
+from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_pictures, write_report
+from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
+from hf_sugar.retrieval import SugarIndex
+from hf_sugar.retrieval.rag import answer_with_retrieval, question_slices
+from hf_sugar.teachers import TeacherCache, TripleEncoder
+from hf_sugar.training import SugarTrainer, SugarTrainingConfig
+from hf_sugar.world import checkpoint, write_world
+
+from .arguments import DataArguments, parse
+
+
+# What the demo does unless it is told otherwise: the rendered world, and checkpoints small enough for a laptop.
+WORLD_TRAINING = {
+    "max_steps": 300,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 2e-3,
+    "structure_weight": 1.0,
+    "positions_per_sample": 3,
+    "retrieval_dim": 128,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "logging_steps": 10,
+}
+
+
+@dataclass
+class DemoArguments:
+    """
+    Settings of `hf-sugar demo`: one comparison of an untouched checkpoint, supervised fine-tuning and Sugar.
+
+    Parameters:
+        output_dir (`str`, *optional*, defaults to `"runs/demo"`):
+            Where data, checkpoints and report are written.
+        model_name_or_path (`str`, *optional*):
+            Checkpoint to train. Defaults to the tiny LLaVA of the world.
+        teachers (`dict[str, str]`, *optional*):
+            Frozen encoders, as in [`SugarTrainingConfig`]. Defaults to the tiny ones of the world.
+        training (`dict`, *optional*):
+            Fields of [`SugarTrainingConfig`], the same for both runs (but the weight of the structure loss).
+        lora (`dict`, *optional*):
+            Fields of [`~peft.LoraConfig`].
+        seeds (`list[int]`, *optional*, defaults to `[0]`):
+            Both runs are repeated with each seed; figures are then means over the seeds.
+        title (`str`, *optional*):
+            Heading of the report.
+        note (`str`, *optional*):
+            A paragraph for the report.
+    """
+
+    output_dir: str = field(default="runs/demo", metadata={"help": "Where data, checkpoints and report are written."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to train. Defaults to the tiny LLaVA of the world."}
+    )
+    teachers: dict | str | None = field(
+        default=None,
+        metadata={"help": "Frozen encoders: image, text and cross. Defaults to the tiny ones of the world."},
+    )
+    training: dict | str | None = field(
+        default=None, metadata={"help": "Fields of SugarTrainingConfig, the same for both runs."}
+    )
+    lora: dict | str | None = field(default=None, metadata={"help": "Fields of peft.LoraConfig."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Repeat both runs with each seed."})
+    title: str = field(default="Sugar on the rendered world", metadata={"help": "Heading of the report."})
+    note: str | None = field(default=None, metadata={"help": "A paragraph for the report."})
+
+
+def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -> dict[str, dict[str, Any]]:
+    """
+    Run the comparison.
+
+    Args:
+        args ([`DemoArguments`]):
+            Models and settings.
+        data ([`DataArguments`]):
+            What to train on. The rendered world is written into `output_dir` and used where `train_data` is not set.
+        evaluation ([`EvaluationData`]):
+            What to measure on; the world's test splits where `train_data` is not set.
+
+    Returns:
+        `dict[str, dict]`: results of each column of the table.
+    """
+    started = time.monotonic()
+    output_dir = Path(args.output_dir)
+    settings = {**WORLD_TRAINING, **(args.training or {})}
+    lora = {"r": 128, "lora_alpha": 256, **(args.lora or {})}
+    model_path = args.model_name_or_path or str(checkpoint("llava"))
+    teachers = args.teachers or {
+        "image": str(checkpoint("dinov2")),
+        "text": str(checkpoint("bert")),
+        "cross": str(checkpoint("clip")),
+    }
+    if data.train_data is None:
+        print("1/5 rendering the world")
+        _render_world(output_dir / "world", data, evaluation)
+    train_dataset = load_data(data.train_data, on_bad_row=data.on_bad_row)
+    eval_dataset = None
+    if data.eval_data is not None:
+        eval_dataset = load_data(data.eval_data, "validation", on_bad_row=data.on_bad_row)
+    processor = SugarProcessor.from_pretrained(model_path)
+    device = PartialState().device
+
+    print("2/5 the untouched checkpoint and the teachers")
+    columns: dict[str, list[dict[str, Any]]] = {}
+    encoder = TripleEncoder.from_teachers(teachers, device=device)
+    columns["teachers"] = [
+        evaluate_tasks(
+            EvaluationData(evaluation.image_text_data, None, None, evaluation.winoground_data),
+            _teacher_embedder(encoder),
+        )
+    ]
+    model = SugarForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32).to(device)
+    columns |= {f"untouched ({name})": [results] for name, results in _untrained(model, processor, evaluation).items()}
+
+    logs = {}
+    for seed in args.seeds:
+        for step, (run, weight) in enumerate((("SFT", 0.0), ("Sugar", settings["structure_weight"])), 3):
+            print(f"{step}/5 training {run}" + (f", seed {seed}" if len(args.seeds) > 1 else ""))
+            trainer = SugarTrainer(
+                model=model_path,
+                args=SugarTrainingConfig(
+                    output_dir=str(output_dir / (run.lower() if len(args.seeds) == 1 else f"{run.lower()}-{seed}")),
+                    **{
+                        "report_to": [],
+                        "save_strategy": "no",
+                        "teacher_cache_dir": str(output_dir / "teacher_cache"),
+                        **settings,
+                        "teachers": teachers,
+                        "structure_weight": weight,
+                        "seed": seed,
+                    },
+                ),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                peft_config=LoraConfig(**lora),
+            )
+            trainer.train()
+            trainer.save_model()
+            logs[run] = trainer.state.log_history
+            trained = trainer.model.eval()
+            if run == "SFT":
+                for pooling, results in _untrained(trained, processor, evaluation).items():
+                    columns.setdefault(f"SFT ({pooling})", []).append(results)
+            else:
+                embed = embedder(trained, processor, progress=True)
+                results = evaluate_tasks(evaluation, embed, generator(trained, processor, progress=True))
+                columns.setdefault("Sugar", []).append(results)
+
+    print("5/5 an example of retrieval-augmented generation, and the report")
+    notes = [args.note] if args.note else []
+    notes.append(_rag_example(trained, processor, embed, train_dataset, evaluation, output_dir))
+    cache = TeacherCache.for_encoder(output_dir / "teacher_cache", encoder)
+
+    def embed_teachers(slices):
+        missing = cache.missing(slices)
+        if missing:
+            cache.add(missing, encoder.encode(missing))
+        return cache.lookup(slices)
+
+    pictures = write_pictures(
+        output_dir,
+        evaluation,
+        embed,
+        _prefix_embedder(trained, processor),
+        embed_teachers,
+        encoder.split,
+        logs,
+        delta=trainer.args.delta,
+    )
+    seconds = round(time.monotonic() - started)
+    runs = {name: _mean(results) for name, results in columns.items()}
+    table = write_report(
+        output_dir,
+        args.title,
+        runs,
+        {
+            "model": model_path,
+            "teachers": teachers,
+            "training": settings,
+            "lora": lora,
+            "seeds": args.seeds,
+            "train_rows": len(train_dataset),
+            "seconds": seconds,
+        },
+        notes,
+        pictures,
+    )
+    print(f"\n{table}\n\n{seconds} s. Report, plots and checkpoints: {output_dir / 'report.md'}")
+    return runs
+
+
+def _render_world(directory: Path, data: DataArguments, evaluation: EvaluationData) -> None:
+    """Write the world and name its files as the data of the run."""
+    held_out = {"test": 400, "test_unseen": 400}
+    sizes = {
+        "captions": {"train": 4000, "validation": 200, **held_out},
+        "conversations": {"train": 4000, **held_out},
+        "stories": {"train": 2000, "test": 150},
+        "winoground": {"test": 400},
+    }
+    files = write_world(directory, sizes)
+    data.train_data = [str(files[kind]["train"]) for kind in ("captions", "conversations", "stories")]
+    data.eval_data = str(files["captions"]["validation"])
+    evaluation.image_text_data = {split: str(files["captions"][split]) for split in held_out}
+    evaluation.interleaved_data = str(files["stories"]["test"])
+    evaluation.winoground_data = str(files["winoground"]["test"])
+    evaluation.generation_data = {split: str(files["conversations"][split]) for split in held_out}
+
+
+def _untrained(model, processor, evaluation: EvaluationData) -> dict[str, dict[str, Any]]:
+    """Results of the hidden states of a model whose projector has not been trained, pooled in two ways."""
+    last = embedder(model, processor, project=False, progress=True)
+    mean = embedder(model, processor, project=False, pooling="mean", progress=True)
+    retrieval = EvaluationData(
+        evaluation.image_text_data, evaluation.interleaved_data, None, evaluation.winoground_data
+    )
+    return {
+        "last": evaluate_tasks(evaluation, last, generator(model, processor, progress=True)),
+        "mean": evaluate_tasks(retrieval, mean),
+    }
+
+
+def _teacher_embedder(encoder: TripleEncoder):
+    """The half of the teachers that compares images with texts, as an embedding function."""
+
+    def embed(items):
+        return encoder.encode(list(items))[:, encoder.split or 0 :].numpy()
+
+    return embed
+
+
+def _prefix_embedder(model, processor):
+    """Embeddings of every prefix of documents."""
+
+    @torch.no_grad()
+    def embed(documents):
+        inputs = processor.embed_inputs(documents).to(model.device)
+        embeddings, mask = model.embed_slices(**inputs)
+        return [row[present.bool()].float().cpu().numpy() for row, present in zip(embeddings, mask)]
+
+    return embed
+
+
+def _rag_example(model, processor, embed, train_dataset, evaluation: EvaluationData, output_dir: Path) -> str:
+    """Answer a test question with the most similar training question and its answer in the context; say what came out."""
+    source = evaluation.generation_data
+    if isinstance(source, dict) and "path" not in source:
+        source = next(iter(source.values()))
+    questions = load_data(source, "test")
+    knowledge = train_dataset.filter(
+        lambda kinds: [kind == "answers" for kind in kinds], True, input_columns="loss_on"
+    )
+    knowledge = knowledge.select(range(min(500, len(knowledge))))
+    index = SugarIndex.build([question_slices(row) for row in knowledge], embed)
+    generate = generator(model, processor)
+    row = questions[0]
+    answer, used = answer_with_retrieval(generate, index, embed, row, knowledge, k=1)
+    alone = exact_match(generate, [row])
+    without = alone["misses"][0]["generated"] if alone["misses"] else row["messages"][-1]["content"][0]["text"]
+    question = " ".join(p["text"] for m in row["messages"][:-1] for p in m["content"] if p["type"] == "text")
+    example = {
+        "question": question,
+        "truth": row["messages"][-1]["content"][-1]["text"],
+        "without retrieval": without,
+        "with retrieval": answer,
+        "retrieved": used,
+    }
+    (output_dir / "rag.json").write_text(json.dumps(example, indent=2), encoding="utf-8")
+    return "Retrieval-augmented generation, one example: " + "; ".join(f"{k}: {v}" for k, v in example.items()) + "."
+
+
+def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results over seeds: those of the only seed, or the mean with the value of each."""
+    if len(results) == 1:
+        return results[0]
+    mean = {}
+    for name, value in results[0].items():
+        if isinstance(value, int):
+            mean[name] = value
+        else:
+            values = [result[name].value for result in results]
+            mean[name] = f"{np.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})"
+    return mean
+
+
+def main(argv: list[str]) -> None:
+    args, data, evaluation = parse(
+        "demo",
+        (DemoArguments, DataArguments, EvaluationData),
+        argv,
+        "Compare an untouched checkpoint, supervised fine-tuning and Sugar, on the rendered world or your own data.",
+    )
+    demo(args, data, evaluation)

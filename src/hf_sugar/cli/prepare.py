@@ -1,0 +1,64 @@
+from dataclasses import dataclass, field
+
+from accelerate import PartialState
+
+from hf_sugar.data import load_data
+from hf_sugar.teachers import TeacherCache, TripleEncoder
+
+from .arguments import DataArguments, parse
+
+
+@dataclass
+class PrepareArguments:
+    """
+    Settings of `hf-sugar prepare`.
+
+    Parameters:
+        teachers (`dict[str, str]`, *optional*):
+            As in [`SugarTrainingConfig`].
+        teacher_cache_dir (`str`, *optional*, defaults to `"teacher_cache"`):
+            Where the embeddings are written; `hf-sugar train` takes the same setting.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of datasets that have several.
+    """
+
+    teachers: dict | str | None = field(
+        default=None, metadata={"help": "Frozen encoders: a mapping (in YAML or JSON) of image, text and cross."}
+    )
+    teacher_cache_dir: str = field(default="teacher_cache", metadata={"help": "Where the embeddings are written."})
+    split: str = field(default="train", metadata={"help": "Split of datasets that have several."})
+
+
+def prepare(data: DataArguments, args: PrepareArguments) -> dict[str, int]:
+    """
+    Put the teacher embeddings of `data.train_data` and `data.eval_data` into the cache.
+
+    Args:
+        data ([`DataArguments`]):
+            The data.
+        args ([`PrepareArguments`]):
+            The teachers and the place.
+
+    Returns:
+        `dict[str, int]`: counts as [`TeacherCache.fill`] gives them, added up.
+    """
+    sources = [
+        (source, split) for source, split in ((data.train_data, args.split), (data.eval_data, "validation")) if source
+    ]
+    if not sources:
+        raise ValueError("`train_data` is not set: name the data to prepare.")
+    encoder = TripleEncoder.from_teachers(args.teachers, device=PartialState().device)
+    cache = TeacherCache.for_encoder(args.teacher_cache_dir, encoder)
+    total: dict[str, int] = {}
+    for source, split in sources:
+        counts = cache.fill(load_data(source, split, on_bad_row=data.on_bad_row), encoder, data.on_bad_row)
+        total = {name: total.get(name, 0) + count for name, count in counts.items()}
+    return total
+
+
+def main(argv: list[str]) -> None:
+    data, args = parse(
+        "prepare", (DataArguments, PrepareArguments), argv, "Compute the teacher embeddings of a dataset, once."
+    )
+    counts = prepare(data, args)
+    print(", ".join(f"{count} {name}" for name, count in counts.items()), "->", args.teacher_cache_dir)

@@ -1,0 +1,232 @@
+"""Ranks, recalls and bootstrap intervals, and the table that shows them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Figure:
+    """
+    A measured percentage with its confidence interval.
+
+    Args:
+        value (`float`):
+            Mean over the queries, in percent.
+        low (`float`):
+            Lower end of the interval, in percent.
+        high (`float`):
+            Upper end of the interval, in percent.
+        n (`int`):
+            Number of queries the mean is taken over.
+
+    Example:
+
+    ```python
+    >>> print(Figure(63.1, 58.9, 67.2, 500))
+    63.1 [58.9, 67.2]
+    ```
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def from_hits(
+        cls, hits: Sequence[float] | np.ndarray, groups: Sequence[int] | np.ndarray | None = None
+    ) -> "Figure":
+        """
+        Mean of per-query hits (0 or 1, or anything between) with its 95% bootstrap interval.
+
+        Args:
+            hits (`Sequence[float]` or `np.ndarray` of shape `(n,)`):
+                One value for each query.
+            groups (`Sequence[int]` or `np.ndarray` of shape `(n,)`, *optional*):
+                As in [`bootstrap_interval`].
+
+        Returns:
+            [`Figure`]: in percent.
+        """
+        hits = np.asarray(hits, dtype=np.float64)
+        low, high = bootstrap_interval(hits, groups=groups)
+        return cls(100 * float(hits.mean()), 100 * low, 100 * high, len(hits))
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The four fields as a JSON-serialisable `dict`."""
+        return asdict(self)
+
+
+def ranks(scores: np.ndarray, relevant: Sequence[set[int]] | Sequence[int] | np.ndarray) -> np.ndarray:
+    """
+    Rank of the best relevant candidate of each query, counted from 1.
+
+    Ties are broken pessimistically: an irrelevant candidate with the same score counts as ranked above. A model that
+    gives every candidate the same score is thus ranked last everywhere, rather than getting what the order of the
+    candidates happens to give it.
+
+    Args:
+        scores (`np.ndarray` of shape `(queries, candidates)`):
+            Higher is more similar.
+        relevant (`Sequence[set[int]]` or `Sequence[int]` or `np.ndarray` of shape `(queries,)`):
+            For each query, the index of its relevant candidate or the set of all of them.
+
+    Returns:
+        `np.ndarray` of shape `(queries,)`, int64.
+
+    Raises:
+        `ValueError`: if the shapes disagree, a score is NaN, or a query has no relevant candidate or one that is out of
+            range.
+    """
+    scores = np.asarray(scores)
+    if scores.ndim != 2 or len(scores) != len(relevant):
+        raise ValueError(
+            f"`scores` has shape {scores.shape} and `relevant` {len(relevant)} entries; expected scores of shape "
+            f"({len(relevant)}, candidates)."
+        )
+    result = np.empty(len(scores), dtype=np.int64)
+    for q, (row, answers) in enumerate(zip(scores, relevant, strict=True)):
+        if np.isnan(row).any():
+            raise ValueError(f"`scores` of query {q} hold NaN: the embeddings overflowed. Use bfloat16 or float32.")
+        answers = np.unique(list(answers) if isinstance(answers, set | frozenset | list | tuple) else [answers])
+        if len(answers) == 0 or answers[0] < 0 or answers[-1] >= len(row):
+            raise ValueError(
+                f"`relevant[{q}]` is {answers.tolist()}; each query needs at least one index from 0 to {len(row) - 1}."
+            )
+        best = row[answers].max()
+        result[q] = 1 + np.count_nonzero(row >= best) - np.count_nonzero(row[answers] >= best)
+    return result
+
+
+def recall_at_k(
+    scores: np.ndarray, relevant: Sequence[set[int]] | Sequence[int] | np.ndarray, ks: Sequence[int] = (1, 5, 10)
+) -> dict[int, np.ndarray]:
+    """
+    Whether each query finds a relevant candidate among its k best ones.
+
+    With several relevant candidates one of them is enough, as in image-caption retrieval with five captions an image.
+    Ties are broken pessimistically, see [`ranks`].
+
+    Args:
+        scores (`np.ndarray` of shape `(queries, candidates)`):
+            Higher is more similar.
+        relevant (`Sequence[set[int]]` or `Sequence[int]` or `np.ndarray` of shape `(queries,)`):
+            For each query, the index of its relevant candidate or the set of all of them.
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`):
+            Cut-offs. One that is not smaller than the number of candidates is always a hit.
+
+    Returns:
+        `dict[int, np.ndarray]`: for each k the hits, of shape `(queries,)`, float64 0 or 1. Their mean is the recall.
+
+    Raises:
+        `ValueError`: as in [`ranks`].
+
+    Example:
+
+    ```python
+    >>> hits = recall_at_k(np.array([[0.9, 0.1], [0.8, 0.3]]), relevant=[0, 1], ks=(1, 2))
+    >>> hits[1].mean(), hits[2].mean()
+    (0.5, 1.0)
+    ```
+    """
+    positions = ranks(scores, relevant)
+    return {k: (positions <= k).astype(np.float64) for k in ks}
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: Sequence[int] | np.ndarray | None = None,
+) -> tuple[float, float]:
+    """
+    Percentile bootstrap interval of a mean.
+
+    Where all values are equal the interval is that one point, however few the values: it says nothing then.
+
+    Args:
+        values (`Sequence[float]` or `np.ndarray` of shape `(n,)`):
+            One value for each query.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Probability that the interval covers the true mean.
+        resamples (`int`, *optional*, defaults to `2000`):
+            Number of bootstrap samples.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resampling.
+        groups (`Sequence[int]` or `np.ndarray` of shape `(n,)`, *optional*):
+            Label of the group each value belongs to. Whole groups are resampled then. Queries from one story, or from
+            one image, are not independent, and an interval that takes them for it is too narrow.
+
+    Returns:
+        `tuple[float, float]`: lower and upper end.
+
+    Raises:
+        `ValueError`: if `values` is empty.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        raise ValueError("`values` is empty: no query was evaluated, so there is no mean to give an interval of.")
+    if groups is not None:
+        _, members = np.unique(groups, return_inverse=True)
+        sums, counts = np.bincount(members, weights=values), np.bincount(members)
+    else:
+        sums, counts = values, np.ones(len(values))
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for r in range(resamples):  # one at a time: (resamples, n) indices do not fit in memory for large n
+        drawn = generator.integers(len(sums), size=len(sums))
+        means[r] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def to_dict(results: dict[str, Any]) -> dict[str, Any]:
+    """
+    Results of a task with every [`Figure`] turned into a `dict`, ready for `json.dump`.
+
+    Args:
+        results (`dict[str, Any]`):
+            What a task returned.
+
+    Returns:
+        `dict[str, Any]`: the same names in the same order.
+    """
+    return {name: value.to_dict() if isinstance(value, Figure) else value for name, value in results.items()}
+
+
+def report_table(runs: dict[str, dict[str, Any]]) -> str:
+    """
+    Markdown table of the results of one or several runs: a line for each metric, a column for each run.
+
+    Args:
+        runs (`dict[str, dict[str, Any]]`):
+            For each run (a model, a checkpoint, a setting) the results of one task, or of several merged into one
+            `dict`. Figures and counts are shown; anything longer, such as the list of misses, is left out.
+
+    Returns:
+        `str`: the table, without a line break at its end.
+
+    Example:
+
+    ```python
+    >>> print(report_table({"SFT": {"recall@1": Figure(20.0, 15.0, 25.0, 500)}, "Sugar": {"recall@1": Figure(40.0, 35.0, 45.0, 500)}}))
+    | metric | SFT | Sugar |
+    |---|---|---|
+    | recall@1 | 20.0 [15.0, 25.0] | 40.0 [35.0, 45.0] |
+    ```
+    """
+    shown = {run: {m: v for m, v in results.items() if isinstance(v, Figure | int)} for run, results in runs.items()}
+    metrics = list(dict.fromkeys(metric for results in shown.values() for metric in results))
+    lines = [["metric", *shown], ["---"] * (len(shown) + 1)]
+    lines += [[metric, *(str(results.get(metric, "")) for results in shown.values())] for metric in metrics]
+    header, rule, *body = lines
+    return "\n".join(
+        [f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(line)} |" for line in body)]
+    )

@@ -1,0 +1,266 @@
+"""Plots of training runs, of the label kernel, and of what retrieval finds. Each is written as one PNG file."""
+
+import itertools
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+
+COLORS = ("#2f6db5", "#d9622b", "#3a9a5b", "#8a5bb0", "#c43c58", "#6b6b6b")
+CORRECT = "#2a9d4a"
+GREY = "#c8c8c8"
+EVALUATION_STYLE = {"linestyle": "", "marker": "o", "markersize": 5.5, "markeredgecolor": "white"}
+DPI = 150
+
+
+def plot_losses(
+    log_history: Sequence[dict[str, float]] | Sequence[Sequence[dict[str, float]]],
+    path: str | os.PathLike,
+    labels: Sequence[str] | None = None,
+    keys: tuple[str, str] = ("generative_loss", "structure_loss"),
+) -> None:
+    """
+    Generative and structure loss over the steps of one or several runs, side by side.
+
+    Evaluation values (`eval_` before the key) are drawn as dots over the training curve.
+
+    Args:
+        log_history (`Sequence[dict]` or `Sequence[Sequence[dict]]`):
+            `trainer.state.log_history` of a run, or of each of several runs.
+        path (`str` or `os.PathLike`):
+            PNG file to write.
+        labels (`Sequence[str]`, *optional*):
+            Names of the runs, needed for several.
+        keys (`tuple[str, str]`, *optional*, defaults to `("generative_loss", "structure_loss")`):
+            Names of the two losses in the log. A run that logs only one, such as plain SFT, is missing from the other
+            panel.
+
+    Raises:
+        `ValueError`: if the numbers of runs and labels differ, or no run logs any of `keys`.
+    """
+    runs = [log_history] if isinstance(log_history[0], dict) else log_history
+    labels = [""] * len(runs) if labels is None and len(runs) == 1 else labels
+    if labels is None or len(labels) != len(runs):
+        raise ValueError(f"{len(runs)} runs but {len(labels or [])} `labels`. Give one for each run.")
+    logged = {key for run in runs for entry in run for key in entry}
+    if not logged.intersection(keys):
+        raise ValueError(f"No run logs {keys[0]!r} or {keys[1]!r}; pass two of {sorted(logged)} as `keys`.")
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    titles, units = ("Generative loss $L_g$", "Structure loss $L_d$"), ("nats per token", "squared error per row")
+    for ax, key, title, unit in zip(figure.subplots(1, 2), keys, titles, units, strict=True):
+        for run, label, color in zip(runs, labels, itertools.cycle(COLORS), strict=False):
+            for name, style in ((key, {"linewidth": 1.6, "label": label}), (f"eval_{key}", EVALUATION_STYLE)):
+                entries = [entry for entry in run if name in entry]
+                if entries:
+                    steps, values = [entry["step"] for entry in entries], [entry[name] for entry in entries]
+                    ax.plot(steps, values, color=color, **style)
+        ax.set_title(title, fontsize=11)
+        ax.set_xlabel("optimiser step")
+        ax.set_ylabel(unit)
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        if len(runs) > 1 and ax.lines:
+            ax.legend(frameon=False, fontsize=9)
+        if not ax.lines:
+            ax.text(0.5, 0.5, "not logged", ha="center", va="center", transform=ax.transAxes, color="grey")
+    _write(figure, path)
+
+
+def plot_similarities(labels: np.ndarray, predicted: np.ndarray, path: str | os.PathLike) -> None:
+    """
+    Label similarities and predicted cosines of one batch as two heat maps on one colour scale.
+
+    Args:
+        labels (`np.ndarray` of shape `(n, n)`):
+            Label matrix M_l.
+        predicted (`np.ndarray` of shape `(n, n)`):
+            Matrix of the cosines of the embeddings, M_r.
+        path (`str` or `os.PathLike`):
+            PNG file to write.
+
+    Raises:
+        `ValueError`: if the shapes differ.
+    """
+    labels, predicted = np.asarray(labels), np.asarray(predicted)
+    if labels.shape != predicted.shape:
+        raise ValueError(f"`labels` have shape {labels.shape} but `predicted` {predicted.shape}.")
+    low, high = min(0.0, labels.min(), predicted.min()), max(1.0, labels.max(), predicted.max())
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, matrix, title in zip(axes, (labels, predicted), ("Labels $M_l$", "Predicted cosines $M_r$"), strict=True):
+        picture = ax.imshow(matrix, vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
+        ax.set_title(title, fontsize=11)
+        ax.set_xlabel("position in the batch")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(6, integer=True))
+    axes[0].set_ylabel("position in the batch")
+    figure.colorbar(picture, ax=axes, label="similarity", shrink=0.85)
+    _write(figure, path)
+
+
+def plot_alignment(
+    expected: np.ndarray,
+    row_slices: Sequence[str | Image.Image],
+    column_slices: Sequence[str | Image.Image],
+    path: str | os.PathLike,
+) -> None:
+    """
+    Expected alignment of two sequences as a heat map, with the slices themselves along its sides.
+
+    Args:
+        expected (`np.ndarray` of shape `(n, m)`):
+            Probability that an alignment visits each cell, see [`hf_sugar.alignment.expected_alignment`].
+        row_slices (`Sequence[str | PIL.Image.Image]`):
+            The n slices of the first sequence, shown at the left.
+        column_slices (`Sequence[str | PIL.Image.Image]`):
+            The m slices of the second sequence, shown below.
+        path (`str` or `os.PathLike`):
+            PNG file to write.
+
+    Raises:
+        `ValueError`: if the shape of `expected` does not fit the slices.
+    """
+    expected = np.asarray(expected)
+    n, m = len(row_slices), len(column_slices)
+    if expected.shape != (n, m):
+        raise ValueError(f"`expected` has shape {expected.shape}; {n} row and {m} column slices need ({n}, {m}).")
+    cell = min(1.0, 12 / max(n, m))
+    figure = Figure(figsize=(cell * m + 2.6, cell * n + 1.7))
+    grid = figure.add_gridspec(
+        n + 1,
+        m + 2,
+        width_ratios=[1.4, *[cell] * m, 0.15],
+        height_ratios=[*[cell] * n, 1.0],
+        wspace=0.1,
+        hspace=0.1,
+        left=0.04,
+        right=1 - 0.6 / figure.get_figwidth(),
+        top=1 - 0.5 / figure.get_figheight(),
+        bottom=0.1 / figure.get_figheight(),
+    )
+    ax = figure.add_subplot(grid[:n, 1 : m + 1])
+    picture = ax.imshow(expected, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+    ax.set_xticks(np.arange(m - 1) + 0.5, [])
+    ax.set_yticks(np.arange(n - 1) + 0.5, [])
+    ax.grid(color="white", linewidth=1.5)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_title("Expected alignment", fontsize=11)
+    if cell > 0.4:
+        for i, j in np.ndindex(n, m):
+            color = "white" if expected[i, j] > 0.55 else "#333333"
+            ax.text(j, i, f"{expected[i, j]:.2f}", ha="center", va="center", fontsize=8, color=color)
+    colorbar = figure.colorbar(picture, cax=figure.add_subplot(grid[:n, m + 1]))
+    colorbar.set_label("probability of a visit", fontsize=8)
+    colorbar.ax.tick_params(labelsize=7)
+    for i, part in enumerate(row_slices):
+        _draw(figure.add_subplot(grid[i, 0]), part)
+    for j, part in enumerate(column_slices):
+        _draw(figure.add_subplot(grid[n, j + 1]), part)
+    _write(figure, path)
+
+
+def plot_gallery(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
+    """
+    Queries with what was found for them, best first; correct hits are framed.
+
+    Args:
+        rows (`Sequence[dict]`):
+            For each query a line with `query` and `truth` (each a `str`, a `PIL.Image.Image` or an interleaved list of
+            those), `hits`, a list of such items, and `correct`, a list of `bool` that says which of the hits are right.
+        path (`str` or `os.PathLike`):
+            PNG file to write.
+
+    Raises:
+        `ValueError`: if there are no rows, or a row has another number of `correct` than of `hits`.
+    """
+    if len(rows) == 0:
+        raise ValueError("`rows` is empty: there is nothing to draw.")
+    for r, row in enumerate(rows):
+        if len(row["correct"]) != len(row["hits"]):
+            raise ValueError(
+                f"`rows[{r}]` has {len(row['hits'])} hits but {len(row['correct'])} entries in `correct`."
+            )
+    columns = max(len(row["hits"]) for row in rows)
+    items = [[row["query"], row["truth"], *row["hits"]] for row in rows]
+    widths = [
+        min(4.8, max([1.3, *(1.2 * len(line[c]) for line in items if c < len(line) and isinstance(line[c], list))]))
+        for c in range(columns + 2)
+    ]
+    width, height = sum(widths) + 0.4, 1.25 * len(rows) + 0.4
+    figure = Figure(figsize=(width, height))
+    grid = figure.add_gridspec(
+        len(rows),
+        columns + 3,
+        width_ratios=[*widths[:2], 0.1, *widths[2:]],
+        wspace=0.06,
+        hspace=0.08,
+        left=0.01,
+        right=0.99,
+        top=1 - 0.33 / height,
+        bottom=0.07 / height,
+    )
+    for r, (row, line) in enumerate(zip(rows, items, strict=True)):
+        for c, item in enumerate(line):
+            ax = figure.add_subplot(grid[r, c if c < 2 else c + 1])
+            if r == 0:
+                ax.set_title(("query", "truth")[c] if c < 2 else f"rank {c - 1}", fontsize=10)
+            if c < 2:
+                _draw(ax, item)
+            elif row["correct"][c - 2]:
+                _draw(ax, item, frame=CORRECT, frame_width=3)
+            else:
+                _draw(ax, item, frame=GREY)
+    _write(figure, path)
+
+
+def _draw(ax: Axes, item: Any, frame: str | None = None, frame_width: float = 0.8) -> None:
+    """A text, an image, or several of them side by side, in an axes of its own."""
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(frame is not None)
+    ax.spines[:].set(color=frame, linewidth=frame_width)
+    ax.patch.set_visible(False)
+    if isinstance(item, list):
+        for p, part in enumerate(item):
+            _draw(ax.inset_axes([p / len(item), 0.02, 1 / len(item), 0.96]), part)
+    elif isinstance(item, str):
+        box = ax.get_window_extent()
+        inches = box.width / ax.figure.dpi, box.height / ax.figure.dpi
+        characters, lines = max(6, int(inches[0] / 0.062)), max(1, int(inches[1] / 0.135))
+        wrapped = textwrap.wrap(item, characters, max_lines=lines, placeholder=" …")
+        ax.text(
+            0.5,
+            0.5,
+            "\n".join(wrapped),
+            ha="center",
+            va="center",
+            fontsize=7,
+            transform=ax.transAxes,
+            parse_math=False,  # a caption may hold dollar signs
+        )
+    else:
+        image = item.convert("RGB")
+        image.thumbnail((256, 256))
+        ax.set(xlim=(0, 1), ylim=(0, 1))
+        inner = ax.inset_axes([0.05, 0.05, 0.9, 0.9])
+        inner.imshow(np.asarray(image))
+        inner.set_axis_off()
+
+
+def _write(figure: Figure, path: str | os.PathLike) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=DPI)
+    os.replace(temporary, path)

@@ -1,0 +1,504 @@
+"""The rendered world, seen again from its pixels, and the shipped checkpoints, scored again."""
+
+import json
+import random
+import re
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from datasets import concatenate_datasets, load_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    BertModel,
+    CLIPModel,
+    Dinov2Model,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from hf_sugar.world import DESCRIBE, checkpoint, load_world, write_world
+from hf_sugar.world.checkpoints import (
+    CHAT_TEMPLATE,
+    CHECKPOINTS,
+    _tokenize,
+    build_tokenizer,
+    exact_match,
+    pretrain_llava,
+    recall_at_1,
+    save_checkpoint,
+    train_bert,
+    train_clip,
+    train_dinov2,
+)
+from hf_sugar.world.scenes import COLORS, NUMBERS, SPLITS, UNSEEN_PAIRS, scenes
+
+
+ROW_KINDS = ("captions", "conversations", "stories")
+SIZE = 160  # large enough for every shape to be told by a few measures
+NUMBER = {word: n for n, word in enumerate(NUMBERS)}
+
+
+def see(image):
+    """The objects of an image as (size, color, shape, x, y), from its pixels alone."""
+    pixels = np.asarray(image).astype(int)
+    width = len(pixels)
+    labels, count = ndimage.label(pixels.min(-1) < 150, np.ones((3, 3)))
+    found = []
+    for i, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+        inside = labels[rows, columns] == i
+        color = np.median(pixels[rows, columns][inside], axis=0)
+        color = min(COLORS, key=lambda name: np.abs(color - COLORS[name]).sum())
+        height, breadth = inside.shape
+        fill, middle = inside.mean(), inside[height // 2].mean()
+        if not inside[height // 2, breadth // 2]:
+            shape = "ring"
+        elif fill > 0.95:
+            shape = "square"
+        elif fill > 0.7:
+            shape = "circle"
+        elif middle > 0.95:
+            shape = "cross"
+        else:
+            shape = "triangle" if fill > 0.43 else "star"
+        size = "large" if max(inside.shape) / 2 / width > 0.165 else "small"
+        x, y = (columns.start + columns.stop) / 2 / width, (rows.start + rows.stop) / 2 / width
+        found.append((size, color, shape, x, y))
+    return found
+
+
+def singular(word):
+    return {"crosses": "cross"}.get(word, word.removesuffix("s") if word != "cross" else word)
+
+
+def check_caption(caption, image):
+    objects = see(image)
+    relation = re.fullmatch(r"an? (\w+ \w+ \w+) (to the left of|above) an? (\w+ \w+ \w+)", caption)
+    if relation:
+        first, where, second = relation.groups()
+        axis = 3 if where == "to the left of" else 4
+        assert [" ".join(o[:3]) for o in sorted(objects, key=lambda o: o[axis])] == [first, second], (caption, objects)
+        one, two = sorted(objects, key=lambda o: o[axis])
+        assert two[axis] - one[axis] > abs(two[7 - axis] - one[7 - axis]) + 0.05
+    else:
+        wanted = []
+        for group in caption.split(" and "):
+            number, size, color, shape = group.split()
+            wanted += [(size, color, singular(shape))] * NUMBER[number]
+        assert sorted(o[:3] for o in objects) == sorted(wanted), caption
+
+
+def answer(question, image):
+    """The answer to a question, worked out from the pixels."""
+    objects = see(image)
+    if match := re.fullmatch(r"What color (?:is|are) the (\w+)\?", question):
+        (found,) = {o[1] for o in objects if o[2] == singular(match[1])}
+        return found
+    if match := re.fullmatch(r"What shape (?:is|are) the (\w+) objects?\?", question):
+        (found,) = {o[2] for o in objects if o[1] == match[1]}
+        return found
+    if match := re.fullmatch(r"What size (?:is|are) the (\w+) (\w+)\?", question):
+        (found,) = {o[0] for o in objects if o[1] == match[1] and o[2] == singular(match[2])}
+        return found
+    if question == "How many objects are there?":
+        return NUMBERS[len(objects)]
+    if match := re.fullmatch(r"How many (\w+)( objects)? are there\?", question):
+        return NUMBERS[sum(o[1] == match[1] if match[2] else o[2] == singular(match[1]) for o in objects)]
+    if match := re.fullmatch(r"Is there an? (\w+) (\w+)\?", question):
+        return "yes" if any(o[1:3] == match.groups() for o in objects) else "no"
+
+    def place(color, shape):
+        (found,) = [np.array(o[3:]) for o in objects if o[1:3] == (color, shape)]
+        return found
+
+    def direction(one, two):
+        x, y = one - two
+        return ("to the left", "to the right")[int(x > 0)] if abs(x) > abs(y) else ("above", "below")[int(y > 0)]
+
+    if match := re.fullmatch(r"Where is the (\w+) (\w+) relative to the (\w+) (\w+)\?", question):
+        return direction(place(*match.groups()[:2]), place(*match.groups()[2:]))
+    match = re.fullmatch(r"Is the (\w+) (\w+) (above|below|to the \w+)(?: of)? the (\w+) (\w+)\?", question)
+    color, shape, asked, *other = match.groups()
+    return "yes" if direction(place(color, shape), place(*other)) == asked else "no"
+
+
+def caption_of(row):
+    return row["messages"][0]["content"][1]["text"]
+
+
+def contents(dataset):
+    return dataset.with_format("arrow")[:]
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", (*ROW_KINDS, "winoground"))
+def test_same_arguments_same_bytes(kind):
+    one, again = (contents(load_world(kind, "test", 30, seed=3)) for _ in range(2))
+    assert one.equals(again)
+    assert not one.equals(contents(load_world(kind, "test", 30, seed=4)))
+    longer = contents(load_world(kind, "test", 40, seed=3))
+    assert longer.slice(0, 30).to_pylist() == one.to_pylist()
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="kind='poems' does not exist: choose from captions"):
+        load_world("poems")
+    with pytest.raises(ValueError, match="split='dev' does not exist: choose from train"):
+        load_world("captions", "dev")
+    with pytest.raises(ValueError, match="There is no checkpoint named 'vit'"):
+        checkpoint("vit")
+
+
+def test_splits_share_no_words():
+    words = {split: {" ".join(sorted(s.caption.split())) for s in scenes(split)} for split in SPLITS}
+    for one, other in combinations(("train", "validation", "test"), 2):
+        assert not words[one] & words[other]
+    assert all(len(scenes(split)) >= 2000 for split in SPLITS)
+    captions = [scene.caption for split in SPLITS for scene in scenes(split)]
+    assert len(captions) == len(set(captions))
+    shares = [len(scenes(split)) for split in ("train", "validation", "test")]
+    assert np.allclose(np.array(shares) / sum(shares), (0.7, 0.1, 0.2), atol=0.02)
+
+
+def test_unseen_pairs_are_unseen():
+    assert len(UNSEEN_PAIRS) == 8
+
+    def pairs(texts):
+        return {(c, singular(s)) for text in texts for c, s in re.findall(rf"({'|'.join(COLORS)}) (\w+)\b", text)}
+
+    def texts(split):
+        for kind in ROW_KINDS:
+            for messages in load_world(kind, split, 400, seed=1)["messages"]:
+                for message in messages:
+                    yield from (part["text"] for part in message["content"] if part["text"])
+
+    for split in ("train", "validation", "test"):
+        assert not UNSEEN_PAIRS & pairs(texts(split))
+    for row in load_world("captions", "test_unseen", 200):
+        assert UNSEEN_PAIRS & pairs([caption_of(row)])
+    # in pixels, stories included
+    for image in (image for row in load_world("stories", "train", 30, SIZE) for image in row["images"]):
+        assert not UNSEEN_PAIRS & {o[1:3] for o in see(image)}
+
+
+@pytest.mark.parametrize("split", ("train", "test_unseen"))
+def test_captions_tell_what_the_image_shows(split):
+    rows = load_world("captions", split, 100, image_size=SIZE, seed=2)
+    for row in rows:
+        check_caption(caption_of(row), row["images"][0])
+        assert row["loss_on"] == "captions"
+
+
+def test_captions_are_unique_and_positions_are_not():
+    rows = load_world("captions", "test", 1000)
+    assert len({caption_of(row) for row in rows}) == 1000
+    rng = random.Random(0)
+    scene = scenes("test")[5]
+    assert len({scene.render(rng).tobytes() for _ in range(10)}) == 10
+    assert load_world("captions", size=1)[0]["images"][0].size == (32, 32)
+
+
+@pytest.mark.parametrize("split", ("train", "test_unseen"))
+def test_answers_are_right(split):
+    asked = set()
+    for row in load_world("conversations", split, 250, image_size=SIZE, seed=5):
+        (image,) = row["images"]
+        assert row["messages"][0]["content"][0]["type"] == "image"
+        for question, reply in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+            assert (question["role"], reply["role"]) == ("user", "assistant")
+            question, reply = question["content"][-1]["text"], reply["content"][0]["text"]
+            asked.add(" ".join(question.split()[:2]))
+            if question == DESCRIBE:
+                check_caption(reply, image)
+            else:
+                assert answer(question, image) == reply, question
+    assert asked >= {
+        "Describe the",
+        "What color",
+        "What shape",
+        "What size",
+        "How many",
+        "Is there",
+        "Where is",
+        "Is the",
+    }
+
+
+def test_paraphrases_say_the_same():
+    for scene in random.Random(0).sample(scenes("test"), 300):
+        assert scene.caption not in scene.paraphrases and len(set(scene.paraphrases)) == len(scene.paraphrases)
+        for text in scene.paraphrases:
+            for thing in scene.things:
+                assert re.search(rf"\b{thing}(s|es)?\b", text)
+            match = re.fullmatch(
+                r"(?:there is )?an? (.+) (to the right of|below) an? (.+)|(?:to the right of|below) an? (.+) there is an? (.+)",
+                text,
+            )
+            if match:
+                later = match[1] or match[5]
+                assert later == str(scene.things[1])
+
+
+@pytest.mark.parametrize("split", ("train", "test", "test_unseen"))
+def test_stories_follow_from_their_sentences(split):
+    lengths = set()
+    for row in load_world("stories", split, 40, image_size=SIZE, seed=6):
+        parts = row["messages"][0]["content"]
+        assert [part["type"] for part in parts] == ["text", "image"] * len(row["images"])
+        lengths.add(len(row["images"]))
+        state, it, before = {}, None, None
+        for part, image in zip(parts[::2], row["images"], strict=True):
+            text = part["text"].removesuffix(".").lower()
+            new = re.findall(r"an? (\w+) (\w+) (\w+) (?:is|appears) in the (\w+) (\w+) corner", text)
+            for size, color, shape, row_, column in new:
+                state[shape] = [size, color, row_, column]
+                it = shape
+            if not new:
+                name, event = re.fullmatch(r"(it|the \w+) (.+)", text).groups()
+                it = it if name == "it" else name.split()[1]
+                thing = state[it]
+                if event == "leaves":
+                    del state[it]
+                elif event == "grows":
+                    assert thing[0] == "small"
+                    thing[0] = "large"
+                elif event == "shrinks":
+                    assert thing[0] == "large"
+                    thing[0] = "small"
+                elif event.startswith("turns "):
+                    thing[1] = event.split()[-1]
+                else:
+                    to = {
+                        "up": (2, "top"),
+                        "down": (2, "bottom"),
+                        "to the left": (3, "left"),
+                        "to the right": (3, "right"),
+                    }
+                    at, where = to[event.removeprefix("moves ")]
+                    assert thing[at] != where
+                    thing[at] = where
+            seen = {
+                o[2]: [*o[:2], "top" if o[4] < 0.5 else "bottom", "left" if o[3] < 0.5 else "right"]
+                for o in see(image)
+            }
+            assert seen == state != before, (part["text"], seen, state)
+            before = seen
+    assert lengths == {3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("split", ("test", "test_unseen"))
+def test_winoground_same_words_other_order(split):
+    for row in load_world("winoground", split, 60, image_size=SIZE):
+        assert row["caption_0"] != row["caption_1"]
+        assert sorted(row["caption_0"].split()) == sorted(row["caption_1"].split())
+        for i in range(2):
+            check_caption(row[f"caption_{i}"], row[f"image_{i}"])
+            with pytest.raises(AssertionError):
+                check_caption(row[f"caption_{1 - i}"], row[f"image_{i}"])
+
+
+def test_kinds_share_their_features():
+    kinds = [load_world(kind, size=5) for kind in ROW_KINDS]
+    rows = concatenate_datasets(kinds)
+    assert rows.features == kinds[0].features and len(rows) == 15
+    assert rows["loss_on"] == ["captions"] * 5 + ["answers"] * 5 + ["text"] * 5
+    assert len(set(rows["id"])) == 15 and rows[7]["id"] == "world/conversations/train:2"
+    for row in rows:
+        parts = [part for message in row["messages"] for part in message["content"]]
+        assert sum(part["type"] == "image" for part in parts) == len(row["images"])
+        assert all((part["text"] is None) == (part["type"] == "image") for part in parts)
+
+
+def test_written_world_is_the_loaded_one(tmp_path):
+    files = write_world(
+        tmp_path, {"stories": {"train": 7, "test": 3}, "winoground": {"test": 4}}, image_size=48, seed=9
+    )
+    assert files["stories"]["test"] == tmp_path / "stories" / "test.parquet"
+    read = load_dataset(str(tmp_path / "stories"), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in read.items()} == {"train": 7, "test": 3}
+    loaded = load_world("stories", "train", 7, image_size=48, seed=9)
+    assert read["train"].features == loaded.features
+    assert contents(read["train"]).to_pylist() == contents(loaded).to_pylist()
+    assert read["train"][0]["images"][0].size == (48, 48)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@given(st.text())
+@settings(max_examples=30, deadline=None)
+def test_tokenizer_knows_every_byte(text):
+    tokenizer = test_tokenizer_knows_every_byte.tokenizer
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text or "<" in text
+    assert tokenizer.unk_token_id not in ids or "<unk>" in text
+
+
+test_tokenizer_knows_every_byte.tokenizer = build_tokenizer(["a red circle"], vocab_size=300)
+
+
+def test_tokenizer_bounds():
+    texts = ["a small red circle"] * 3
+    assert build_tokenizer(texts, 320).convert_ids_to_tokens(build_tokenizer(texts, 320)("<image>")["input_ids"]) == [
+        "<image>"
+    ]
+    bounded = build_tokenizer(texts, 320, lowercase=True, bounds=True)
+    assert bounded("A RED")["input_ids"] == bounded("a red")["input_ids"]
+    assert bounded.decode(bounded("A red")["input_ids"]) == "<s>a red</s>"
+
+
+def test_loss_covers_the_wanted_text_only():
+    rows = concatenate_datasets([load_world(kind, size=20) for kind in ROW_KINDS])
+    flipped = {**rows[0], "messages": [{"role": "user", "content": rows[0]["messages"][0]["content"][::-1]}]}
+    processor = LlavaProcessor.from_pretrained(checkpoint("llava"))
+    for row in [*rows, flipped]:
+        ((ids, labels),) = _tokenize([row], processor, 16)
+        assert (ids == processor.image_token_id).sum() == 16 * len(row["images"])
+        learned = processor.tokenizer.decode(labels[labels != -100]).strip()
+        texts = [
+            part["text"] + ("</s>" if message["role"] == "assistant" else "")
+            for message in row["messages"]
+            for part in message["content"]
+            if part["text"] and (message["role"] == "assistant" or row["loss_on"] != "answers")
+        ]
+        assert learned.replace("</s> ", "</s>") == (
+            "" if row is flipped else "".join(texts) if row["loss_on"] == "answers" else " ".join(texts)
+        )
+
+
+def falls(losses):
+    return np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+
+
+def test_rebuild_in_short(tmp_path):
+    rows = concatenate_datasets([load_world("conversations", size=96), load_world("stories", size=8)])
+    images = [row["images"][0] for row in rows]
+    texts = [row["messages"][-1]["content"][0]["text"] for row in rows]
+    tiny = {"hidden_size": 64, "layers": 1, "seed": 1}
+
+    for train in (
+        lambda losses: train_clip(images, texts, steps=16, batch_size=32, losses=losses, **tiny),
+        lambda losses: train_dinov2(images, steps=16, batch_size=32, losses=losses, **tiny),
+        lambda losses: train_bert(
+            list(zip(texts, texts, strict=True)), steps=16, batch_size=32, losses=losses, **tiny
+        ),
+        lambda losses: pretrain_llava(rows, steps=16, tokens_per_batch=512, losses=losses, **tiny),
+    ):
+        losses, again = [], []
+        model, processor = train(losses)
+        train(again)
+        assert losses == again and len(losses) == 16 and falls(losses)
+        directory = save_checkpoint(model, processor, tmp_path / type(model).__name__)
+        save_checkpoint(model, processor, directory)
+        stored = type(model).from_pretrained(directory, dtype=torch.float32)
+        assert model.dtype == torch.float32
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(stored.state_dict()[name], weight.half().float(), rtol=0, atol=0, msg=name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "BertModel", "CLIPModel", "Dinov2Model", "LlavaForConditionalGeneration",
+    ]  # fmt: skip
+
+
+def test_images_must_be_square():
+    wide = [load_world("captions", size=1)[0]["images"][0].resize((32, 64))]
+    with pytest.raises(ValueError, match="square .* 32x64"):
+        train_dinov2(wide, steps=1)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return json.loads((checkpoint("llava").parent / "scores.json").read_text())
+
+
+def test_shipped_files_are_small_and_plain():
+    files = [path for name in CHECKPOINTS for path in checkpoint(name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8 * 1024**2
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja"}
+    image_processors = {
+        name: json.loads(next(checkpoint(name).glob("*processor_config.json")).read_text())
+        for name in ("llava", "clip")
+    }
+    assert image_processors["llava"]["image_processor"]["image_processor_type"] == "CLIPImageProcessor"
+    assert image_processors["llava"]["processor_class"] == "LlavaProcessor"
+
+
+def test_shipped_llava(scores):
+    processor = AutoProcessor.from_pretrained(checkpoint("llava"))
+    assert type(processor) is LlavaProcessor and processor.chat_template == CHAT_TEMPLATE
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint("llava"), dtype=torch.float32).eval()
+    assert model.config.text_config.max_position_embeddings == 2048 and not model.generation_config.do_sample
+    assert (
+        processor.tokenizer("hello")["input_ids"]
+        == processor.tokenizer("hello", add_special_tokens=False)["input_ids"]
+    )
+    rows = load_world("conversations", "test", 300, seed=11)
+    describes = [messages[0]["content"][1]["text"] == DESCRIBE for messages in rows["messages"]]
+    for name, wanted in (("caption_exact", True), ("vqa_exact", False)):
+        some = rows.select([i for i, d in enumerate(describes) if d is wanted][:80])
+        assert abs(exact_match(model, processor, some) - scores["llava"]["scores"]["test"][name]) < 0.12
+    assert scores["llava"]["scores"]["test"]["caption_exact"] >= 0.85
+
+
+@torch.no_grad()
+def test_shipped_clip(scores):
+    model = CLIPModel.from_pretrained(checkpoint("clip"), dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint("clip"))
+    rows = load_world("captions", "test", 500, seed=12)
+    out = model(
+        **processor(
+            images=[row["images"][0] for row in rows],
+            text=[caption_of(row) for row in rows],
+            padding=True,
+            return_tensors="pt",
+        )
+    )
+    stated = scores["clip"]["scores"]["test"]
+    assert abs(recall_at_1(out.image_embeds, out.text_embeds) - stated["image_to_text_R@1"]) < 0.05
+    assert abs(recall_at_1(out.text_embeds, out.image_embeds) - stated["text_to_image_R@1"]) < 0.05
+    assert stated["image_to_text_R@1"] > 0.8
+    # text is pooled at its end, whatever follows
+    ids = processor.tokenizer(["a small red ring"], return_tensors="pt")["input_ids"]
+    padded = torch.nn.functional.pad(ids, (0, 4), value=processor.tokenizer.pad_token_id)
+    one, two = (model.get_text_features(input_ids=i).pooler_output for i in (ids, padded))
+    torch.testing.assert_close(one, two)
+
+
+@torch.no_grad()
+def test_shipped_dinov2_and_bert(scores):
+    dinov2 = AutoModel.from_pretrained(checkpoint("dinov2"), dtype=torch.float32).eval()
+    assert isinstance(dinov2, Dinov2Model)
+    processor = AutoImageProcessor.from_pretrained(checkpoint("dinov2"))
+    some = random.Random(3).sample(scenes("test"), 60)
+    rng = random.Random(4)
+    one, other = (
+        torch.nn.functional.normalize(
+            dinov2(**processor(images=[s.render(rng) for s in some], return_tensors="pt")).last_hidden_state[:, 0],
+            dim=-1,
+        )
+        for _ in range(2)
+    )
+    similarity = one @ other.T
+    assert similarity.diag().mean() > similarity.mean() + 0.2
+
+    bert = AutoModel.from_pretrained(checkpoint("bert"), dtype=torch.float32, add_pooling_layer=False).eval()
+    assert isinstance(bert, BertModel)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("bert"))
+    some = random.Random(3).sample(scenes("test"), 200)
+    said, caption = (
+        torch.nn.functional.normalize(
+            bert(**tokenizer(texts, padding=True, return_tensors="pt")).last_hidden_state[:, 0], dim=-1
+        )
+        for texts in ([random.Random(i).choice(s.paraphrases) for i, s in enumerate(some)], [s.caption for s in some])
+    )
+    # fewer candidates than the stated score had, so at least as easy
+    assert recall_at_1(said, caption) > scores["bert"]["scores"]["test"]["paraphrase_R@1"] - 0.05
