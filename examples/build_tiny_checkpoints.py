@@ -4,7 +4,7 @@ Builds the tiny checkpoints of the rendered world from nothing: a LLaVA and the 
     python examples/build_tiny_checkpoints.py --output_dir weights
     python examples/build_tiny_checkpoints.py --output_dir weights --only clip bert --clip_steps 200
 
-Each is saved as soon as it is trained, then loaded again from disk and scored. `scores.json` keeps the scores.
+The LLaVA takes its vision tower from the CLIP in the output folder. Each is saved as soon as it is trained, then loaded again from disk and scored. `scores.json` keeps the scores.
 """
 
 import json
@@ -16,12 +16,18 @@ from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+)
 from trl import TrlParser
 
 from hf_sugar.world import DESCRIBE, load_world
 from hf_sugar.world.checkpoints import (
-    CHECKPOINTS,
     exact_match,
     pretrain_llava,
     recall_at_1,
@@ -39,7 +45,7 @@ class BuildArguments:
         default="weights", metadata={"help": "Folder that receives the checkpoints and scores.json."}
     )
     only: list[str] = field(
-        default_factory=lambda: list(CHECKPOINTS), metadata={"help": "Which checkpoints to build."}
+        default_factory=lambda: ["clip", "dinov2", "bert", "llava"], metadata={"help": "Which checkpoints to build."}
     )
     scores_only: bool = field(default=False, metadata={"help": "Only score what `output_dir` holds."})
     image_size: int = field(default=32, metadata={"help": "Width and height of the images."})
@@ -47,11 +53,11 @@ class BuildArguments:
     threads: int = field(default=1, metadata={"help": "CPU threads."})
     scenes: int = field(default=9000, metadata={"help": "Scenes the teachers see, each with a near twin."})
     stories: int = field(default=1500, metadata={"help": "Stories the teachers see."})
-    clip_steps: int = field(default=900, metadata={"help": "Steps of 256 pairs."})
+    clip_steps: int = field(default=500, metadata={"help": "Steps of 256 pairs."})
     dinov2_steps: int = field(default=500, metadata={"help": "Steps of 128 images."})
-    bert_steps: int = field(default=500, metadata={"help": "Steps of 128 pairs."})
-    llava_steps: int = field(default=1500, metadata={"help": "Steps of 2560 tokens."})
-    llava_rows: int = field(default=30000, metadata={"help": "Rows the LLaVA sees: conversations, stories, captions."})
+    bert_steps: int = field(default=600, metadata={"help": "Steps of 128 pairs."})
+    llava_steps: int = field(default=3000, metadata={"help": "Steps of 2048 tokens."})
+    llava_rows: int = field(default=40000, metadata={"help": "Rows the LLaVA sees: conversations, stories, captions."})
     eval_size: int = field(default=500, metadata={"help": "Rows or candidates in each score."})
 
 
@@ -190,7 +196,11 @@ def build(name: str, directory: Path, args: BuildArguments) -> list[float]:
     losses = []
     if name == "llava":
         model, processor = pretrain_llava(
-            llava_rows(args), steps=args.llava_steps, tokens_per_batch=2560, seed=args.seed, losses=losses
+            llava_rows(args),
+            steps=args.llava_steps,
+            vision_tower=CLIPModel.from_pretrained(directory.parent / "clip", dtype=torch.float32),
+            seed=args.seed,
+            losses=losses,
         )
     else:
         images, texts, pairs = teacher_data(args)

@@ -319,12 +319,11 @@ def test_kinds_share_their_features():
 
 
 def test_written_world_is_the_loaded_one(tmp_path):
-    files = write_world(
-        tmp_path, {"stories": {"train": 7, "test": 3}, "winoground": {"test": 4}}, image_size=48, seed=9
-    )
-    assert files["stories"]["test"] == tmp_path / "stories" / "test.parquet"
+    sizes = {"stories": {"train": 7, "test": 3, "test_unseen": 2}, "winoground": {"test": 4}}
+    files = write_world(tmp_path, sizes, image_size=48, seed=9)
+    assert files["stories"]["test"].parent == tmp_path / "stories" / "data"
     read = load_dataset(str(tmp_path / "stories"), cache_dir=str(tmp_path / "cache"))
-    assert {split: len(rows) for split, rows in read.items()} == {"train": 7, "test": 3}
+    assert {split: len(rows) for split, rows in read.items()} == sizes["stories"]
     loaded = load_world("stories", "train", 7, image_size=48, seed=9)
     assert read["train"].features == loaded.features
     assert contents(read["train"]).to_pylist() == contents(loaded).to_pylist()
@@ -335,16 +334,15 @@ def test_written_world_is_the_loaded_one(tmp_path):
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
+TOKENIZER = build_tokenizer(["a red circle"], vocab_size=300)
+
+
 @given(st.text())
 @settings(max_examples=30, deadline=None)
 def test_tokenizer_knows_every_byte(text):
-    tokenizer = test_tokenizer_knows_every_byte.tokenizer
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text or "<" in text
-    assert tokenizer.unk_token_id not in ids or "<unk>" in text
-
-
-test_tokenizer_knows_every_byte.tokenizer = build_tokenizer(["a red circle"], vocab_size=300)
+    ids = TOKENIZER(text)["input_ids"]
+    assert TOKENIZER.decode(ids, clean_up_tokenization_spaces=False) == text or "<" in text
+    assert TOKENIZER.unk_token_id not in ids or "<unk>" in text
 
 
 def test_tokenizer_bounds():
@@ -371,9 +369,8 @@ def test_loss_covers_the_wanted_text_only():
             for part in message["content"]
             if part["text"] and (message["role"] == "assistant" or row["loss_on"] != "answers")
         ]
-        assert learned.replace("</s> ", "</s>") == (
-            "" if row is flipped else "".join(texts) if row["loss_on"] == "answers" else " ".join(texts)
-        )
+        # the spaces between the parts of a document belong to no part
+        assert learned.replace(" ", "") == ("" if row is flipped else "".join(texts).replace(" ", ""))
 
 
 def falls(losses):
@@ -387,17 +384,17 @@ def test_rebuild_in_short(tmp_path):
     tiny = {"hidden_size": 64, "layers": 1, "seed": 1}
 
     for train in (
-        lambda losses: train_clip(images, texts, steps=16, batch_size=32, losses=losses, **tiny),
-        lambda losses: train_dinov2(images, steps=16, batch_size=32, losses=losses, **tiny),
+        lambda losses: train_clip(images, texts, steps=24, batch_size=32, lr=3e-3, losses=losses, **tiny),
+        lambda losses: train_dinov2(images, steps=24, batch_size=32, lr=3e-3, losses=losses, **tiny),
         lambda losses: train_bert(
-            list(zip(texts, texts, strict=True)), steps=16, batch_size=32, losses=losses, **tiny
+            list(zip(texts, texts, strict=True)), steps=24, batch_size=32, lr=3e-3, losses=losses, **tiny
         ),
-        lambda losses: pretrain_llava(rows, steps=16, tokens_per_batch=512, losses=losses, **tiny),
+        lambda losses: pretrain_llava(rows, steps=24, lr=3e-3, tokens_per_batch=512, losses=losses, **tiny),
     ):
         losses, again = [], []
         model, processor = train(losses)
         train(again)
-        assert losses == again and len(losses) == 16 and falls(losses)
+        assert losses == again and len(losses) == 24 and falls(losses)
         directory = save_checkpoint(model, processor, tmp_path / type(model).__name__)
         save_checkpoint(model, processor, directory)
         stored = type(model).from_pretrained(directory, dtype=torch.float32)

@@ -17,7 +17,7 @@ from hf_sugar.retrieval import SugarIndex
 from hf_sugar.retrieval.rag import answer_with_retrieval, question_slices
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
-from hf_sugar.world import checkpoint, write_world
+from hf_sugar.world import DESCRIBE, checkpoint, write_world
 
 from .arguments import DataArguments, parse
 
@@ -33,7 +33,15 @@ WORLD_TRAINING = {
     "gradient_checkpointing": False,
     "bf16": False,
     "logging_steps": 10,
+    "report_to": [],
+    "save_strategy": "no",
 }
+WORLD_LORA = {"r": 128, "lora_alpha": 256, "target_modules": ["q_proj", "v_proj"]}
+
+
+def world_teachers() -> dict[str, str]:
+    """The `teachers` setting for the tiny encoders of the world."""
+    return {role: str(checkpoint(name)) for role, name in (("image", "dinov2"), ("text", "bert"), ("cross", "clip"))}
 
 
 @dataclass
@@ -95,16 +103,12 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
     started = time.monotonic()
     output_dir = Path(args.output_dir)
     settings = {**WORLD_TRAINING, **(args.training or {})}
-    lora = {"r": 128, "lora_alpha": 256, **(args.lora or {})}
+    lora = {**WORLD_LORA, **(args.lora or {})}
     model_path = args.model_name_or_path or str(checkpoint("llava"))
-    teachers = args.teachers or {
-        "image": str(checkpoint("dinov2")),
-        "text": str(checkpoint("bert")),
-        "cross": str(checkpoint("clip")),
-    }
+    teachers = args.teachers or world_teachers()
     if data.train_data is None:
         print("1/5 rendering the world")
-        _render_world(output_dir / "world", data, evaluation)
+        render_world(output_dir / "world", data, evaluation)
     train_dataset = load_data(data.train_data, on_bad_row=data.on_bad_row)
     eval_dataset = None
     if data.eval_data is not None:
@@ -133,8 +137,6 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
                 args=SugarTrainingConfig(
                     output_dir=str(output_dir / (run.lower() if len(args.seeds) == 1 else f"{run.lower()}-{seed}")),
                     **{
-                        "report_to": [],
-                        "save_strategy": "no",
                         "teacher_cache_dir": str(output_dir / "teacher_cache"),
                         **settings,
                         "teachers": teachers,
@@ -201,8 +203,18 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
     return runs
 
 
-def _render_world(directory: Path, data: DataArguments, evaluation: EvaluationData) -> None:
-    """Write the world and name its files as the data of the run."""
+def render_world(directory: Path, data: DataArguments, evaluation: EvaluationData) -> None:
+    """
+    Write the world and name its files as the data of a run.
+
+    Args:
+        directory (`Path`):
+            Where to write.
+        data ([`DataArguments`]):
+            Gets `train_data` and `eval_data`.
+        evaluation ([`EvaluationData`]):
+            Gets all of its fields.
+    """
     held_out = {"test": 400, "test_unseen": 400}
     sizes = {
         "captions": {"train": 4000, "validation": 200, **held_out},
@@ -212,11 +224,20 @@ def _render_world(directory: Path, data: DataArguments, evaluation: EvaluationDa
     }
     files = write_world(directory, sizes)
     data.train_data = [str(files[kind]["train"]) for kind in ("captions", "conversations", "stories")]
-    data.eval_data = str(files["captions"]["validation"])
+    data.eval_data = [str(files["captions"]["validation"])]
     evaluation.image_text_data = {split: str(files["captions"][split]) for split in held_out}
-    evaluation.interleaved_data = str(files["stories"]["test"])
+    evaluation.interleaved_data = [str(files["stories"]["test"])]
     evaluation.winoground_data = str(files["winoground"]["test"])
-    evaluation.generation_data = {split: str(files["conversations"][split]) for split in held_out}
+
+    # descriptions and questions are measured apart
+    evaluation.generation_data = {}
+    for split in held_out:
+        rows = load_data(str(files["conversations"][split]))
+        describes = [row["messages"][0]["content"][1]["text"] == DESCRIBE for row in rows.select_columns("messages")]
+        for name, wanted in (("descriptions", True), ("questions", False)):
+            path = directory / "conversations" / f"{split}_{name}.parquet"
+            rows.select([i for i, value in enumerate(describes) if value == wanted]).to_parquet(path)
+            evaluation.generation_data[name if split == "test" else f"{split}_{name}"] = str(path)
 
 
 def _untrained(model, processor, evaluation: EvaluationData) -> dict[str, dict[str, Any]]:
@@ -260,7 +281,7 @@ def _rag_example(model, processor, embed, train_dataset, evaluation: EvaluationD
         source = next(iter(source.values()))
     questions = load_data(source, "test")
     knowledge = train_dataset.filter(
-        lambda kinds: [kind == "answers" for kind in kinds], True, input_columns="loss_on"
+        lambda kinds: [kind == "answers" for kind in kinds], batched=True, input_columns="loss_on"
     )
     knowledge = knowledge.select(range(min(500, len(knowledge))))
     index = SugarIndex.build([question_slices(row) for row in knowledge], embed)

@@ -1,0 +1,701 @@
+"""Tiny checkpoints of real architectures, trained from nothing on a CPU in minutes.
+
+Every training function takes any data of its kind. What it returns is saved by `save_checkpoint` and loaded by the
+ordinary `from_pretrained` of transformers.
+"""
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from PIL import Image
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from tqdm.auto import tqdm
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
+
+# the names without "Pil" need torchvision; the files they save are the same
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = ("llava", "clip", "dinov2", "bert")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + ' ' }}{% endif %}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ part['text'] + (eos_token if loop.last else ' ') }}{% endgeneration %}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+_SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_ENGLISH = """
+A user asks about one or more images and the assistant answers. Please look at the picture and say what you can see in it.
+The first image shows the same thing as the second one, but from another side. Which of these pictures fits the sentence best?
+Who is in the photograph, what are they doing, where are they, when was it taken, and why? I think that it was made by hand.
+Some people like to walk with their dog in the park; others would rather stay at home, read a book and drink a cup of tea.
+He said that she could not come because her train was late. They had been there before, and they will go there again next year.
+You may use any of these words, or none at all. Yes, it is true. No, it is not. Thank you for your help, and have a good day!
+""".strip().splitlines()
+
+
+def checkpoint(name: str) -> Path:
+    """
+    The folder of a shipped checkpoint.
+
+    Args:
+        name (`str`):
+            `"llava"`, or one of the teachers `"clip"`, `"dinov2"`, `"bert"`.
+
+    Returns:
+        `Path`: What `from_pretrained` takes.
+
+    Raises:
+        `ValueError`: There is no such checkpoint.
+    """
+    if name not in CHECKPOINTS:
+        raise ValueError(f"There is no checkpoint named {name!r}: choose from {', '.join(CHECKPOINTS)}.")
+    return Path(__file__).parent / "weights" / name
+
+
+def save_checkpoint(model: PreTrainedModel, processor, directory: str | os.PathLike) -> Path:
+    """Saves a model in float16 and its processor, replacing the folder as a whole."""
+    directory = Path(directory)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    model.half().save_pretrained(temporary)
+    model.float()
+    processor.save_pretrained(temporary)
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.replace(temporary, directory)
+    return directory
+
+
+def build_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int = 768,
+    lowercase: bool = False,
+    bounds: bool = False,
+    model_max_length: int | None = None,
+) -> PreTrainedTokenizerFast:
+    """
+    Trains a byte-level BPE tokenizer. All 256 bytes are in its alphabet, so that any text can be encoded.
+
+    Args:
+        texts (`Iterable[str]`):
+            What it is trained on. A little ordinary English is added.
+        vocab_size (`int`, *optional*, defaults to 768):
+            Number of tokens, the special ones `<pad>`, `<s>`, `<unk>`, `</s>` and `<image>` (ids 0 to 4) included.
+        lowercase (`bool`, *optional*, defaults to `False`):
+            Whether texts are put in lower case first.
+        bounds (`bool`, *optional*, defaults to `False`):
+            Whether texts are put between `<s>` and `</s>`, as text encoders want them. Otherwise nothing is added.
+        model_max_length (`int`, *optional*):
+            Length to which truncation cuts.
+
+    Returns:
+        `PreTrainedTokenizerFast`
+    """
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # not id 2 for the end: CLIP takes it for a mark of old configurations and then pools at the largest id instead
+    special = ["<pad>", "<s>", "<unk>", "</s>", "<image>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*texts, *_ENGLISH], trainer)
+    if bounds:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 3)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **_SPECIAL_TOKENS,
+        extra_special_tokens=["<image>"],
+        cls_token="<s>",
+        sep_token="</s>",
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        model_max_length=model_max_length,
+    )
+
+
+# --- what all trainings share --------------------------------------------------------------------------------------
+
+
+def _fit(
+    model: torch.nn.Module,
+    loss_of: Callable[[int], torch.Tensor],
+    steps: int,
+    lr: float,
+    description: str,
+    log: list | None,
+) -> None:
+    """AdamW with warm-up and a cosine schedule; `loss_of` makes the loss of a step."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.04 * steps)), steps)
+    model.train()
+    bar = tqdm(range(steps), desc=description, unit="step")
+    for step in bar:
+        loss = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if log is not None:
+            log.append(loss.item())
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+def _epochs(size: int, batch_size: int, generator: torch.Generator, block: int = 1) -> Iterator[torch.Tensor]:
+    """Random batches without end. Rows that follow each other in blocks of `block` stay together."""
+    blocks = torch.arange(size - size % block).view(-1, block)
+    while True:
+        order = blocks[torch.randperm(len(blocks), generator=generator)].flatten()
+        yield from order.split(batch_size)[: max(1, len(order) // batch_size)]
+
+
+def _pixels(images: Sequence[Image.Image], image_processor, description: str = "images") -> torch.Tensor:
+    """`(images, 3, height, width)` float32."""
+    chunks = [
+        image_processor(images=list(images[i : i + 256]), return_tensors="pt")["pixel_values"]
+        for i in tqdm(range(0, len(images), 256), desc=description, unit="batch")
+    ]
+    return torch.cat(chunks)
+
+
+def _contrast(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | float, same: torch.Tensor | None = None):
+    """
+    Symmetric InfoNCE of normalised rows. `same` (`torch.bool`) marks pairs which are no negatives although they are
+    not the diagonal.
+    """
+    logits = scale * a @ b.T
+    if same is not None:
+        logits = logits.masked_fill(same & ~torch.eye(len(a), dtype=torch.bool), float("-inf"))
+    target = torch.arange(len(a))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def _image_size(image: Image.Image) -> int:
+    if image.width != image.height:
+        raise ValueError(f"images must be square to choose the size of the encoder, got {image.width}x{image.height}.")
+    return image.width
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=64)
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def _codes(texts: Sequence[str]) -> torch.Tensor:
+    """Equal texts have equal codes."""
+    known = {}
+    return torch.tensor([known.setdefault(text, len(known)) for text in texts])
+
+
+# --- teachers ------------------------------------------------------------------------------------------------------
+
+
+def train_clip(
+    images: Sequence[Image.Image],
+    texts: Sequence[str],
+    *,
+    steps: int = 800,
+    batch_size: int = 256,
+    block: int = 1,
+    lr: float = 1.5e-3,
+    max_scale: float = 20.0,
+    vocab_size: int = 768,
+    hidden_size: int = 128,
+    layers: int = 3,
+    patch_size: int = 8,
+    seed: int = 0,
+    losses: list | None = None,
+) -> tuple[CLIPModel, CLIPProcessor]:
+    """
+    Trains a CLIP of image-text pairs from nothing, tokenizer included.
+
+    Args:
+        images (`Sequence[Image.Image]`):
+            Square images of one size, a multiple of `patch_size`.
+        texts (`Sequence[str]`):
+            The text of each image. An image is no negative of a text equal to its own.
+        steps (`int`, *optional*, defaults to 800):
+            Number of optimizer steps.
+        batch_size (`int`, *optional*, defaults to 256):
+            Pairs in a step, all compared with all.
+        block (`int`, *optional*, defaults to 1):
+            Pairs that follow each other in blocks of this size stay in one batch: the place for hard negatives.
+        lr (`float`, *optional*, defaults to 1.5e-3):
+            Peak learning rate.
+        max_scale (`float`, *optional*, defaults to 20.0):
+            Largest factor (inverse temperature) of the cosines. Kept low, it spreads the cosines widely.
+        vocab_size (`int`, *optional*, defaults to 768):
+            Size of the vocabulary.
+        hidden_size (`int`, *optional*, defaults to 128):
+            Width of both encoders and of the embeddings.
+        layers (`int`, *optional*, defaults to 3):
+            Depth of both encoders.
+        patch_size (`int`, *optional*, defaults to 8):
+            Width of an image patch.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of weights and batches.
+        losses (`list`, *optional*):
+            Takes the loss of every step.
+
+    Returns:
+        `tuple[CLIPModel, CLIPProcessor]`: The model in float32, in evaluation mode.
+    """
+    size = _image_size(images[0])
+    tokenizer = build_tokenizer(texts, vocab_size, lowercase=True, bounds=True, model_max_length=77)
+    processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size), tokenizer)
+    shape = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": hidden_size // 32, "projection_dim": hidden_size}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = {**shape, **ids, "eos_token_id": tokenizer.eos_token_id, "vocab_size": len(tokenizer)}
+    torch.manual_seed(seed)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**text, "max_position_embeddings": 77},
+            vision_config={**shape, "image_size": size, "patch_size": patch_size},
+            projection_dim=hidden_size,
+        )
+    )
+    pixels = _pixels(images, processor.image_processor)
+    input_ids, attention_mask = _encode(texts, tokenizer)
+    codes = _codes(texts)
+    batches = _epochs(len(pixels), batch_size, torch.Generator().manual_seed(seed), block)
+
+    def loss_of(step: int) -> torch.Tensor:
+        rows = next(batches)
+        length = int(attention_mask[rows].sum(1).max())
+        out = model(
+            input_ids=input_ids[rows, :length], attention_mask=attention_mask[rows, :length], pixel_values=pixels[rows]
+        )
+        scale = model.logit_scale.exp().clamp(max=max_scale)
+        return _contrast(out.image_embeds, out.text_embeds, scale, codes[rows, None] == codes[None, rows])
+
+    _fit(model, loss_of, steps, lr, "clip", losses)
+    model.logit_scale.data.clamp_(max=math.log(max_scale))
+    return model, processor
+
+
+def _augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Moves by up to a sixteenth, changes brightness, adds noise, cuts out a square. Never flips, never changes hue."""
+    count, _, height, width = pixels.shape
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    reach = max(1, width // 16)
+    padded = F.pad(pixels, (reach,) * 4, mode="replicate")
+    dy, dx = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator)
+    rows = (torch.arange(height) + dy)[:, None, :, None]
+    columns = (torch.arange(width) + dx)[:, None, None, :]
+    out = padded[torch.arange(count)[:, None, None, None], torch.arange(3)[:, None, None], rows, columns]
+    out = out * uniform(0.9, 1.1, count, 1, 1, 1) + uniform(-0.1, 0.1, count, 1, 1, 1)
+    out = out + 0.08 * torch.randn(out.shape, generator=generator)
+    cut = max(2, width // 6)
+    top, left = (torch.randint(0, width - cut, (count, 1), generator=generator) for _ in range(2))
+    inside_y = (torch.arange(height) >= top) & (torch.arange(height) < top + cut)
+    inside_x = (torch.arange(width) >= left) & (torch.arange(width) < left + cut)
+    hole = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
+    return out.masked_fill(hole & (uniform(0, 1, count, 1, 1, 1) < 0.5), 0.0)
+
+
+def train_dinov2(
+    images: Sequence[Image.Image],
+    *,
+    steps: int = 400,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    scale: float = 8.0,
+    hidden_size: int = 128,
+    layers: int = 3,
+    patch_size: int = 8,
+    seed: int = 0,
+    losses: list | None = None,
+) -> tuple[Dinov2Model, BitImageProcessorPil]:
+    """
+    Trains a DINOv2 encoder without labels: two views of an image (moved a little, brighter or darker, noisy, with a
+    hole) are to be alike and those of different images not. The class token carries the embedding.
+
+    Args:
+        images (`Sequence[Image.Image]`):
+            Square images of one size, a multiple of `patch_size`.
+        steps (`int`, *optional*, defaults to 400):
+            Number of optimizer steps.
+        batch_size (`int`, *optional*, defaults to 128):
+            Images in a step.
+        lr (`float`, *optional*, defaults to 1e-3):
+            Peak learning rate.
+        scale (`float`, *optional*, defaults to 8.0):
+            Factor (inverse temperature) of the cosines.
+        hidden_size (`int`, *optional*, defaults to 128):
+            Width of the encoder and of the embeddings.
+        layers (`int`, *optional*, defaults to 3):
+            Depth.
+        patch_size (`int`, *optional*, defaults to 8):
+            Width of an image patch.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of weights, batches and views.
+        losses (`list`, *optional*):
+            Takes the loss of every step.
+
+    Returns:
+        `tuple[Dinov2Model, BitImageProcessorPil]`: The model in float32, in evaluation mode.
+    """
+    size = _image_size(images[0])
+    processor = BitImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
+    torch.manual_seed(seed)
+    model = Dinov2Model(
+        Dinov2Config(
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden_size // 32,
+            mlp_ratio=2,
+            image_size=size,
+            patch_size=patch_size,
+        )
+    )
+    pixels = _pixels(images, processor)
+    generator = torch.Generator().manual_seed(seed)
+    batches = _epochs(len(pixels), batch_size, generator)
+
+    def loss_of(step: int) -> torch.Tensor:
+        batch = pixels[next(batches)]
+        views = torch.cat([_augment(batch, generator), _augment(batch, generator)])
+        a, b = F.normalize(model(pixel_values=views).pooler_output, dim=-1).chunk(2)
+        return _contrast(a, b, scale)
+
+    _fit(model, loss_of, steps, lr, "dinov2", losses)
+    return model, processor
+
+
+def train_bert(
+    text_pairs: Sequence[tuple[str, str]],
+    *,
+    steps: int = 400,
+    batch_size: int = 128,
+    block: int = 1,
+    lr: float = 1e-3,
+    scale: float = 12.0,
+    vocab_size: int = 768,
+    hidden_size: int = 128,
+    layers: int = 3,
+    seed: int = 0,
+    losses: list | None = None,
+) -> tuple[BertModel, PreTrainedTokenizerFast]:
+    """
+    Trains a BERT sentence encoder of pairs that mean the same, tokenizer included. The class token carries the
+    embedding.
+
+    Args:
+        text_pairs (`Sequence[tuple[str, str]]`):
+            Two texts of one meaning; the same text twice is a pair too (dropout then makes the difference).
+        steps (`int`, *optional*, defaults to 400):
+            Number of optimizer steps.
+        batch_size (`int`, *optional*, defaults to 128):
+            Pairs in a step, all compared with all.
+        block (`int`, *optional*, defaults to 1):
+            Pairs that follow each other in blocks of this size stay in one batch: the place for hard negatives.
+        lr (`float`, *optional*, defaults to 1e-3):
+            Peak learning rate.
+        scale (`float`, *optional*, defaults to 12.0):
+            Factor (inverse temperature) of the cosines.
+        vocab_size (`int`, *optional*, defaults to 768):
+            Size of the vocabulary.
+        hidden_size (`int`, *optional*, defaults to 128):
+            Width of the encoder and of the embeddings.
+        layers (`int`, *optional*, defaults to 3):
+            Depth.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of weights and batches.
+        losses (`list`, *optional*):
+            Takes the loss of every step.
+
+    Returns:
+        `tuple[BertModel, PreTrainedTokenizerFast]`: The model in float32, in evaluation mode.
+    """
+    first, second = zip(*text_pairs, strict=True)
+    tokenizer = build_tokenizer(first + second, vocab_size, lowercase=True, bounds=True, model_max_length=512)
+    torch.manual_seed(seed)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden_size // 32,
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        add_pooling_layer=False,
+    )
+    input_ids, attention_mask = _encode(first + second, tokenizer)
+    input_ids, attention_mask = input_ids.view(2, len(first), -1), attention_mask.view(2, len(first), -1)
+    codes = _codes(first)
+    batches = _epochs(len(first), batch_size, torch.Generator().manual_seed(seed), block)
+
+    def loss_of(step: int) -> torch.Tensor:
+        rows = next(batches)
+        length = int(attention_mask[:, rows].sum(-1).max())
+        ids, mask = input_ids[:, rows, :length].flatten(0, 1), attention_mask[:, rows, :length].flatten(0, 1)
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        a, b = F.normalize(hidden[:, 0], dim=-1).chunk(2)
+        return _contrast(a, b, scale, codes[rows, None] == codes[None, rows])
+
+    _fit(model, loss_of, steps, lr, "bert", losses)
+    return model, tokenizer
+
+
+# --- llava ---------------------------------------------------------------------------------------------------------
+
+
+def _loss_spans(row: dict, text: str) -> list[tuple[int, int]]:
+    """Where, in the rendered row, the text lies that carries the loss. The end-of-text token of an answer belongs to it."""
+    spans, at = [], 0
+    for message in row["messages"]:
+        image_before = False
+        for part in message["content"]:
+            if part["type"] == "image":
+                image_before = True
+                continue
+            start = text.index(part["text"], at)
+            at = start + len(part["text"])
+            answer = message["role"] == "assistant"
+            wanted = {"answers": answer, "captions": image_before, "text": True}[row["loss_on"]]
+            if wanted:
+                spans.append((start, at + len("</s>") if answer else at))
+    return spans
+
+
+def _tokenize(rows: Dataset, processor: LlavaProcessor, image_tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    tokenizer = processor.tokenizer
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    texts = [text.replace("<image>", "<image>" * image_tokens) for text in texts]
+    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    out = []
+    for row, text, ids, offsets in zip(rows, texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+        spans = _loss_spans(row, text)
+        labels = [
+            token if any(start < end_ and end > start_ for start_, end_ in spans) else -100
+            for token, (start, end) in zip(ids, offsets, strict=True)
+        ]
+        out.append((torch.tensor(ids), torch.tensor(labels)))
+    return out
+
+
+def pretrain_llava(
+    rows: Dataset,
+    *,
+    steps: int = 1200,
+    tokens_per_batch: int = 2048,
+    lr: float = 2e-3,
+    vocab_size: int = 768,
+    hidden_size: int = 128,
+    layers: int = 3,
+    patch_size: int = 8,
+    vision_tower: CLIPModel | None = None,
+    seed: int = 0,
+    losses: list | None = None,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """
+    Pretrains a LLaVA from nothing by next-token prediction, tokenizer included.
+
+    Args:
+        rows (`datasets.Dataset`):
+            Rows with `messages`, `images` and `loss_on` (which text is predicted: `"answers"`, `"captions"` or
+            `"text"`). Images are square and of one size, a multiple of `patch_size`.
+        steps (`int`, *optional*, defaults to 1200):
+            Number of optimizer steps.
+        tokens_per_batch (`int`, *optional*, defaults to 2048):
+            Tokens in a step, image tokens and padding included.
+        lr (`float`, *optional*, defaults to 2e-3):
+            Peak learning rate.
+        vocab_size (`int`, *optional*, defaults to 768):
+            Size of the vocabulary.
+        hidden_size (`int`, *optional*, defaults to 128):
+            Width of vision tower and language model.
+        layers (`int`, *optional*, defaults to 3):
+            Depth of both.
+        patch_size (`int`, *optional*, defaults to 8):
+            Width of an image patch.
+        vision_tower (`CLIPModel`, *optional*):
+            Whose vision tower to start from; it is left as it is for the first third of the steps. It must have the width,
+            depth and patches asked for. Left out, a new one is trained with the rest, which takes far more steps.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of weights and batches.
+        losses (`list`, *optional*):
+            Takes the loss of every step.
+
+    Returns:
+        `tuple[LlavaForConditionalGeneration, LlavaProcessor]`: The model in float32, in evaluation mode.
+    """
+    size = _image_size(rows[0]["images"][0])
+    tokenizer = build_tokenizer(
+        (
+            f"{message['role'].upper()}: " + " ".join(part["text"] for part in message["content"] if part["text"])
+            for row in rows["messages"]
+            for message in row
+        ),
+        vocab_size,
+        model_max_length=2048,
+    )
+    image_tokens = (size // patch_size) ** 2
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size),
+        tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    shape = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": hidden_size // 32}
+    ids = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                **shape,
+                intermediate_size=2 * hidden_size,
+                image_size=size,
+                patch_size=patch_size,
+                projection_dim=hidden_size,
+            ),
+            text_config=LlamaConfig(
+                **shape,
+                **ids,
+                intermediate_size=2 * hidden_size,
+                vocab_size=len(tokenizer),
+                max_position_embeddings=2048,
+            ),
+            image_token_index=processor.image_token_id,
+            image_seq_length=image_tokens,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+    )
+    model.generation_config = GenerationConfig(**ids, do_sample=False, max_new_tokens=64)
+    if vision_tower is not None:
+        model.model.vision_tower.load_state_dict(vision_tower.vision_model.state_dict())
+
+    encoded = _tokenize(rows.select_columns(["messages", "loss_on"]), processor, image_tokens)
+    images, first = [], [0]
+    for row in tqdm(rows["images"], desc="decoding", unit="row"):
+        images += row
+        first.append(len(images))
+    pixels = _pixels(images, processor.image_processor)
+    lengths = torch.tensor([len(ids) for ids, _ in encoded])
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            # rows of like length share a batch, so that little of it is padding
+            order = (lengths + 8 * torch.rand(len(lengths), generator=generator)).argsort()
+            cut, batch, width = [], [], 0
+            for row in order.tolist():
+                width = max(width, int(lengths[row]))
+                if batch and width * (len(batch) + 1) > tokens_per_batch:
+                    cut.append(torch.tensor(batch))
+                    batch, width = [], int(lengths[row])
+                batch.append(row)
+            cut.append(torch.tensor(batch))
+            for i in torch.randperm(len(cut), generator=generator).tolist():
+                yield cut[i]
+
+    stream = batches()
+
+    def loss_of(step: int) -> torch.Tensor:
+        model.model.vision_tower.requires_grad_(vision_tower is None or step >= steps // 3)
+        batch = next(stream).tolist()
+        pad = torch.nn.utils.rnn.pad_sequence
+        input_ids = pad([encoded[i][0] for i in batch], batch_first=True, padding_value=0)
+        labels = pad([encoded[i][1] for i in batch], batch_first=True, padding_value=-100)
+        chosen = torch.cat([torch.arange(first[i], first[i + 1]) for i in batch])
+        # padding stands to the right, where a causal model does not look: no mask is needed
+        hidden = model.model(input_ids=input_ids, pixel_values=pixels[chosen], use_cache=False).last_hidden_state
+        wanted = labels[:, 1:] != -100
+        return F.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
+
+    _fit(model, loss_of, steps, lr, "llava", losses)
+    return model, processor
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
+
+
+def exact_match(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, rows: Dataset, batch_size: int = 50
+) -> float:
+    """The share of rows whose first question is answered, greedily, with the very words of the first answer."""
+    right = 0
+    for at in tqdm(range(0, len(rows), batch_size), desc="answers", unit="batch"):
+        batch = rows[at : at + batch_size]
+        prompts = [
+            processor.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+            for messages in batch["messages"]
+        ]
+        inputs = processor(
+            images=batch["images"],
+            text=prompts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        out = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        answers = processor.batch_decode(out, skip_special_tokens=True)
+        wanted = [messages[1]["content"][0]["text"] for messages in batch["messages"]]
+        right += sum(answer.strip() == text for answer, text in zip(answers, wanted, strict=True))
+    return right / len(rows)
+
+
+def recall_at_1(queries: torch.Tensor, candidates: torch.Tensor) -> float:
+    """The share of rows of `queries` whose nearest of all `candidates` is that of the same row. Both are normalised."""
+    return ((queries @ candidates.T).argmax(1) == torch.arange(len(queries))).float().mean().item()

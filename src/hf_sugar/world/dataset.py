@@ -1,0 +1,209 @@
+"""The rendered world as datasets, in the same row format as any other data."""
+
+import io
+import os
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
+
+from .scenes import SPLITS, Scene, render, scenes, story
+
+
+KINDS = ("captions", "conversations", "stories", "winoground")
+DESCRIBE = "Describe the image."
+
+ROW_FEATURES = Features(
+    {
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+        "images": List(Image()),
+        "loss_on": Value("string"),
+        "id": Value("string"),
+    }
+)
+WINOGROUND_FEATURES = Features(
+    {
+        "image_0": Image(),
+        "image_1": Image(),
+        "caption_0": Value("string"),
+        "caption_1": Value("string"),
+        "id": Value("string"),
+    }
+)
+_IMAGE = {"type": "image", "text": None}
+
+
+def load_world(
+    kind: str, split: str = "train", size: int = 1000, image_size: int = 32, seed: int = 0, progress: bool = False
+) -> Dataset:
+    """
+    Renders a dataset. The same arguments give the same bytes.
+
+    Args:
+        kind (`str`):
+            - `"captions"`: documents of an image and its caption (`loss_on="captions"`). Captions are unique as long as
+              `size` does not exceed the number of scenes of the split.
+            - `"conversations"`: half of the rows ask to describe the image and answer with the caption, the others ask
+              one to three questions about it (`loss_on="answers"`).
+            - `"stories"`: documents of three to six sentences, each followed by its image (`loss_on="text"`).
+            - `"winoground"`: pairs of images and of captions made of the same words in another order.
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"`, `"validation"`, `"test"` (scenes of the same kind that are in neither) or `"test_unseen"` (scenes
+            with combinations of colour and shape that no other split shows).
+        size (`int`, *optional*, defaults to 1000):
+            Number of rows.
+        image_size (`int`, *optional*, defaults to 32):
+            Width and height of the images in pixels.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the order of the scenes, of positions, of lighting and of questions.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+
+    Returns:
+        `datasets.Dataset`: `messages`, `images`, `loss_on`, `id`, or for `"winoground"` `image_0`, `image_1`,
+        `caption_0`, `caption_1`, `id`.
+
+    Raises:
+        `ValueError`: `kind` or `split` does not exist.
+
+    Example:
+
+    ```python
+    >>> from hf_sugar.world import load_world
+
+    >>> load_world("captions", "test", size=2)[0]["messages"][0]["content"][1]["text"]
+    'a large cyan cross to the left of a small blue cross'
+    ```
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} does not exist: choose from {', '.join(KINDS)}.")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} does not exist: choose from {', '.join(SPLITS)}.")
+    rng = random.Random(f"{seed}/{kind}/{split}")
+    make = {"captions": _captions, "conversations": _conversations, "stories": _stories, "winoground": _winoground}
+    rows = make[kind](split, image_size, rng)
+    rows = [
+        {**next(rows), "id": f"world/{kind}/{split}:{i}"}
+        for i in tqdm(range(size), desc=f"{kind}/{split}", unit="row", disable=not progress)
+    ]
+    return Dataset.from_list(rows, features=WINOGROUND_FEATURES if kind == "winoground" else ROW_FEATURES)
+
+
+def write_world(
+    directory: str | os.PathLike,
+    sizes: Mapping[str, Mapping[str, int]] | None = None,
+    image_size: int = 32,
+    seed: int = 0,
+) -> dict[str, dict[str, Path]]:
+    """
+    Writes each kind and split as parquet, laid out so that `datasets.load_dataset(f"{directory}/{kind}")` opens a kind
+    with its splits.
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            Where to write. Files of the same name are replaced.
+        sizes (`Mapping[str, Mapping[str, int]]`, *optional*):
+            Rows by kind and split, such as `{"captions": {"train": 10000, "test": 500}}`. Left out, a world for
+            training and evaluation of about 25,000 rows is written.
+        image_size (`int`, *optional*, defaults to 32):
+            Width and height of the images in pixels.
+        seed (`int`, *optional*, defaults to 0):
+            As in [`load_world`].
+
+    Returns:
+        `dict[str, dict[str, Path]]`: The files by kind and split.
+    """
+    if sizes is None:
+        held_out = {"validation": 500, "test": 500, "test_unseen": 500}
+        sizes = {
+            "captions": {"train": 8000, **held_out},
+            "conversations": {"train": 8000, **held_out},
+            "stories": {"train": 4000, **held_out},
+            "winoground": {"test": 400, "test_unseen": 400},
+        }
+    written = {}
+    for kind, splits in sizes.items():
+        written[kind] = {}
+        folder = Path(directory) / kind / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, size in splits.items():
+            rows = load_world(kind, split, size, image_size, seed, progress=True)
+            # of a plain "test_unseen.parquet" `load_dataset` would make more rows of "test"
+            path = folder / f"{split}-00000-of-00001.parquet"
+            temporary = path.with_suffix(".tmp")
+            rows.to_parquet(temporary)
+            os.replace(temporary, path)
+            written[kind][split] = path
+    return written
+
+
+def document(parts: list[dict], images: list, loss_on: str) -> dict:
+    return {"messages": [{"role": "user", "content": parts}], "images": images, "loss_on": loss_on}
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def _png(image: PILImage.Image) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _shuffled(split: str, rng: random.Random) -> Iterator[Scene]:
+    """All scenes of a split in random order, then all again."""
+    while True:
+        yield from rng.sample(scenes(split), len(scenes(split)))
+
+
+def _captions(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
+    for scene in _shuffled(split, rng):
+        yield document([_IMAGE, _text(scene.caption)], [_png(scene.render(rng, image_size))], "captions")
+
+
+def _conversations(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
+    for scene in _shuffled(split, rng):
+        if rng.random() < 0.5:
+            turns = [(DESCRIBE, scene.caption)]
+        else:
+            turns = list(dict(scene.question(rng) for _ in range(rng.randint(1, 3))).items())
+        messages = []
+        for question, answer in turns:
+            messages.append({"role": "user", "content": [_text(question)]})
+            messages.append({"role": "assistant", "content": [_text(answer)]})
+        messages[0]["content"].insert(0, _IMAGE)
+        yield {"messages": messages, "images": [_png(scene.render(rng, image_size))], "loss_on": "answers"}
+
+
+def _stories(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
+    while True:
+        steps = story(split, rng)
+        parts = [part for sentence, _ in steps for part in (_text(sentence), _IMAGE)]
+        yield document(parts, [_png(render(placed, rng, image_size)) for _, placed in steps], "text")
+
+
+def _winoground(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
+    for scene in _shuffled(split, rng):
+        if len(scene.things) == 1:
+            continue
+        # in a scene of groups a shape is a plural in one place and a singular in the other
+        attributes = ["thing", "color", "size", "shape"] if scene.relation else ["color", "size"]
+        swaps = [scene.swapped(attribute) for attribute in attributes]
+        swaps = [
+            other for other in swaps if other != scene and other.split == split and other.things[0] != other.things[1]
+        ]
+        swaps = [other for other in swaps if sorted(other.caption.split()) == sorted(scene.caption.split())]
+        if swaps:
+            other = rng.choice(swaps)
+            yield {
+                "image_0": _png(scene.render(rng, image_size)),
+                "image_1": _png(other.render(rng, image_size)),
+                "caption_0": scene.caption,
+                "caption_1": other.caption,
+            }

@@ -1,0 +1,136 @@
+import json
+
+import pytest
+import tiny
+import yaml
+from PIL import Image
+from test_trainer import caption, conversation, rows, story
+
+from hf_sugar.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    tiny.llava().save_pretrained(path / "llava")
+    tiny.processor().save_pretrained(path / "llava")
+    (path / "images").mkdir()
+    llava, mmc4 = [], []
+    for i in range(12):
+        tiny.image(i).save(path / "images" / f"{i}.png")
+        turns = [
+            {"from": "human", "value": "<image>\nwhat is this?"},
+            {"from": "gpt", "value": f"a red circle {i}"},
+        ]
+        llava.append({"id": str(i), "image": f"images/{i}.png", "conversations": turns})
+        mmc4.append(
+            {
+                "text_list": ["a page.", f"a star {i}.", f"a square {i}."],
+                "image_info": [
+                    {"image_name": f"images/{i}.png", "matched_text_index": 1},
+                    {"image_name": f"images/{(i + 1) % 12}.png", "matched_text_index": 2},
+                ],
+            }
+        )
+    (path / "llava.json").write_text(json.dumps(llava))
+    (path / "mmc4.jsonl").write_text("\n".join(map(json.dumps, mmc4)))
+    settings = {
+        "model_name_or_path": str(path / "llava"),
+        "use_peft": True,
+        "lora_r": 4,
+        "train_data": [{"path": str(path / "llava.json")}, {"path": str(path / "mmc4.jsonl")}],
+        "eval_data": [{"path": str(path / "llava.json")}],
+        "teachers": tiny.teachers(path / "teachers"),
+        "teacher_cache_dir": str(path / "cache"),
+        "output_dir": str(path / "out"),
+        "retrieval_dim": 16,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "image_text_data": {"test": str(path / "llava.json")},
+        "interleaved_data": str(path / "mmc4.jsonl"),
+        "generation_data": str(path / "llava.json"),
+    }
+    (path / "train.yaml").write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_prepare_train_evaluate(place, capsys):
+    """Raw files in two layouts, mixed, to a report, by the commands alone."""
+    keys = ("train_data", "eval_data", "teachers", "teacher_cache_dir")
+    settings = yaml.safe_load((place / "train.yaml").read_text())
+    (place / "prepare.yaml").write_text(yaml.safe_dump({key: settings[key] for key in keys}))
+    main(["prepare", "--config", str(place / "prepare.yaml")])
+    assert "0 skipped" in capsys.readouterr().out
+    stamps = {file: file.stat().st_mtime_ns for file in (place / "cache").iterdir()}
+
+    main(["train", "--config", str(place / "train.yaml"), "--max_steps", "3"])
+    assert "test/image_to_text_recall@1" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in (place / "cache").iterdir()} == stamps
+    report = json.loads((place / "out" / "report.json").read_text())
+    assert report["runs"]["trained"]["test/image_to_text_recall@1"]["n"] == 12
+    assert report["runs"]["trained"]["context_recall@1"]["n"] > 0
+    assert (place / "out" / "losses.png").stat().st_size > 1000
+    assert (place / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+    evaluation = {key: settings[key] for key in ("image_text_data", "interleaved_data", "generation_data")}
+    (place / "evaluate.yaml").write_text(yaml.safe_dump(evaluation))
+    arguments = ["--model_name_or_path", str(place / "out"), "--output_dir", str(place / "evaluated")]
+    main(["evaluate", "--config", str(place / "evaluate.yaml"), *arguments])
+    again = json.loads((place / "evaluated" / "report.json").read_text())
+    # what was saved is what was trained
+    assert again["runs"]["out"] == report["runs"]["trained"]
+
+
+def test_check(place, capsys):
+    assert (
+        main(["check", "--train_data", str(place / "llava.json"), "--model_name_or_path", str(place / "llava")]) == 0
+    )
+    assert "12" in capsys.readouterr().out
+    long = ["--max_length", "10", "--model_name_or_path", str(place / "llava")]
+    assert main(["check", "--train_data", str(place / "llava.json"), *long]) == 1
+    assert "max_length=10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["check", "prepare", "train", "evaluate"])
+def test_missing_settings_are_named(command):
+    with pytest.raises(ValueError, match="is not set|No data"):
+        main([command, *(["--output_dir", "unused", "--use_cpu", "True"] if command == "train" else [])])
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["brew"])
+    assert error.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_demo_on_own_data(place, capsys):
+    for name, maker in (("conversations", conversation), ("captions", caption), ("stories", story)):
+        rows([maker], 12).to_parquet(place / f"{name}.parquet")
+    settings = {
+        "output_dir": str(place / "demo"),
+        "model_name_or_path": str(place / "llava"),
+        "teachers": tiny.teachers(place / "teachers"),
+        "train_data": [str(place / f"{name}.parquet") for name in ("conversations", "captions", "stories")],
+        "image_text_data": {"test": str(place / "captions.parquet")},
+        "interleaved_data": str(place / "stories.parquet"),
+        "generation_data": {"test": str(place / "conversations.parquet")},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "retrieval_dim": 16, "use_cpu": True},
+        "lora": {"r": 4},
+    }
+    (place / "demo.yaml").write_text(yaml.safe_dump(settings))
+    main(["demo", "--config", str(place / "demo.yaml")])
+    report = json.loads((place / "demo" / "report.json").read_text())
+    columns = ["teachers", "untouched (last)", "untouched (mean)", "SFT (last)", "SFT (mean)", "Sugar"]
+    assert list(report["runs"]) == columns
+    assert "test/exact_match" in report["runs"]["Sugar"] and "test/exact_match" in report["runs"]["untouched (last)"]
+    for name in ("losses", "similarities", "alignment", "gallery"):
+        with Image.open(place / "demo" / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+    assert json.loads((place / "demo" / "rag.json").read_text())["retrieved"]
+    assert "report.md" in capsys.readouterr().out
