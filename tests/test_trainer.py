@@ -241,6 +241,16 @@ class TestStructureLoss:
         with pytest.raises(ValueError, match="streaming.*teacher_mode='online'"):
             SugarTrainer(backbone, config(tmp_path, teachers), train_dataset=stream)
 
+    def test_rows_of_similar_length_share_a_batch_when_asked(self, backbone, teachers, tmp_path):
+        data = rows([conversation, story], 160)
+        trainer = SugarTrainer(
+            backbone, config(tmp_path, teachers, train_sampling_strategy="group_by_length"), train_dataset=data
+        )
+        batches = [batch["slice_modality"] for batch in trainer.get_train_dataloader()]
+        # conversations have three slices, stories four or more
+        mixed = sum((batch[:, 3:] >= 0).any(1).unique().numel() > 1 for batch in batches)
+        assert len(batches) == 40 and mixed <= 10
+
     def test_clip_alone(self, backbone, teachers, tmp_path):
         trainer = SugarTrainer(
             backbone, config(tmp_path, {"cross": teachers["cross"]}, max_steps=1), train_dataset=rows([story])
@@ -419,6 +429,23 @@ class TestSaving:
         processor = SugarProcessor.from_pretrained(tmp_path)
         found = loaded.embed(**processor.embed_inputs(["a red circle", tiny.image()]))
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        with pytest.raises(ValueError, match="adapter repository.*merge_and_unload"):
+            SugarTrainer(str(tmp_path), config(tmp_path / "again", teachers), train_dataset=rows([conversation]))
+
+    def test_full_checkpoint_can_be_trained_on(self, backbone, teachers, tmp_path):
+        first = SugarTrainer(
+            backbone, config(tmp_path / "a", teachers, max_steps=1), train_dataset=rows([conversation])
+        )
+        first.train()
+        first.save_model()
+        second = SugarTrainer(
+            str(tmp_path / "a"),
+            config(tmp_path / "b", teachers, max_steps=1, retrieval_dim=8),
+            train_dataset=rows([conversation]),
+        )
+        # the projector is the one that was saved, whatever size a new one would have
+        for name, value in first.model.retrieval_projector.state_dict().items():
+            assert torch.equal(second.model.retrieval_projector.state_dict()[name], value)
 
     @pytest.mark.parametrize("part", ["retrieval_projector", "lora_A"])
     def test_adapter_with_missing_weights_is_refused(self, backbone, teachers, tmp_path, part):

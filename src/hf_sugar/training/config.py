@@ -54,6 +54,8 @@ class SugarTrainingConfig(SFTConfig):
             What represents an image: the `"mean"` of the hidden states of its tokens, or the `"last"` one.
         retrieval_dim (`int`, *optional*, defaults to `768`):
             Size of the embeddings, when the retrieval projector is made new.
+        retrieval_hidden_size (`int`, *optional*):
+            Width of the hidden layer of a new retrieval projector. Defaults to the hidden size of the language model.
 
         > Parameters that control the evaluation
 
@@ -143,6 +145,12 @@ class SugarTrainingConfig(SFTConfig):
     )
     retrieval_dim: int = field(
         default=768, metadata={"help": "Size of the embeddings, when the retrieval projector is made new."}
+    )
+    retrieval_hidden_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width of the hidden layer of a new retrieval projector. Defaults to the language model's hidden size."
+        },
     )
 
     # Parameters that control the evaluation

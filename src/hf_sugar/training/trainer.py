@@ -5,20 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 import torch.distributed.nn.functional as distributed
 from accelerate.utils import is_peft_model, pad_across_processes
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, get_config_model_id
 
 from hf_sugar.alignment import label_matrix
-from hf_sugar.data.checks import validate_rows
+from hf_sugar.data.checks import text_rows, validate_rows
 from hf_sugar.data.rows import answer_to_image, conversation_row, load_image, row_name, undecoded
 from hf_sugar.evaluation.tasks import embedder, image_text_retrieval
-from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
+from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.models.modeling_sugar import ADAPTER_SUBFOLDER
+from hf_sugar.models.processing_sugar import fill_images
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 
 from .collator import SugarCollator
@@ -104,7 +107,7 @@ class SugarTrainer(SFTTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Hub id or directory of a plain backbone, of a full Sugar checkpoint or of an adapter repository; or a model.
+            Hub id or directory of a plain backbone or of a full Sugar checkpoint; or a model.
         args ([`SugarTrainingConfig`], *optional*):
             Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -182,14 +185,18 @@ class SugarTrainer(SFTTrainer):
                 model_init_kwargs["quantization_config"] = quantization_config
             if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
                 model_init_kwargs["device_map"] = None
-            model_init_kwargs.setdefault("retrieval_dim", args.retrieval_dim)
-            model_init_kwargs.setdefault("image_pooling", args.image_pooling)
+            stored, _ = SugarConfig.get_config_dict(model, revision=model_init_kwargs.get("revision"))
+            if stored.get("backbone_name_or_path") is not None:
+                raise ValueError(
+                    f"{model} is an adapter repository. To train on, load it, `merge_and_unload` it and pass the model; or "
+                    "resume the run that made it (`resume_from_checkpoint`)."
+                )
+            if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
+                model_init_kwargs = {**_projector_settings(args), **model_init_kwargs}
             model = create_model_from_path(model, SugarForConditionalGeneration, **model_init_kwargs)
             args.model_init_kwargs = None
         elif not is_peft_model(model) and not isinstance(model, SugarForConditionalGeneration):
-            model = SugarForConditionalGeneration.from_vlm(
-                model, retrieval_dim=args.retrieval_dim, image_pooling=args.image_pooling
-            )
+            model = SugarForConditionalGeneration.from_vlm(model, **_projector_settings(args))
         base = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base, SugarForConditionalGeneration):
             raise TypeError(
@@ -262,6 +269,22 @@ class SugarTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = ["messages", "prompt", "completion", "image", "images", "loss_on", "id"]
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        # Rows are tokenised when they are collated; what groups them is an estimate that is good enough.
+        image_tokens = self.processing_class.embed_inputs([PIL.Image.new("RGB", (336, 336))])["slice_ids"].eq(0).sum()
+        lengths = []
+        for row, images in text_rows(dataset):
+            parts = [
+                part for message in fill_images(row["messages"], [None] * images, "") for part in message["content"]
+            ]
+            characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
+            lengths.append(characters / 4 + images * int(image_tokens))
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch_size, lengths=lengths)
 
     def get_eval_dataloader(self, eval_dataset=None):
         # evaluation is the same every time: rows are not flipped
@@ -422,6 +445,10 @@ def _prepared(dataset, name: str):
     if isinstance(dataset, Dataset):
         validate_rows(dataset, name)
     return undecoded(dataset)
+
+
+def _projector_settings(args: SugarTrainingConfig) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("retrieval_dim", "retrieval_hidden_size", "image_pooling")}
 
 
 def _for_language_model(peft_config, model: SugarForConditionalGeneration):
