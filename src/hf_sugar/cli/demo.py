@@ -24,7 +24,7 @@ from .arguments import DataArguments, parse
 
 # What the demo does unless it is told otherwise: the rendered world, and checkpoints small enough for a laptop.
 WORLD_TRAINING = {
-    "max_steps": 400,
+    "max_steps": 450,
     "per_device_train_batch_size": 32,
     "learning_rate": 2e-3,
     "structure_weight": 1.0,
@@ -221,9 +221,9 @@ def render_world(directory: Path, data: DataArguments, evaluation: EvaluationDat
     """
     held_out = {"test": 400, "test_unseen": 400}
     sizes = {
-        "captions": {"train": 6000, "validation": 200, **held_out},
-        "conversations": {"train": 6000, **held_out},
-        "stories": {"train": 1000, "test": 120},
+        "captions": {"train": 4800, "validation": 200, **held_out},
+        "conversations": {"train": 2700, **held_out},
+        "stories": {"train": 500, "test": 120},
         "winoground": {"test": 400},
     }
     files = write_world(directory, sizes)

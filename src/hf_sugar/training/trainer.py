@@ -76,6 +76,18 @@ class _TellEpoch(TrainerCallback):
         self.collator.epoch = int(round(state.epoch or 0, 6))
 
 
+class _ShuffledLengthGroups(LengthGroupedSampler):
+    """Upstream goes from long to short batches again and again, so that the kinds of rows come in turns; here the
+    batches are shuffled."""
+
+    def __iter__(self):
+        indices = list(super().__iter__())
+        whole = len(indices) // self.batch_size
+        batches = [indices[n * self.batch_size : (n + 1) * self.batch_size] for n in range(whole)]
+        order = torch.randperm(whole).tolist()
+        yield from [index for n in order for index in batches[n]] + indices[whole * self.batch_size :]
+
+
 class SugarTrainer(SFTTrainer):
     """
     [`~trl.SFTTrainer`] with the structure loss of [Sugar](https://huggingface.co/papers/2411.00304):
@@ -274,7 +286,8 @@ class SugarTrainer(SFTTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
-        # Rows are tokenised when they are collated; what groups them is an estimate that is good enough.
+        # Rows are tokenised when they are collated; what groups them is an estimate that is good enough. It is rounded
+        # up to a power of two, so that rows of about the same length stay mixed: the structure loss compares them.
         image_tokens = self.processing_class.embed_inputs([PIL.Image.new("RGB", (336, 336))])["slice_ids"].eq(0).sum()
         lengths = []
         for row, images in text_rows(dataset):
@@ -282,9 +295,9 @@ class SugarTrainer(SFTTrainer):
                 part for message in fill_images(row["messages"], [None] * images, "") for part in message["content"]
             ]
             characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
-            lengths.append(characters / 4 + images * int(image_tokens))
+            lengths.append(1 << int(characters / 4 + images * int(image_tokens)).bit_length())
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch_size, lengths=lengths)
+        return _ShuffledLengthGroups(batch_size, lengths=lengths)
 
     def get_eval_dataloader(self, eval_dataset=None):
         # evaluation is the same every time: rows are not flipped
@@ -295,11 +308,12 @@ class SugarTrainer(SFTTrainer):
             self.data_collator = training_collator
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self._structure:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
-        teacher_embeddings = inputs.pop("teacher_embeddings")
-        modality = inputs.pop("slice_modality")
+        # `generative_loss` is this micro-batch's share of the accumulated batch; the structure loss is a value of the
+        # micro-batch, so it is averaged over them.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        teacher_embeddings = inputs.pop("teacher_embeddings", None)
+        modality = inputs.pop("slice_modality", None)
         outputs = []
 
         def forward(**kwargs):
@@ -307,19 +321,15 @@ class SugarTrainer(SFTTrainer):
             return outputs[-1]
 
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
-        generative_loss = result[0] if return_outputs else result
-        embeddings, labels, clamped = self._positions(outputs[0].embeddings, teacher_embeddings, modality)
-        structure_loss = self.structure_loss(embeddings, labels)
-
-        # `generative_loss` is this micro-batch's share of the accumulated batch; the structure loss is a value of the
-        # micro-batch, so it is averaged over them.
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        loss = generative_loss + self.args.structure_weight * structure_loss / steps
-        for name, value in (
-            ("generative_loss", generative_loss.detach() * steps),
-            ("structure_loss", structure_loss.detach()),
-            ("labels_clamped", torch.tensor(clamped, device=loss.device)),
-        ):
+        generative_loss = loss = result[0] if return_outputs else result
+        logged = {"generative_loss": generative_loss.detach() * steps}
+        if self._structure:
+            embeddings, labels, clamped = self._positions(outputs[0].embeddings, teacher_embeddings, modality)
+            structure_loss = self.structure_loss(embeddings, labels)
+            loss = generative_loss + self.args.structure_weight * structure_loss / steps
+            logged["structure_loss"] = structure_loss.detach()
+            logged["labels_clamped"] = torch.tensor(clamped, device=loss.device)
+        for name, value in logged.items():
             self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
         return (loss, result[1]) if return_outputs else loss
 
