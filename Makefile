@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-clipart demo-seeds test test-extras quality checkpoints clean
+.PHONY: help demo demo-clipart demo-seeds test test-extras quality checkpoints kernels clean
 
 help:
 	@echo "make demo          set up, then the main job end to end on the embedded world (about 6 minutes on 2 cores)"
@@ -32,7 +32,10 @@ demo-clipart: $(VENV)/.installed
 	$(BIN)/hf-sugar demo --config examples/clipart/demo.yaml
 
 checkpoints: $(VENV)/.installed
-	$(BIN)/python examples/build_tiny_checkpoints.py
+	$(BIN)/python examples/build_tiny_checkpoints.py --output_dir runs/weights
+
+kernels: $(VENV)/.installed
+	$(BIN)/python hub_kernels/build_local.py
 
 test: $(VENV)/.installed
 	$(BIN)/ruff format --check .

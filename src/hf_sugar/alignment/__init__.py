@@ -1,10 +1,13 @@
 from .kernel import IMAGE, TEXT, expected_alignment, global_alignment_kernel, log_delannoy, packed_alignment_kernel
 from .labels import label_matrix
+from .selection import KernelFallbackWarning, compiled_kernel
 
 
 __all__ = [
     "IMAGE",
     "TEXT",
+    "KernelFallbackWarning",
+    "compiled_kernel",
     "expected_alignment",
     "global_alignment_kernel",
     "label_matrix",

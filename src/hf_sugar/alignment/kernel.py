@@ -1,6 +1,7 @@
 """Global alignment kernel between sequences of slice embeddings, in PyTorch."""
 
 import functools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -8,6 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .selection import BACKENDS, compiled_kernel
+
+
+logger = logging.getLogger(__name__)
 
 TEXT = 0
 IMAGE = 1
@@ -25,6 +30,9 @@ PADDING = 1.3
 
 # Finite, because -inf would meet itself in a difference and give NaN gradients.
 LOG_ZERO = -1e30
+# A float64 holds a kernel, and everything on the way to it, if its logarithm is at most this in size.
+LOG_RANGE = 690
+LARGEST_DISTANCE = 4.01
 
 
 def global_alignment_kernel(
@@ -49,9 +57,9 @@ def global_alignment_kernel(
     s = e^{-\phi / (2 \sigma^2)}, \qquad \sigma = \delta \sqrt{(n + m) / 2}$$
 
     with \\(\phi\\) the squared distance of two L2-normalised slice embeddings and \\(n, m\\) the lengths of the pair.
-    The recursion runs in log space in float32, or in float64 for float64 inputs, whatever the autocast state, and is
-    differentiable in the embeddings. In float32 the logarithm is good to about 1e-5 for tens of slices; for hundreds,
-    where it reaches into the thousands, to a few 1e-3 (pass float64 if that matters).
+    Inner products are taken in float32, or in float64 for float64 inputs, whatever the autocast state. The recursion
+    runs in float64 where that cannot underflow, and otherwise in log space in the precision of the inner products. It is
+    differentiable in the embeddings.
 
     Args:
         x (`Sequence[torch.Tensor]`):
@@ -80,7 +88,8 @@ def global_alignment_kernel(
         split (`int`, *optional*):
             Number of dimensions of the first half.
         backend (`str`, *optional*, defaults to `"auto"`):
-            `"torch"`, or `"auto"` to let the library choose.
+            `"auto"`, `"torch"`, `"local"` or `"hub"`: which implementation runs, see
+            [`~hf_sugar.alignment.compiled_kernel`]. Where the compiled ones are missing, PyTorch gives the same values.
 
     Returns:
         `torch.Tensor`: kernel values of shape `(len(x), len(y))`, float32, or float64 for float64 inputs.
@@ -105,8 +114,8 @@ def global_alignment_kernel(
             [0.1165, 1.0000]])
     ```
     """
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"`backend` must be 'auto' or 'torch', got {backend!r}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {BACKENDS}, got {backend!r}.")
     if (modality_x is None) != (split is None):
         raise ValueError("`modality_x` and `split` go together: pass both for the triple kernel, or neither.")
     if (modality_y is None) != (modality_x is None or y is None):
@@ -153,6 +162,7 @@ def global_alignment_kernel(
         log=log,
         modality=torch.cat(modalities) if modalities else None,
         split=split,
+        backend=backend,
     )
 
 
@@ -167,6 +177,7 @@ def packed_alignment_kernel(
     log: bool = False,
     modality: torch.Tensor | None = None,
     split: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """
     [`global_alignment_kernel`] between prefixes of packed samples.
@@ -195,6 +206,8 @@ def packed_alignment_kernel(
             0 for text and 1 for images; with `split`, switches on the triple kernel.
         split (`int`, *optional*):
             Number of dimensions of the first half of an embedding.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            Which implementation runs, see [`~hf_sugar.alignment.compiled_kernel`].
 
     Returns:
         `torch.Tensor`: kernel values of shape `(P, P)` or `(P, Q)`, float32, or float64 for float64 embeddings.
@@ -212,6 +225,29 @@ def packed_alignment_kernel(
     rows = _check_prefixes("prefixes", prefixes, offsets)
     columns = rows if symmetric else _check_prefixes("other_prefixes", other_prefixes, offsets)
     by_self = normalize in ("self", "self+count")
+
+    compiled = compiled_kernel(embeddings.device.type, backend)
+    if compiled is not None:
+        _check_triple(embeddings, modality, split)
+        try:
+            with torch.autocast(embeddings.device.type, enabled=False):
+                return compiled.packed_alignment_kernel(
+                    embeddings,
+                    torch.from_numpy(offsets),
+                    torch.from_numpy(rows),
+                    None if symmetric else torch.from_numpy(columns),
+                    delta=delta,
+                    normalize=normalize,
+                    log=log,
+                    modality=None if modality is None else modality.cpu().long(),
+                    split=split,
+                )
+        except NotImplementedError as error:
+            logger.debug("The PyTorch implementation takes over: %s", error)
+        except RuntimeError:
+            # The kernels refuse bad slices; this says the same as a ValueError.
+            _Slices(embeddings, offsets, modality, split)
+            raise
 
     with torch.autocast(embeddings.device.type, enabled=False):
         slices = _Slices(embeddings, offsets, modality, split)
@@ -380,26 +416,16 @@ class _Slices:
         self, embeddings: torch.Tensor, offsets: np.ndarray, modality: torch.Tensor | None, split: int | None
     ):
         self.offsets = offsets
-        if (modality is None) != (split is None):
-            raise ValueError("`modality` and `split` go together: pass both for the triple kernel, or neither.")
+        _check_triple(embeddings, modality, split)
         if embeddings.dtype != torch.float64:
             embeddings = embeddings.float()
-        self._refuse(~embeddings.isfinite().all(dim=1), "holds NaN or infinity")
+        self._refuse(~torch.stack(embeddings.detach().aminmax(dim=1)).isfinite().all(dim=0), "holds NaN or infinity")
         if split is None:
             self.uni = self._normalize(embeddings, "is all zeros and has no direction")
             self.modality = None
             return
-        if not 0 < split < embeddings.shape[1]:
-            raise ValueError(
-                f"`split` must lie between 1 and {embeddings.shape[1] - 1}, because embeddings have "
-                f"{embeddings.shape[1]} dimensions; got {split}."
-            )
-        if modality.shape != embeddings.shape[:1]:
-            raise ValueError(f"`modality` has shape {tuple(modality.shape)} for {len(embeddings)} slices.")
         # Codes lead the index arithmetic, which is done on the host.
         self.modality = modality.cpu().numpy()
-        if not np.isin(self.modality, (TEXT, IMAGE)).all():
-            raise ValueError(f"`modality` may hold {TEXT} (text) and {IMAGE} (image) only.")
         self.uni = self._normalize(embeddings[:, :split], f"is all zeros in its first {split} dimensions")
         self.cross = self._normalize(embeddings[:, split:], f"is all zeros after its first {split} dimensions")
 
@@ -436,13 +462,29 @@ class _Slices:
         return (2 - 2 * self.cosines(rows, columns)).clamp(min=0)
 
 
+def _check_triple(embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None):
+    if (modality is None) != (split is None):
+        raise ValueError("`modality` and `split` go together: pass both for the triple kernel, or neither.")
+    if split is None:
+        return
+    if not 0 < split < embeddings.shape[1]:
+        raise ValueError(
+            f"`split` must lie between 1 and {embeddings.shape[1] - 1}, because embeddings have "
+            f"{embeddings.shape[1]} dimensions; got {split}."
+        )
+    if modality.shape != embeddings.shape[:1]:
+        raise ValueError(f"`modality` has shape {tuple(modality.shape)} for {len(embeddings)} slices.")
+    if not ((modality == TEXT) | (modality == IMAGE)).all():
+        raise ValueError(f"`modality` may hold {TEXT} (text) and {IMAGE} (image) only.")
+
+
 def _check_delta(delta: float):
     if not 0 < delta < math.inf:
         raise ValueError(f"`delta` must be positive and finite, got {delta}.")
 
 
 def _check_offsets(offsets: torch.Tensor, total: int) -> np.ndarray:
-    offsets = offsets.cpu().numpy()
+    offsets = offsets.cpu().long().numpy()
     if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != total:
         raise ValueError(f"`offsets` must be one-dimensional and run from 0 to {total}, the number of slices.")
     empty = np.flatnonzero(np.diff(offsets) < 1)
@@ -452,7 +494,7 @@ def _check_offsets(offsets: torch.Tensor, total: int) -> np.ndarray:
 
 
 def _check_prefixes(name: str, prefixes: torch.Tensor, offsets: np.ndarray) -> np.ndarray:
-    prefixes = prefixes.cpu().numpy()
+    prefixes = prefixes.cpu().long().contiguous().numpy()
     if prefixes.ndim != 2 or prefixes.shape[1] != 2 or len(prefixes) == 0:
         raise ValueError(f"`{name}` must have rows (sample, length), at least one; got shape {prefixes.shape}.")
     samples, lengths = prefixes.T
@@ -512,19 +554,30 @@ def _log_kernels(
     # Lengths of neighbours are close when m runs up and down in turn as n grows.
     order = np.lexsort((np.where(n % 2, m, -m), n))
     jobs = np.stack([n, m, corner, down, right])[:, order]
+    # Half the bytes of the indices, which are most of the work on small lengths.
+    index_type = torch.int32 if flat.numel() < 1 << 30 else torch.int64
     scale = torch.as_tensor(1 / (delta**2 * totals[order]), dtype=flat.dtype, device=device)
 
     values = []
     for chunk in _chunks(jobs[0], jobs[1]):
         rows, columns = int(jobs[0, chunk].max()), int(jobs[1, chunk].max())
         cells, position = _diagonal_order(rows, columns)
-        job = torch.from_numpy(jobs[:, chunk]).to(device)
-        cell = torch.from_numpy(cells).to(device)[:, None]
+        job = torch.from_numpy(jobs[2:, chunk]).to(device, index_type)
+        row, column = (torch.from_numpy(part).to(device, index_type)[:, None] for part in divmod(cells, columns))
         # Cells outside a shorter pair read some other finite distance, and nothing of that pair depends on them.
-        index = (job[2] + cell // columns * job[3] + cell % columns * job[4]).clamp_(max=len(flat) - 1)
-        local = _log_local_kernel(flat.gather(0, index.flatten()).view_as(index) * scale[chunk])
+        index = (row * job[1]).addcmul_(column, job[2]).add_(job[0]).clamp_(max=len(flat) - 1)
+        exponent = flat.index_select(0, index.flatten()).view_as(index) * scale[chunk]
         last = torch.from_numpy(position[jobs[0, chunk] - 1, jobs[1, chunk] - 1]).to(device)
-        values.append(_recursion(local, rows, columns).gather(0, last[None]).squeeze(0))
+        steps = jobs[0, chunk] + jobs[1, chunk] - 1
+        lowest = (steps * (LARGEST_DISTANCE / (delta**2 * totals[order][chunk]) + math.log(2))).max()
+        highest = (rows + columns) * math.log(1 + math.sqrt(2))
+        if max(lowest, highest) < LOG_RANGE and device.type != "mps":
+            similarity = (-exponent.double()).exp()
+            kernels = _recursion(similarity / (2 - similarity), rows, columns, linear=True)
+            values.append(kernels.gather(0, last[None]).squeeze(0).log().to(flat.dtype))
+        else:
+            kernels = _recursion(_log_local_kernel(exponent), rows, columns)
+            values.append(kernels.gather(0, last[None]).squeeze(0))
     return torch.cat(values)[np.argsort(order)]
 
 
@@ -566,9 +619,9 @@ def _log_local_kernel(exponent: torch.Tensor) -> torch.Tensor:
     return -exponent - torch.log1p(-torch.expm1(-exponent))
 
 
-def _recursion(local: torch.Tensor, n: int, m: int) -> torch.Tensor:
+def _recursion(local: torch.Tensor, n: int, m: int, linear: bool = False) -> torch.Tensor:
     """
-    Theorem 1 in log space, one anti-diagonal at a time for all pairs together.
+    Theorem 1 in log space, or `linear`, one anti-diagonal at a time for all pairs together.
 
     `local` and the result have shape `(n * m, pairs)`, with `n <= m` or not, cells in the order of `_diagonal_order`.
     """
@@ -577,14 +630,18 @@ def _recursion(local: torch.Tensor, n: int, m: int) -> torch.Tensor:
     diagonals = local.split(sizes)
     done = [diagonals[0]]
     # Each diagonal is kept with one row of zeros (in log space) on either side.
-    before = F.pad(diagonals[0], (0, 0, 1, 1), value=LOG_ZERO)
-    twice_before = torch.full_like(before, LOG_ZERO)
+    zero = 0.0 if linear else LOG_ZERO
+    before = F.pad(diagonals[0], (0, 0, 1, 1), value=zero)
+    twice_before = torch.full_like(before, zero)
     for t in range(1, n + m - 1):
         shift, size = first[t] - first[t - 1], sizes[t]
         double_shift = first[t] - first[max(t - 2, 0)]
         up, left = before[shift : shift + size], before[shift + 1 : shift + 1 + size]
         corner = twice_before[double_shift : double_shift + size]
-        current = diagonals[t] + torch.logaddexp(torch.logaddexp(up, left), corner)
+        if linear:
+            current = diagonals[t] * (up + left + corner)
+        else:
+            current = diagonals[t] + torch.logaddexp(torch.logaddexp(up, left), corner)
         done.append(current)
-        twice_before, before = before, F.pad(current, (0, 0, 1, 1), value=LOG_ZERO)
+        twice_before, before = before, F.pad(current, (0, 0, 1, 1), value=zero)
     return torch.cat(done)

@@ -1,0 +1,233 @@
+"""
+Time and memory of the alignment kernel: compiled, PyTorch, and what else there is.
+
+    make kernels && python benchmarks/alignment.py
+
+One table. A row is `samples x slices x dim` with ragged lengths (uniform from 2 to the number of slices), two
+modalities and `normalize="self+count"`; every figure is the median of `--repeats` runs that alternate between the
+implementations. "bare Gram" is the BLAS time of the inner products alone, with the same halves and the same symmetry;
+nothing that computes them can be faster. Run it on a machine that does nothing else.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hf_sugar.alignment import kernel, packed_alignment_kernel
+
+
+HUB_KERNELS = Path(__file__).resolve().parents[1] / "hub_kernels"
+sys.path.insert(0, str(HUB_KERNELS / "gak" / "benchmarks"))
+
+from common import gen_inputs  # noqa: E402
+
+
+CASES = {"64x8x1536": None, "256x8x1536": None, "512x16x1536": None, "64x64x1536": 4}
+OPTIONS = {"delta": 1.0, "normalize": "self+count"}
+
+
+def inputs_of(case: str) -> dict:
+    samples, slices, dim = map(int, case.split("x"))
+    inputs = gen_inputs(samples, slices, dim, CASES.get(case))
+    half = dim // 2
+    x = inputs["embeddings"]
+    inputs["embeddings"] = torch.cat([F.normalize(x[:, :half], dim=1), F.normalize(x[:, half:], dim=1)], dim=1)
+    return inputs
+
+
+def gram_products(inputs: dict) -> dict[str, Callable[[], None]]:
+    x, text, half = inputs["embeddings"], inputs["modality"] == 0, inputs["split"]
+    uni = [x[text, :half].contiguous(), x[~text, :half].contiguous()]
+    cross = [x[text, half:].contiguous(), x[~text, half:].contiguous()]
+
+    def blocked(size: int):
+        for part in uni:
+            blocks = part.split(size)
+            for i, block in enumerate(blocks):
+                for other in blocks[i:]:
+                    block @ other.T
+        cross[0] @ cross[1].T
+
+    return {str(size): lambda size=size: blocked(size) for size in (128, 256, 512, 1024, 1 << 30)}
+
+
+def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Medians in milliseconds."""
+    for function in functions.values():
+        function()
+    times = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def tslearn_kernels(inputs: dict) -> dict[str, Callable[[], None]]:
+    from tslearn.metrics import cdist_gak
+    from tslearn.utils import to_time_series_dataset
+
+    starts = inputs["offsets"].tolist()
+    series = to_time_series_dataset(
+        [inputs["embeddings"][starts[s] : starts[s] + n].numpy() for s, n in inputs["prefixes"].tolist()]
+    )
+    return {f"tslearn {jobs}": lambda jobs=jobs: cdist_gak(series, sigma=2.0, n_jobs=jobs) for jobs in (1, 2)}
+
+
+def pysdtw_pairs(inputs: dict) -> Callable[[], None]:
+    import pysdtw
+
+    starts = inputs["offsets"].tolist()
+    sequences = [inputs["embeddings"][starts[s] : starts[s] + n] for s, n in inputs["prefixes"].tolist()]
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    i, j = torch.triu_indices(len(padded), len(padded))
+    soft = pysdtw.SoftDTW(gamma=1.0, use_cuda=False)
+    return lambda: soft(padded[i], padded[j])
+
+
+def pytorch_recursion(distances: torch.Tensor, inputs: dict) -> Callable[[], None]:
+    prefixes, offsets = inputs["prefixes"].numpy(), inputs["offsets"].numpy()
+    i, j = np.triu_indices(len(prefixes))
+    totals = prefixes[i, 1] + prefixes[j, 1]
+    return lambda: kernel._log_kernels(distances, offsets, prefixes, prefixes, i, j, totals, OPTIONS["delta"])
+
+
+def peak_extra_memory(case: str, backend: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--memory", case, backend]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure_memory(case: str, backend: str):
+    """In a process of its own: what one call adds to the resident memory at its peak, in MB (Linux)."""
+
+    def resident(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+    small = gen_inputs(16, 4, 64)
+    packed_alignment_kernel(**small, **OPTIONS, backend=backend)
+    inputs = inputs_of(case)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    packed_alignment_kernel(**inputs, **OPTIONS, backend=backend)
+    slices, prefixes = len(inputs["embeddings"]), len(inputs["prefixes"])
+    limit = 4 * (inputs["embeddings"].numel() + slices**2 + prefixes**2) / 2**20
+    print(json.dumps({"peak": resident("VmHWM") - before, "inputs, output and Gram": limit}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help="samples x slices x dim")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-tslearn", action="store_true", help="leave out tslearn, which takes most of the time")
+    parser.add_argument("--memory", nargs=2, metavar=("CASE", "BACKEND"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        measure_memory(*arguments.memory)
+        return
+    # Imported here, so that the memory of a process without it can be measured.
+    from kernels import get_local_kernel
+
+    torch.set_num_threads(arguments.threads)
+    gak = get_local_kernel(HUB_KERNELS / "gak", backend="cpu")
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "?",
+    )
+    print(
+        f"{model}, {arguments.threads} threads, torch {torch.__version__}, medians of {arguments.repeats} runs, ms\n"
+    )
+    columns = [
+        "case",
+        "slices",
+        "compiled",
+        "bare Gram",
+        "ratio",
+        "PyTorch",
+        "tslearn",
+        "pysdtw",
+        "recursion: compiled",
+        "PyTorch",
+        "extra MB (limit)",
+        "PyTorch MB",
+    ]
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for case in arguments.cases:
+        inputs = inputs_of(case)
+        functions: dict[str, Callable[[], object]] = {
+            "compiled": partial(gak.packed_alignment_kernel, **inputs, **OPTIONS),
+            "torch": partial(packed_alignment_kernel, **inputs, **OPTIONS, backend="torch"),
+        }
+        grams = gram_products(inputs)
+        functions |= grams
+        distances = gak._squared_distances(inputs["embeddings"], inputs["modality"], inputs["split"])
+        some = {name: inputs[name] for name in ("offsets", "prefixes")}
+        functions["recursion"] = partial(gak.recursion, distances, **some, normalize=None)
+        functions["torch recursion"] = pytorch_recursion(distances, inputs)
+        if not arguments.no_tslearn:
+            functions |= tslearn_kernels(inputs)
+        if case == "64x8x1536" and importlib.util.find_spec("pysdtw"):
+            functions["pysdtw"] = pysdtw_pairs(inputs)
+        times = alternate(functions, arguments.repeats)
+        floor = min(times[name] for name in grams)
+        tslearn = [times[name] for name in times if name.startswith("tslearn")]
+        memory, torch_memory = (peak_extra_memory(case, backend) for backend in ("local", "torch"))
+        row = [
+            case,
+            str(len(inputs["embeddings"])),
+            f"{times['compiled']:.2f}",
+            f"{floor:.2f}",
+            f"{times['compiled'] / floor:.2f}",
+            f"{times['torch']:.1f}",
+            f"{min(tslearn):.0f}" if tslearn else "-",
+            f"{times['pysdtw']:.0f}" if "pysdtw" in times else "-",
+            f"{times['recursion']:.2f}",
+            f"{times['torch recursion']:.1f}",
+            f"{memory['peak']:.0f} ({1.5 * memory['inputs, output and Gram']:.0f})",
+            f"{torch_memory['peak']:.0f}",
+        ]
+        print("| " + " | ".join(row) + " |", flush=True)
+
+    ragged = inputs_of("64x12x1536")
+    functions = {"compiled": lambda: gak.packed_alignment_kernel(**ragged, **OPTIONS)}
+    if not arguments.no_tslearn:
+        functions |= tslearn_kernels(ragged)
+        times = alternate(functions, arguments.repeats)
+        best = min(times["tslearn 1"], times["tslearn 2"])
+        print(
+            f"\n64 ragged samples of at most 12 slices: {times['compiled']:.2f}, tslearn {best:.0f}, {best / times['compiled']:.0f}x"
+        )
+
+    many = {count: gen_inputs(256, 8, 64, count // 256) for count in (256, 2048)}
+    functions = {}
+    for count, inputs in many.items():
+        distances = gak._squared_distances(inputs["embeddings"], inputs["modality"], inputs["split"])
+        functions[str(count)] = lambda distances=distances, inputs=inputs: gak.recursion(
+            distances, inputs["offsets"], inputs["prefixes"], normalize=None
+        )
+    times = alternate(functions, arguments.repeats)
+    per_pair = {count: 1e6 * times[str(count)] / (count * (count + 1) / 2) for count in many}
+    cells = {count: float(inputs["prefixes"][:, 1].double().mean()) ** 2 for count, inputs in many.items()}
+    print("recursion per pair: " + ", ".join(f"P={n}: {per_pair[n]:.0f} ns ({cells[n]:.1f} cells)" for n in many))
+
+
+if __name__ == "__main__":
+    main()

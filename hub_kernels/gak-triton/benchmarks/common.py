@@ -1,0 +1,1 @@
+../../gak/benchmarks/common.py

@@ -1,0 +1,67 @@
+"""Values, on a GPU (GAK_TEST_DEVICE=cuda) or without one in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from common import compare, distances, gen_inputs, log_kernel, reference
+
+
+MODES = (None, "self", "count", "self+count")
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU: set TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+
+
+@pytest.mark.parametrize("triple", [False, True])
+@pytest.mark.parametrize("normalize", MODES)
+def test_reference(gak, device, normalize, triple):
+    inputs = gen_inputs(5, 5, 12, 2, shortest=1, triple=triple, device=device)
+    for delta in (0.1, 1.0):
+        expected = reference(**inputs, delta=delta, normalize=normalize)
+        value = gak.packed_alignment_kernel(**inputs, delta=delta, normalize=normalize, log=True)
+        compare(value, expected, 2e-5)
+        assert torch.equal(value, value.T)
+    some = gak.packed_alignment_kernel(
+        **inputs, other_prefixes=inputs["prefixes"][:3], delta=delta, normalize=normalize, log=True
+    )
+    compare(some, expected[:, :3], 2e-5)
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.1, 1.0, 100.0])
+def test_lengths_and_bandwidths(gak, device, delta):
+    lengths = (70, 33, 1)
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    prefixes = torch.tensor([[s, n] for s, n in enumerate(lengths)])
+    x = torch.randn(int(offsets[-1]), 8, generator=torch.Generator().manual_seed(0))
+    phi = torch.from_numpy(distances(x, None, None)).float()
+    phi = torch.minimum(phi, phi.T)
+    value = gak.recursion(phi.to(device), offsets, prefixes[:2], prefixes[1:], delta=delta, normalize=None)
+    starts = offsets.tolist()
+    for i in (0, 1):
+        for j in (1, 2):
+            block = phi[starts[i] : starts[i + 1], starts[j] : starts[j + 1]].double().numpy()
+            expected = log_kernel(block, lengths[i] + lengths[j], delta)
+            compare(value[i, j - 1], torch.tensor(expected), 1e-5)
+
+
+def test_refuses(gak, device):
+    x = torch.randn(5, 4, device=device)
+    offsets, prefixes = torch.tensor([0, 2, 5]), torch.tensor([[0, 2], [1, 3]])
+    bad = x.clone()
+    bad[3] = math.nan
+    for arguments, options, message in [
+        ((x, torch.tensor([0, 4, 3, 5]), prefixes), {}, "`offsets` must increase"),
+        ((x, offsets, torch.tensor([[0, 3]])), {}, "`prefixes` has a length"),
+        ((x, offsets, torch.tensor([[2, 1]])), {}, "`prefixes` names a sample"),
+        ((bad, offsets, prefixes), {}, "Row 3"),
+        ((x, offsets, prefixes), {"delta": 0}, "`delta`"),
+        ((x, offsets, prefixes), {"normalize": "both"}, "`normalize`"),
+        ((x, offsets, prefixes), {"split": 2}, "go together"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            gak.packed_alignment_kernel(*arguments, **options)
+    with pytest.raises(NotImplementedError):
+        gak.packed_alignment_kernel(x.requires_grad_(), offsets, prefixes)

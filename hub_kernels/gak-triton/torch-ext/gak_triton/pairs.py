@@ -1,0 +1,122 @@
+"""Host side of the backends that run one pair of prefixes per thread block. The same file in `gak` and `gak-triton`."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+SELF, COUNT = 1, 2
+NORMALIZATIONS = {None: 0, False: 0, True: SELF, "self": SELF, "count": COUNT, "self+count": SELF | COUNT}
+# Below this squared distance, 2 - 2 cos loses too many digits in float32: the difference is taken instead.
+CLOSE = 0.1
+
+
+def log_kernels(
+    launch: Callable[..., torch.Tensor],
+    distances: torch.Tensor,
+    offsets: torch.Tensor,
+    prefixes: torch.Tensor,
+    other_prefixes: torch.Tensor | None,
+    delta: float,
+    normalize: bool | str | None,
+) -> torch.Tensor:
+    """
+    `log K` of all pairs in float64, normalised.
+
+    `launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric)` runs the recursion for
+    every row with every column; with `own`, of every row with itself at the bandwidth it has with that column's length.
+    """
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"`normalize` must be one of {list(NORMALIZATIONS)}, got {normalize!r}.")
+    if not 0 < delta < math.inf:
+        raise ValueError(f"`delta` must be positive and finite, got {delta}.")
+    mode = NORMALIZATIONS[normalize]
+    device = distances.device
+    offsets = offsets.to(device)
+    if offsets[0] != 0 or offsets[-1] != len(distances) or not (offsets[1:] > offsets[:-1]).all():
+        raise ValueError(f"`offsets` must increase from 0 to {len(distances)}, the number of slices.")
+    distances = distances.float().contiguous()
+
+    def side(name, rows):
+        sample, length = rows.to(device).unbind(1)
+        if not ((sample >= 0) & (sample < len(offsets) - 1)).all():
+            raise ValueError(f"`{name}` names a sample that is not there.")
+        if not ((length >= 1) & (length <= offsets[sample + 1] - offsets[sample])).all():
+            raise ValueError(f"`{name}` has a length that its sample does not have.")
+        return offsets[sample].contiguous(), length.contiguous()
+
+    start, length = side("prefixes", prefixes)
+    symmetric = other_prefixes is None
+    column_start, column_length = (start, length) if symmetric else side("other_prefixes", other_prefixes)
+
+    result = launch(distances, start, length, column_start, column_length, delta, False, symmetric)
+    if mode & SELF:
+        lengths, place = column_length.unique(return_inverse=True)
+        row_self = launch(distances, start, length, start, lengths, delta, True, False)[:, place]
+        column_self = row_self
+        if not symmetric:
+            lengths, place = length.unique(return_inverse=True)
+            column_self = launch(distances, column_start, column_length, column_start, lengths, delta, True, False)
+            column_self = column_self[:, place]
+        result -= (row_self + column_self.T) / 2
+    if mode & COUNT:
+        result -= _log_counts(length, column_length)
+    if mode == SELF | COUNT:
+        own, column_own = (_log_counts(values, values, paired=True) for values in (length, column_length))
+        result += (own[:, None] + column_own) / 2
+    return result
+
+
+def _log_counts(n: torch.Tensor, m: torch.Tensor, paired: bool = False) -> torch.Tensor:
+    """log of the number of alignments of all lengths of `n` with all of `m`, or of each with its partner."""
+    known = {}
+
+    def log_count(n, m):
+        if (n, m) not in known:
+            known[n, m] = math.log(sum(math.comb(n - 1, k) * math.comb(m - 1, k) << k for k in range(min(n, m))))
+        return known[n, m]
+
+    rows, columns = n.tolist(), m.tolist()
+    if paired:
+        values = [log_count(a, b) for a, b in zip(rows, columns)]
+    else:
+        values = [[log_count(a, b) for b in columns] for a in rows]
+    return torch.tensor(values, dtype=torch.float64, device=n.device)
+
+
+def squared_distances(x: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
+    """Squared distances of all slices, of the half that their modalities call for."""
+    halves = [x] if split is None else [x[:, :split], x[:, split:]]
+    norms = torch.stack([half.norm(dim=1) for half in halves])
+    if not (norms.isfinite() & (norms > 0)).all():
+        row = int((~(norms.isfinite() & (norms > 0)).all(0)).nonzero()[0])
+        raise ValueError(f"Row {row} of the packed embeddings holds NaN, infinity, or a half that is all zeros.")
+    halves = [F.normalize(half, dim=1, eps=0) for half in halves]
+    if split is None:
+        return _refined((2 - 2 * halves[0] @ halves[0].T).clamp(min=0), halves, None)
+    # Texts first: each block then needs one half of the embeddings only.
+    modality = modality.to(x.device)
+    order = modality.argsort(stable=True)
+    texts = int((modality == 0).sum())
+    uni, cross = (half[order] for half in halves)
+    sorted_cosines = x.new_empty(len(x), len(x))
+    sorted_cosines[:texts, :texts] = uni[:texts] @ uni[:texts].T
+    sorted_cosines[texts:, texts:] = uni[texts:] @ uni[texts:].T
+    sorted_cosines[:texts, texts:] = cross[:texts] @ cross[texts:].T
+    sorted_cosines[texts:, :texts] = sorted_cosines[:texts, texts:].T
+    back = order.argsort()
+    return _refined((2 - 2 * sorted_cosines[back[:, None], back]).clamp(min=0), halves, modality)
+
+
+def _refined(distances: torch.Tensor, halves: list[torch.Tensor], modality: torch.Tensor | None) -> torch.Tensor:
+    i, j = (distances < CLOSE).nonzero(as_tuple=True)
+    for some in torch.arange(len(i), device=i.device).split((1 << 24) // halves[0].shape[1] + 1):
+        a, b = i[some], j[some]
+        exact = (halves[0][a] - halves[0][b]).square().sum(1)
+        if modality is not None:
+            crossed = (halves[1][a] - halves[1][b]).square().sum(1)
+            exact = torch.where(modality[a] == modality[b], exact, crossed)
+        distances[a, b] = exact
+    return distances

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <stdint.h>
+
+namespace gak {
+
+// One pair of the recursion: the columns of the second sequence, and 1 / (delta^2 * (n + m)).
+struct Lane {
+  int64_t column;
+  int64_t length;
+  double scale;
+  bool extended;
+};
+
+// log(mantissa * 2^exponent). libm's log would ask for a newer glibc than manylinux_2_28 has.
+static inline double log_of(double mantissa, int64_t exponent) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &mantissa, 8);
+  exponent += int64_t(bits >> 52) - 1023;
+  bits = (bits & 0x000fffffffffffffull) | 0x3ff0000000000000ull;
+  __builtin_memcpy(&mantissa, &bits, 8);
+  if (mantissa > 1.4142135623730951) {
+    mantissa *= 0.5;
+    ++exponent;
+  }
+  const double f = (mantissa - 1) / (mantissa + 1), square = f * f;
+  double series = 1.0 / 21;
+  for (int k = 19; k > 0; k -= 2) {
+    series = series * square + 1.0 / k;
+  }
+  return 2 * f * series + exponent * 0.6931471805599453;
+}
+
+template <typename T>
+struct Loops {
+  // log K of one sequence (n rows of the tile) with `count` others.
+  void (*log_kernels)(
+      const T* tile, int64_t stride, int64_t width, int64_t n, const Lane* lanes, int64_t count, void* workspace,
+      double* result);
+  // Adds upstream[l] * d log K_l / d (squared distance), or the expected alignment, to `gradient`.
+  void (*gradients)(
+      const T* tile, int64_t stride, int64_t width, int64_t n, const Lane* lanes, int64_t count,
+      const double* upstream, bool to_distances, void* workspace, T* gradient, int64_t gradient_stride);
+  double (*sum_of_squares)(const T* x, int64_t d);
+  void (*scale)(const T* x, int64_t d, double factor, T* result);
+  double (*squared_distance)(const T* a, const T* b, int64_t d);
+  int64_t lanes;
+  // Workspace for a longest second sequence of m: (m + 1) * row_bytes, and n * m * cell_bytes more for `gradients`.
+  int64_t row_bytes;
+  int64_t cell_bytes;
+};
+
+struct Table {
+  Loops<float> single;
+  Loops<double> twice;
+};
+
+namespace portable {
+extern const Table table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Table table;
+}
+namespace avx512 {
+extern const Table table;
+}
+#endif
+
+}  // namespace gak

@@ -1,0 +1,418 @@
+// The recursion and the few dense loops of the op, written once with GCC vector extensions and compiled once for every
+// instruction set (recursion_*.cpp). `core.h` is shared with the CUDA backend; `dispatch.h` declares what is built here.
+//
+// Include nothing that defines inline functions with external linkage: the linker could keep the copy that was compiled
+// for the newest instruction set and run it on a machine without it.
+#pragma once
+
+#include <stdint.h>
+
+#include "dispatch.h"
+
+namespace gak {
+namespace GAK_ISA {
+namespace {
+
+constexpr int kWidth = GAK_VECTOR_BYTES / 8;
+// Two vectors at a time hide the latency of the chain along a row.
+constexpr int kUnroll = 2;
+constexpr int kLanes = kWidth * kUnroll;
+
+typedef double Vec __attribute__((vector_size(GAK_VECTOR_BYTES)));
+typedef int64_t Int __attribute__((vector_size(GAK_VECTOR_BYTES)));
+typedef uint64_t Bits __attribute__((vector_size(GAK_VECTOR_BYTES)));
+
+template <typename T>
+struct Narrow;
+template <>
+struct Narrow<float> {
+  typedef float type __attribute__((vector_size(GAK_VECTOR_BYTES / 2)));
+};
+template <>
+struct Narrow<double> {
+  typedef Vec type;
+};
+
+// A cell that no alignment reaches.
+constexpr int64_t kNever = -(int64_t(1) << 40);
+constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves the rounded integer in the low bits
+
+#define GAK_INLINE __attribute__((always_inline)) inline
+
+GAK_INLINE Vec splat(double value) {
+  return value - Vec{};
+}
+
+GAK_INLINE Vec power_of_two(Int exponent) {
+  return (Vec)((Bits)(exponent + 1023) << 52);
+}
+
+// exp(x) = mantissa * 2^exponent for x <= 0, the mantissa within a factor of sqrt(2) of 1. float inputs carry an error
+// of 6e-8 themselves, so a shorter polynomial (2e-10) does for them.
+template <typename T>
+GAK_INLINE Vec exp_parts(Vec x, Int& exponent) {
+  const Vec shifted = x * 1.4426950408889634 + kRound;
+  exponent = (Int)shifted - (Int)splat(kRound);
+  const Vec n = shifted - kRound;
+  const Vec r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  // Estrin's scheme: the terms are few and the latency is what counts.
+  const Vec r2 = r * r, r4 = r2 * r2;
+  Vec top = splat(1.0 / 40320.0);
+  if constexpr (sizeof(T) == 8) {
+    const Vec upper = (r * (1.0 / 6227020800.0) + 1.0 / 479001600.0);
+    const Vec lower = (r * (1.0 / 362880.0) + 1.0 / 40320.0) + r2 * (r * (1.0 / 39916800.0) + 1.0 / 3628800.0);
+    top = lower + r4 * upper;
+  }
+  const Vec low = (r + 1.0) + r2 * (r * (1.0 / 6.0) + 0.5);
+  const Vec middle = (r * (1.0 / 120.0) + 1.0 / 24.0) + r2 * (r * (1.0 / 5040.0) + 1.0 / 720.0);
+  return low + r4 * (middle + r4 * top);
+}
+
+template <typename T>
+GAK_INLINE Vec gather(const T* row, const int64_t* column, const int64_t* length, int64_t j, bool clamp) {
+  const auto at = [&](int w) { return row[column[w] + (clamp && j >= length[w] ? length[w] - 1 : j)]; };
+  // Spelled out, because element by element the compiler goes through memory.
+  typename Narrow<T>::type values;
+  if constexpr (kWidth == 2) {
+    values = typename Narrow<T>::type{at(0), at(1)};
+  } else if constexpr (kWidth == 4) {
+    values = typename Narrow<T>::type{at(0), at(1), at(2), at(3)};
+  } else {
+    values = typename Narrow<T>::type{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+  }
+  return __builtin_convertvector(values, Vec);
+}
+
+// One cell with an exponent of its own, so that nothing is lost whatever the bandwidth and the length.
+struct Cell {
+  Vec mantissa;
+  Int exponent;
+};
+
+GAK_INLINE Int larger(Int a, Int b) {
+  return a > b ? a : b;
+}
+
+GAK_INLINE Vec aligned(const Cell& cell, Int exponent) {
+  const Int shift = cell.exponent - exponent;
+  const Int lowest = Int{} - 1022;
+  return cell.mantissa * power_of_two(larger(shift, lowest));
+}
+
+// s = exp(-phi / 2 sigma^2) and k = s / (2 - s) in extended form.
+template <typename T>
+GAK_INLINE Cell local_kernel(Vec x, Vec& s) {
+  Cell k;
+  const Vec p = exp_parts<T>(x, k.exponent);
+  const Int lowest = Int{} - 1000;
+  s = p * power_of_two(larger(k.exponent, lowest));
+  k.mantissa = p / (2.0 - s);
+  return k;
+}
+
+GAK_INLINE Cell product(Vec sum, Int exponent, const Cell& k) {
+  const Vec value = sum * k.mantissa;
+  const Int own = (Int)((Bits)value >> 52) - 1023;
+  const Int one = (Int)(Bits{} + 0x3ff0000000000000ull);
+  return {(Vec)(((Int)value & 0x000fffffffffffffll) | one), exponent + k.exponent + own};
+}
+
+// log_of of dispatch.h, for a whole vector of positive normal numbers.
+GAK_INLINE Vec log_parts(Vec value, Int exponent) {
+  const Bits bits = (Bits)value;
+  const Bits low = bits & 0x000fffffffffffffull;
+  // Mantissas from sqrt(2) on go with the next power of two.
+  const Int above = low > (Bits{} + 0x6a09e667f3bcdull);  // -1 where true
+  const Vec m = (Vec)(low | ((Bits{} + 0x3ff0000000000000ull) - ((Bits)above & (Bits{} + 0x0010000000000000ull))));
+  const Int whole = exponent + (Int)(bits >> 52) - 1023 - above;
+  const Vec f = (m - 1.0) / (m + 1.0), square = f * f;
+  Vec series = splat(1.0 / 21);
+  for (int k = 19; k > 0; k -= 2) {
+    series = series * square + 1.0 / k;
+  }
+  return 2.0 * f * series + __builtin_convertvector(whole, Vec) * 0.6931471805599453;
+}
+
+struct Group {
+  int64_t column[kLanes];
+  int64_t length[kLanes];
+  Vec negative_scale[kUnroll];
+  int64_t longest = 0;
+  bool clamp = false;
+
+  // Lanes beyond `count` repeat the last pair.
+  GAK_INLINE Group(const Lane* lanes, int64_t count, int64_t width) {
+    for (int l = 0; l < kLanes; ++l) {
+      const Lane& lane = lanes[l < count ? l : count - 1];
+      column[l] = lane.column;
+      length[l] = lane.length;
+      negative_scale[l / kWidth][l % kWidth] = -lane.scale;
+      longest = lane.length > longest ? lane.length : longest;
+    }
+    for (int l = 0; l < kLanes; ++l) {
+      clamp |= column[l] + longest > width;
+    }
+  }
+};
+
+template <typename T, bool clamp>
+void plain(const T* tile, int64_t stride, int64_t n, const Group& group, Vec* row) {
+  const int64_t m = group.longest;
+  for (int64_t c = 0; c < (m + 1) * kUnroll; ++c) {
+    row[c] = Vec{};
+  }
+  for (int u = 0; u < kUnroll; ++u) {
+    row[u] = splat(1.0);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const T* cells = tile + i * stride;
+    for (int l = 0; l < kLanes && i + 2 < n; ++l) {
+      // Rows are far apart and short: the hardware does not guess the next one.
+      __builtin_prefetch(cells + 2 * stride + group.column[l]);
+    }
+    Vec left[kUnroll], corner[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) {
+      left[u] = Vec{};
+      corner[u] = row[u];
+      row[u] = Vec{};
+    }
+    for (int64_t j = 0; j < m; ++j) {
+#pragma GCC unroll 2
+      for (int u = 0; u < kUnroll; ++u) {
+        const Vec x =
+            gather(cells, group.column + u * kWidth, group.length + u * kWidth, j, clamp) * group.negative_scale[u];
+        Int exponent;
+        const Vec p = exp_parts<T>(x, exponent);
+        const Vec s = (Vec)((Bits)p + ((Bits)exponent << 52));
+        const Vec up = row[(j + 1) * kUnroll + u];
+        // Left and up first: the sum is then the same, bit for bit, when the two sequences change places.
+        const Vec value = ((left[u] + up) + corner[u]) * (s / (2.0 - s));
+        corner[u] = up;
+        left[u] = value;
+        row[(j + 1) * kUnroll + u] = value;
+      }
+    }
+  }
+}
+
+template <typename T, bool keep>
+void extended(
+    const T* tile, int64_t stride, int64_t n, const Group& group, Cell* row, Vec* probabilities, bool clamp) {
+  const int64_t m = group.longest;
+  for (int64_t c = 0; c < (m + 1) * kUnroll; ++c) {
+    row[c] = {Vec{}, Int{} + kNever};
+  }
+  for (int u = 0; u < kUnroll; ++u) {
+    row[u] = {splat(1.0), Int{}};
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const T* cells = tile + i * stride;
+    Cell left[kUnroll], corner[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) {
+      left[u] = {Vec{}, Int{} + kNever};
+      corner[u] = row[u];
+      row[u] = left[u];
+    }
+    for (int64_t j = 0; j < m; ++j) {
+      for (int u = 0; u < kUnroll; ++u) {
+        const Vec x =
+            gather(cells, group.column + u * kWidth, group.length + u * kWidth, j, clamp) * group.negative_scale[u];
+        Vec s;
+        const Cell k = local_kernel<T>(x, s);
+        const Cell up = row[(j + 1) * kUnroll + u];
+        const Int exponent = larger(larger(left[u].exponent, up.exponent), corner[u].exponent);
+        const Vec from_left = aligned(left[u], exponent), from_up = aligned(up, exponent);
+        const Vec from_corner = aligned(corner[u], exponent);
+        const Vec sum = (from_left + from_up) + from_corner;
+        if constexpr (keep) {
+          Vec* p = probabilities + ((i * m + j) * kUnroll + u) * 3;
+          p[0] = from_left / sum;
+          p[1] = from_up / sum;
+          p[2] = from_corner / sum;
+        }
+        const Cell value = product(sum, exponent, k);
+        corner[u] = up;
+        left[u] = value;
+        row[(j + 1) * kUnroll + u] = value;
+      }
+    }
+  }
+}
+
+template <typename T>
+void log_kernels(
+    const T* tile, int64_t stride, int64_t width, int64_t n, const Lane* lanes, int64_t count, void* workspace,
+    double* result) {
+  for (int64_t first = 0; first < count;) {
+    const bool wide = lanes[first].extended;
+    int64_t last = first + 1;
+    while (last < count && last < first + kLanes && lanes[last].extended == wide) {
+      ++last;
+    }
+    const Group group(lanes + first, last - first, width);
+    Vec logs[kUnroll];
+    if (wide) {
+      Cell* row = static_cast<Cell*>(workspace);
+      extended<T, false>(tile, stride, n, group, row, nullptr, group.clamp);
+      Cell ends[kUnroll];
+      for (int l = 0; l < kLanes; ++l) {
+        const Cell& cell = row[group.length[l] * kUnroll + l / kWidth];
+        ends[l / kWidth].mantissa[l % kWidth] = cell.mantissa[l % kWidth];
+        ends[l / kWidth].exponent[l % kWidth] = cell.exponent[l % kWidth];
+      }
+      for (int u = 0; u < kUnroll; ++u) {
+        logs[u] = log_parts(ends[u].mantissa, ends[u].exponent);
+      }
+    } else {
+      Vec* row = static_cast<Vec*>(workspace);
+      group.clamp ? plain<T, true>(tile, stride, n, group, row) : plain<T, false>(tile, stride, n, group, row);
+      Vec ends[kUnroll];
+      for (int l = 0; l < kLanes; ++l) {
+        ends[l / kWidth][l % kWidth] = row[group.length[l] * kUnroll + l / kWidth][l % kWidth];
+      }
+      for (int u = 0; u < kUnroll; ++u) {
+        logs[u] = log_parts(ends[u], Int{});
+      }
+    }
+    for (int64_t l = 0; l < last - first; ++l) {
+      result[first + l] = logs[l / kWidth][l % kWidth];
+    }
+    first = last;
+  }
+}
+
+// Walks the alignments back from the end: `expected` of a cell is the share of the kernel that passes through it.
+template <typename T>
+void gradients(
+    const T* tile, int64_t stride, int64_t width, int64_t n, const Lane* lanes, int64_t count, const double* upstream,
+    bool to_distances, void* workspace, T* gradient, int64_t gradient_stride) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t used = count - first < kLanes ? count - first : kLanes;
+    const Group group(lanes + first, used, width);
+    const int64_t m = group.longest;
+    Cell* row = static_cast<Cell*>(workspace);
+    Vec* probabilities = reinterpret_cast<Vec*>(row + (m + 1) * kUnroll);
+    extended<T, true>(tile, stride, n, group, row, probabilities, group.clamp);
+    // The rows of cells are done with; their memory holds what flows into the row above.
+    Vec* below = reinterpret_cast<Vec*>(row);
+    for (int64_t c = 0; c < (m + 1) * kUnroll; ++c) {
+      below[c] = Vec{};
+    }
+    for (int64_t i = n - 1; i >= 0; --i) {
+      for (int u = 0; u < kUnroll; ++u) {
+        // `below[j]` is what row i + 1 sends to cell j; `diagonal` what it will send to the cell on its left.
+        Vec from_right = Vec{}, diagonal = Vec{};
+        for (int64_t j = m - 1; j >= 0; --j) {
+          Vec expected = from_right + below[j * kUnroll + u];
+          if (i == n - 1) {
+            for (int w = 0; w < kWidth; ++w) {
+              expected[w] += group.length[u * kWidth + w] == j + 1 ? 1.0 : 0.0;
+            }
+          }
+          const Vec* p = probabilities + ((i * m + j) * kUnroll + u) * 3;
+          from_right = expected * p[0];
+          below[j * kUnroll + u] = expected * p[1] + diagonal;
+          diagonal = expected * p[2];
+          Vec share = expected;
+          if (to_distances) {
+            const Vec x = gather(
+                              tile + i * stride, group.column + u * kWidth, group.length + u * kWidth, j, group.clamp) *
+                          group.negative_scale[u];
+            Vec s;
+            local_kernel<T>(x, s);
+            share = share * group.negative_scale[u] * (2.0 / (2.0 - s));
+          }
+          for (int w = 0; w < kWidth; ++w) {
+            const int l = u * kWidth + w;
+            if (l < used && j < group.length[l]) {
+              gradient[i * gradient_stride + group.column[l] + j] += T(share[w] * upstream[first + l]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+GAK_INLINE double total(Vec v) {
+  double sum = 0;
+  for (int w = 0; w < kWidth; ++w) {
+    sum += v[w];
+  }
+  return sum;
+}
+
+template <typename T>
+GAK_INLINE Vec load(const T* from) {
+  typename Narrow<T>::type values;
+  __builtin_memcpy(&values, from, sizeof(values));
+  return __builtin_convertvector(values, Vec);
+}
+
+// In the type of the input, a stretch at a time; what leaves its range is taken again with care by the caller.
+template <typename T>
+double sum_of_squares(const T* x, int64_t d) {
+  typedef T Own __attribute__((vector_size(GAK_VECTOR_BYTES)));
+  constexpr int width = GAK_VECTOR_BYTES / sizeof(T), stretch = 32 * width;
+  double sum = 0;
+  int64_t i = 0;
+  while (i + 4 * width <= d) {
+    const int64_t end = d - i < stretch ? i + (d - i) / (4 * width) * (4 * width) : i + stretch;
+    Own part[4] = {};
+    for (; i < end; i += 4 * width) {
+      for (int u = 0; u < 4; ++u) {
+        Own v;
+        __builtin_memcpy(&v, x + i + u * width, sizeof(v));
+        part[u] += v * v;
+      }
+    }
+    const Own all = (part[0] + part[1]) + (part[2] + part[3]);
+    for (int w = 0; w < width; ++w) {
+      sum += all[w];
+    }
+  }
+  for (; i < d; ++i) {
+    sum += double(x[i]) * double(x[i]);
+  }
+  return sum;
+}
+
+template <typename T>
+void scale(const T* x, int64_t d, double factor, T* result) {
+  const T own = T(factor);
+  for (int64_t i = 0; i < d; ++i) {
+    result[i] = x[i] * own;
+  }
+}
+
+template <typename T>
+double squared_distance(const T* a, const T* b, int64_t d) {
+  Vec sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= d; i += 4 * kWidth) {
+    for (int u = 0; u < 4; ++u) {
+      const Vec v = load(a + i + u * kWidth) - load(b + i + u * kWidth);
+      sum[u] += v * v;
+    }
+  }
+  double rest = 0;
+  for (; i < d; ++i) {
+    const double v = double(a[i]) - double(b[i]);
+    rest += v * v;
+  }
+  return total((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+template <typename T>
+constexpr Loops<T> loops() {
+  return {log_kernels<T>, gradients<T>, sum_of_squares<T>, scale<T>, squared_distance<T>, kLanes,
+          int64_t(sizeof(Cell)) * kUnroll, int64_t(sizeof(Vec)) * kUnroll * 3};
+}
+
+}  // namespace
+
+extern const Table table;
+const Table table = {loops<float>(), loops<double>()};
+
+}  // namespace GAK_ISA
+}  // namespace gak

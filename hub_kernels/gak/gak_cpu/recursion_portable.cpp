@@ -1,0 +1,3 @@
+#define GAK_ISA portable
+#define GAK_VECTOR_BYTES 16
+#include "recursion.h"

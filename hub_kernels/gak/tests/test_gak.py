@@ -1,0 +1,258 @@
+"""The compiled kernel by itself: needs torch, kernels and numpy, but not hf_sugar."""
+
+import concurrent.futures
+import functools
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from common import TOLERANCE, compare, distances, gen_inputs, log_count, log_kernel, reference
+
+
+MODES = (None, "self", "count", "self+count")
+
+
+def paths(n, m):
+    """All monotone alignments, by brute force over their steps."""
+    for length in range(max(n, m) - 1, n + m - 1):
+        for steps in itertools.product(((0, 1), (1, 0), (1, 1)), repeat=length):
+            cells = [(0, 0)]
+            for down, right in steps:
+                cells.append((cells[-1][0] + down, cells[-1][1] + right))
+            if cells[-1] == (n - 1, m - 1) and all(i < n and j < m for i, j in cells):
+                yield cells
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 4), (2, 2), (3, 5), (5, 5)])
+def test_brute_force(gak, device, lengths):
+    n, m = lengths
+    x = torch.randn(n + m, 6, generator=torch.Generator().manual_seed(n * m), dtype=torch.float64)
+    offsets, prefixes = torch.tensor([0, n, n + m]), torch.tensor([[0, n], [1, m]])
+    phi = distances(x, None, None)[:n, n:]
+    s = np.exp(-phi / (n + m))
+    k = s / (2 - s)
+    expected = sum(math.prod(k[cell] for cell in path) for path in paths(n, m))
+    value = gak.packed_alignment_kernel(x.to(device), offsets, prefixes, normalize=None)[0, 1].item()
+    assert value == pytest.approx(expected, rel=1e-10)
+    # and the reference of the tests below by the same measure
+    assert log_kernel(phi, n + m, 1.0) == pytest.approx(math.log(expected), rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("triple", [False, True])
+def test_reference(gak, device, triple, dtype):
+    inputs = gen_inputs(9, 7, 24, 2, shortest=1, triple=triple, dtype=dtype, device=device)
+    for normalize, delta in itertools.product(MODES, (0.1, 1.0, 10.0)):
+        expected = reference(**inputs, delta=delta, normalize=normalize)
+        value = gak.packed_alignment_kernel(**inputs, delta=delta, normalize=normalize, log=True)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        compare(value, expected, TOLERANCE[dtype])
+        some = gak.packed_alignment_kernel(
+            **{**inputs, "prefixes": inputs["prefixes"][3:9]},
+            other_prefixes=inputs["prefixes"][::3],
+            delta=delta,
+            normalize=normalize,
+            log=True,
+        )
+        compare(some, expected[3:9, ::3], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.03, 0.1, 1.0, 100.0])
+def test_close_and_equal_slices(gak, device, delta):
+    inputs = gen_inputs(8, 6, 48, shortest=1, triple=True)
+    x = inputs["embeddings"]
+    x[1::3] = x[0] + 1e-3 * x[1::3]
+    x[2::5] = x[0]
+    x[5] = -x[0]
+    inputs["embeddings"] = x.to(device)
+    for normalize in MODES:
+        value = gak.packed_alignment_kernel(**inputs, delta=delta, normalize=normalize, log=True)
+        assert value.isfinite().all()
+        if delta >= 0.1:
+            compare(value, reference(**inputs, delta=delta, normalize=normalize), 1e-5)
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.1, 1.0, 100.0])
+def test_long_sequences(gak, device, delta):
+    lengths = (1024, 700, 1, 430)
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    prefixes = torch.tensor([[s, n] for s, n in enumerate(lengths)])
+    x = torch.randn(int(offsets[-1]), 8, generator=torch.Generator().manual_seed(0))
+    phi = torch.from_numpy(distances(x, None, None)).float()
+    phi = torch.minimum(phi, phi.T)
+    value = gak.recursion(phi.to(device), offsets, prefixes, delta=delta, normalize=None)
+    for i, j in [(0, 2), (2, 3), (1, 3)] + ([(0, 1)] if delta == 1 else []):
+        s, t = offsets[i], offsets[j]
+        block = phi[s : s + lengths[i], t : t + lengths[j]].double().numpy()
+        expected = log_kernel(block, lengths[i] + lengths[j], delta)
+        compare(value[i, j], torch.tensor(expected), 1e-5)
+    compare(
+        gak.packed_alignment_kernel(x.to(device), offsets, prefixes, delta=delta, normalize=None, log=True),
+        value.cpu(),
+        1e-5,
+    )
+
+
+def test_count_is_the_number_of_alignments(gak, device):
+    lengths = (1, 2, 40, 300, 1024)
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    same = torch.ones(int(offsets[-1]), 4, device=device)
+    prefixes = torch.tensor([[s, n] for s, n in enumerate(lengths)])
+    value = gak.packed_alignment_kernel(same, offsets, prefixes, normalize=None, log=True)
+    compare(value, torch.tensor([[log_count(n, m) for m in lengths] for n in lengths]), 1e-6)
+    value = gak.packed_alignment_kernel(same, offsets, prefixes, normalize="count")
+    torch.testing.assert_close(value.cpu(), torch.ones(5, 5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", MODES)
+@pytest.mark.parametrize("triple", [False, True])
+def test_gradcheck(gak, device, normalize, triple):
+    inputs = gen_inputs(4, 3, 4, 2, shortest=1, triple=triple, dtype=torch.float64, device=device)
+    x = inputs.pop("embeddings").requires_grad_()
+    some = {**inputs, "prefixes": inputs["prefixes"][:3], "other_prefixes": inputs["prefixes"][2:5]}
+    for arguments in (inputs, some):
+        for log in (True, False):
+            op = functools.partial(gak.packed_alignment_kernel, **arguments, delta=0.8, normalize=normalize, log=log)
+            assert torch.autograd.gradcheck(op, x)
+
+
+def test_gradient_of_long_sequences(gak, device):
+    offsets, prefixes = torch.tensor([0, 90, 200]), torch.tensor([[0, 90], [1, 110]])
+    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device=device)
+    x.requires_grad_()
+    options = {"delta": 0.3, "normalize": "self", "log": True}
+    gak.packed_alignment_kernel(x, offsets, prefixes, **options)[0, 1].backward()
+    direction = torch.randn(200, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    with torch.no_grad():
+        ahead, behind = (
+            gak.packed_alignment_kernel(x + step * direction, offsets, prefixes, **options)[0, 1]
+            for step in (1e-6, -1e-6)
+        )
+    slope = ((ahead - behind) / 2e-6).item()
+    assert (x.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5)
+
+
+def test_expected_alignment(gak, device):
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    phi = distances(x, None, None)[:4, 4:]
+    s = np.exp(-phi / (0.49 * 9))
+    k = s / (2 - s)
+    visits, total = torch.zeros(4, 5, dtype=torch.float64), 0.0
+    for path in paths(4, 5):
+        weight = math.prod(k[cell] for cell in path)
+        total += weight
+        for cell in path:
+            visits[cell] += weight
+    value = gak.expected_alignment(x[:4].to(device), x[4:].to(device), delta=0.7)
+    torch.testing.assert_close(value.cpu(), visits / total, rtol=1e-9, atol=1e-12)
+
+
+def test_bits_do_not_depend_on_the_batch(gak, device):
+    inputs = gen_inputs(40, 9, 16, 3, shortest=1, triple=False)
+    phi = torch.from_numpy(distances(inputs["embeddings"], None, None)).float().to(device)
+    phi = torch.minimum(phi, phi.T)
+    offsets, prefixes = inputs["offsets"], inputs["prefixes"]
+    for normalize in MODES:
+        whole = gak.recursion(phi, offsets, prefixes, normalize=normalize)
+        assert torch.equal(whole, whole.T)
+        order = torch.randperm(len(prefixes), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(gak.recursion(phi, offsets, prefixes[order], normalize=normalize), whole[order][:, order])
+        few = gak.recursion(phi, offsets, prefixes[7:12], prefixes[50:51], normalize=normalize)
+        assert torch.equal(few, whole[7:12, 50:51])
+
+
+def test_same_on_every_run_and_in_threads(gak, device):
+    inputs = gen_inputs(30, 8, 32, 2, device=device)
+    first = gak.packed_alignment_kernel(**inputs, normalize="self+count")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(gak.packed_alignment_kernel, **inputs, normalize="self+count") for _ in range(16)]
+    assert all(torch.equal(job.result(), first) for job in jobs)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(gak, device):
+    inputs = gen_inputs(60, 9, 16, 3, shortest=1, triple=False)
+    phi = torch.from_numpy(distances(inputs["embeddings"], None, None)).float().to(device)
+    phi = torch.minimum(phi, phi.T).requires_grad_()
+    known = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        value = gak.recursion(phi, inputs["offsets"], inputs["prefixes"], normalize="self+count")
+        known.append((value.detach(), torch.autograd.grad(value.square().sum(), phi)[0]))
+    torch.set_num_threads(1)
+    for value, gradient in known[1:]:
+        assert torch.equal(value, known[0][0]) and torch.equal(gradient, known[0][1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compile(gak, device):
+    inputs = gen_inputs(6, 5, 16, device=device)
+    x = inputs.pop("embeddings")
+
+    def twice(x):
+        return 2 * gak.packed_alignment_kernel(x, **inputs, normalize="self+count")
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), twice(x))
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    compiled(leaf).sum().backward()
+    twice(other).sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+
+
+def test_opcheck(gak):
+    inputs = gen_inputs(4, 4, 8, triple=False, dtype=torch.float64)
+    phi = torch.from_numpy(distances(inputs["embeddings"], None, None)).requires_grad_()
+    ops = gak._ops.ops
+    torch.library.opcheck(ops.log_recursion.default, (phi, inputs["offsets"], inputs["prefixes"], None, 1.0, 3))
+    torch.library.opcheck(
+        ops.log_alignment.default,
+        (inputs["embeddings"], inputs["offsets"], inputs["prefixes"], None, None, 0, 1.0, 1),
+    )
+
+
+def test_errors(gak, device):
+    x = torch.randn(5, 4, device=device)
+    offsets, prefixes = torch.tensor([0, 2, 5]), torch.tensor([[0, 2], [1, 3]])
+    modality = torch.tensor([0, 1, 0, 1, 0])
+    nan, zero, half = x.clone(), x.clone(), x.clone()
+    nan[3, 1], zero[4], half[1, 2:] = math.nan, 0, 0
+    for arguments, options, message in [
+        ((x, torch.tensor([0, 3]), prefixes), {}, "run from 0 to 5"),
+        ((x, torch.tensor([0, 2, 2, 5]), prefixes), {}, "sequence 1 is empty"),
+        ((x, torch.tensor([0, 4, 3, 5]), prefixes), {}, "increase"),
+        ((x, offsets.int(), prefixes), {}, "`offsets`.*int64"),
+        ((x, offsets, prefixes.double()), {}, "`prefixes`.*int64"),
+        ((x, offsets, torch.tensor([[0, 3]])), {}, "length 3, but sample 0 has 2 slices"),
+        ((x, offsets, torch.tensor([[0, 0]])), {}, "length 0"),
+        ((x, offsets, torch.tensor([[2, 1]])), {}, "names sample 2 of 2"),
+        ((x, offsets, prefixes[:0]), {}, "at least one row"),
+        ((x, offsets, prefixes, torch.tensor([[0, 9]])), {}, "`other_prefixes.0.`"),
+        ((x.int(), offsets, prefixes), {}, "`embeddings` must be float32 or float64"),
+        ((nan, offsets, prefixes), {}, "Slice 1 of sequence 1 .row 3.*NaN"),
+        ((zero, offsets, prefixes), {}, "Slice 2 of sequence 1.*all zeros"),
+        (
+            (half, offsets, prefixes),
+            {"modality": modality, "split": 2},
+            "Slice 1 of sequence 0.*zeros after its first 2",
+        ),
+        ((x, offsets, prefixes), {"delta": 0.0}, "`delta` must be positive"),
+        ((x, offsets, prefixes), {"delta": math.nan}, "`delta` must be positive"),
+        ((x, offsets, prefixes), {"modality": modality + 1, "split": 2}, "`modality` may hold"),
+        ((x, offsets, prefixes), {"modality": modality[:4], "split": 2}, "4 entries for 5 slices"),
+        ((x, offsets, prefixes), {"modality": modality, "split": 4}, "`split` must lie between 1 and 3"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            gak.packed_alignment_kernel(*arguments, **options)
+    for options in ({"normalize": "both"}, {"split": 2}):
+        with pytest.raises(ValueError):
+            gak.packed_alignment_kernel(x, offsets, prefixes, **options)
+
+
+def test_extreme_scales_of_embeddings(gak, device):
+    inputs = gen_inputs(5, 4, 16, dtype=torch.float64, device=device)
+    x = inputs.pop("embeddings")
+    expected = gak.packed_alignment_kernel(x, **inputs)
+    for factor in (1e200, 1e-200, 1e-310):
+        torch.testing.assert_close(gak.packed_alignment_kernel(x * factor, **inputs), expected, rtol=1e-4, atol=0)

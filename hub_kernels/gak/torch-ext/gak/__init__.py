@@ -1,0 +1,218 @@
+"""Global alignment kernel between prefixes of packed sequences of slice embeddings, compiled."""
+
+import torch
+import torch.nn.functional as F
+
+from ._ops import add_op_namespace_prefix, ops
+from .pairs import NORMALIZATIONS, log_kernels, squared_distances
+
+
+__all__ = ["expected_alignment", "packed_alignment_kernel", "recursion"]
+
+# Of the CUDA backend, whose borders between strips live in shared memory.
+LONGEST = 1024
+
+
+def packed_alignment_kernel(
+    embeddings: torch.Tensor,
+    offsets: torch.Tensor,
+    prefixes: torch.Tensor,
+    other_prefixes: torch.Tensor | None = None,
+    *,
+    delta: float = 1.0,
+    normalize: bool | str | None = True,
+    log: bool = False,
+    modality: torch.Tensor | None = None,
+    split: int | None = None,
+) -> torch.Tensor:
+    """
+    Global alignment kernel between prefixes of packed samples.
+
+    The op L2-normalises the slices (with `split`, each half on its own), so their scale does not matter. Inner products
+    are taken once for every pair of slices, a tile at a time; the recursion runs for every pair of prefixes in float64
+    with a bandwidth of its own. With gradients the whole matrix of squared distances is kept for the backward pass.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(total_slices, dim)`):
+            Slice embeddings of all samples, one sample after the other, in bfloat16, float16, float32 or float64.
+        offsets (`torch.Tensor` of shape `(samples + 1,)`, int64):
+            Where each sample begins in `embeddings`, and the total.
+        prefixes (`torch.Tensor` of shape `(P, 2)`, int64):
+            Rows `(sample, length)`: the first `length >= 1` slices of that sample.
+        other_prefixes (`torch.Tensor` of shape `(Q, 2)`, int64, *optional*):
+            Prefixes of the same samples to compare with. Without it `prefixes` are compared with themselves.
+        delta (`float`, *optional*, defaults to `1.0`):
+            Bandwidth: the pair of lengths `n` and `m` uses `sigma = delta * sqrt((n + m) / 2)`.
+        normalize (`bool` or `str`, *optional*, defaults to `True`):
+            `None` or `False`, `"self"` or `True`, `"count"`, `"self+count"`.
+        log (`bool`, *optional*, defaults to `False`):
+            Whether to return the logarithm, which cannot underflow.
+        modality (`torch.Tensor` of shape `(total_slices,)`, int64, *optional*):
+            0 for text and 1 for images; with `split`, switches on the triple kernel.
+        split (`int`, *optional*):
+            Number of dimensions of the first half of an embedding.
+
+    Returns:
+        `torch.Tensor`: kernel values of shape `(P, P)` or `(P, Q)`, float32, or float64 for float64 embeddings.
+
+    Raises:
+        `ValueError`: if an option is unknown or `modality` comes without `split`.
+        `RuntimeError`: if the tensors are refused: empty sequences, offsets that do not increase, a prefix longer than
+            its sample, NaN, infinity or zeros in a slice, a wrong dtype or device, `delta` not positive.
+
+    Sources: [Sugar](https://huggingface.co/papers/2411.00304), Eq. 4-6 and Theorem 1.
+    """
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"`normalize` must be one of {list(NORMALIZATIONS)}, got {normalize!r}.")
+    if (modality is None) != (split is None):
+        raise ValueError("`modality` and `split` go together: pass both for the triple kernel, or neither.")
+    mode = NORMALIZATIONS[normalize]
+    if embeddings.dtype in (torch.bfloat16, torch.float16):
+        embeddings = embeddings.float()
+    if embeddings.is_cuda:
+        if embeddings.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError("The CUDA kernel has no backward pass: use the PyTorch implementation.")
+        distances = squared_distances(embeddings.detach(), modality, split)
+        result = log_kernels(_launch, distances, offsets, prefixes, other_prefixes, delta, normalize)
+        return result.to(embeddings.dtype) if log else result.exp().to(embeddings.dtype)
+    offsets, prefixes = offsets.contiguous(), prefixes.contiguous()
+    other_prefixes = None if other_prefixes is None else other_prefixes.contiguous()
+    modality = None if modality is None else modality.contiguous()
+    if embeddings.requires_grad and torch.is_grad_enabled():
+        distances = _squared_distances(embeddings, modality, split)
+        result = ops.log_recursion(distances, offsets, prefixes, other_prefixes, delta, mode)
+    else:
+        result = ops.log_alignment(
+            embeddings.detach().contiguous(), offsets, prefixes, other_prefixes, modality, split or 0, delta, mode
+        )
+    return result if log else result.exp()
+
+
+def expected_alignment(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    delta: float = 1.0,
+    modality_x: torch.Tensor | None = None,
+    modality_y: torch.Tensor | None = None,
+    split: int | None = None,
+) -> torch.Tensor:
+    """
+    The share of the kernel of two sequences that passes through each pair of slices.
+
+    Args:
+        x (`torch.Tensor` of shape `(n, dim)`):
+            First sequence.
+        y (`torch.Tensor` of shape `(m, dim)`):
+            Second sequence.
+        delta (`float`, *optional*, defaults to `1.0`):
+            Bandwidth.
+        modality_x (`torch.Tensor` of shape `(n,)`, *optional*):
+            Modality of each slice of `x`, for the triple kernel.
+        modality_y (`torch.Tensor` of shape `(m,)`, *optional*):
+            Modality of each slice of `y`.
+        split (`int`, *optional*):
+            Number of dimensions of the first half.
+
+    Returns:
+        `torch.Tensor`: probabilities of shape `(n, m)`, 1 in the first and in the last cell.
+    """
+    modality = None if modality_x is None else torch.cat([modality_x, modality_y])
+    with torch.no_grad():
+        slices = torch.cat([x, y])
+        slices = slices if slices.dtype == torch.float64 else slices.float()
+        distances = _squared_distances(slices, modality, split)[: len(x), len(x) :]
+        return ops.expected_alignment(distances.contiguous(), delta)
+
+
+def recursion(
+    distances: torch.Tensor,
+    offsets: torch.Tensor,
+    prefixes: torch.Tensor,
+    other_prefixes: torch.Tensor | None = None,
+    *,
+    delta: float = 1.0,
+    normalize: bool | str | None = True,
+) -> torch.Tensor:
+    """
+    Logarithm of the kernel from squared distances that are known already.
+
+    Args:
+        distances (`torch.Tensor` of shape `(total_slices, total_slices)`):
+            Squared distances between all slices, float32 or float64, symmetric, between 0 and 4.
+        offsets, prefixes, other_prefixes, delta, normalize:
+            As for [`packed_alignment_kernel`].
+
+    Returns:
+        `torch.Tensor`: `log K` of shape `(P, P)` or `(P, Q)`, differentiable in `distances`.
+    """
+    if distances.is_cuda:
+        return log_kernels(_launch, distances, offsets, prefixes, other_prefixes, delta, normalize)
+    offsets, prefixes = offsets.contiguous(), prefixes.contiguous()
+    other_prefixes = None if other_prefixes is None else other_prefixes.contiguous()
+    return ops.log_recursion(
+        distances.contiguous(), offsets, prefixes, other_prefixes, delta, NORMALIZATIONS[normalize]
+    )
+
+
+def _squared_distances(embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
+    if split is None:
+        unit = F.normalize(embeddings, dim=1, eps=0)
+        return (2 - 2 * unit @ unit.T).clamp(min=0)
+    uni, cross = F.normalize(embeddings[:, :split], dim=1, eps=0), F.normalize(embeddings[:, split:], dim=1, eps=0)
+    same = modality[:, None] == modality[None, :]
+    return (2 - 2 * torch.where(same, uni @ uni.T, cross @ cross.T)).clamp(min=0)
+
+
+def _launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric):
+    if max(row_length.max(), column_length.max()) > LONGEST:
+        raise NotImplementedError(f"The CUDA kernel takes sequences of at most {LONGEST} slices: use PyTorch.")
+    return ops.log_pairs(distances, row_start, row_length, column_start, column_length, delta, own, symmetric)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("log_alignment"))
+def _(embeddings, offsets, prefixes, others, modality, split, delta, normalize):
+    return embeddings.new_empty(len(prefixes), len(prefixes if others is None else others))
+
+
+@torch.library.register_fake(add_op_namespace_prefix("log_recursion"))
+def _(distances, offsets, prefixes, others, delta, normalize):
+    return distances.new_empty(len(prefixes), len(prefixes if others is None else others))
+
+
+@torch.library.register_fake(add_op_namespace_prefix("log_recursion_backward"))
+def _(gradient, distances, offsets, prefixes, others, delta, normalize):
+    return torch.empty_like(distances)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("log_pairs"))
+def _(distances, row_start, row_length, column_start, column_length, delta, own, symmetric):
+    return distances.new_empty(len(row_start), len(column_length), dtype=torch.float64)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("expected_alignment"))
+def _(distances, delta):
+    return torch.empty_like(distances)
+
+
+def _setup_context(ctx, inputs, output):
+    distances, offsets, prefixes, others, ctx.delta, ctx.normalize = inputs
+    ctx.save_for_backward(distances, offsets, prefixes, others)
+
+
+def _backward(ctx, gradient):
+    distances, offsets, prefixes, others = ctx.saved_tensors
+    result = ops.log_recursion_backward(
+        gradient.contiguous(), distances, offsets, prefixes, others, ctx.delta, ctx.normalize
+    )
+    return result, None, None, None, None, None
+
+
+def _no_second_derivative(ctx, gradient):
+    raise NotImplementedError(
+        "The compiled alignment kernel has no second derivative: use the PyTorch implementation."
+    )
+
+
+torch.library.register_autograd(add_op_namespace_prefix("log_recursion_backward"), _no_second_derivative)
+torch.library.register_autograd(add_op_namespace_prefix("log_recursion"), _backward, setup_context=_setup_context)
