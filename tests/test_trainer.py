@@ -141,7 +141,7 @@ class TestStructureLoss:
             if name in before:
                 assert not torch.equal(parameter, before[name]), f"{name} was not trained"
         for g, d, total in zip(*(history(trainer, k) for k in ("generative_loss", "structure_loss", "loss"))):
-            assert total == pytest.approx(g + d, rel=1e-4)
+            assert total == pytest.approx(g + 0.3 * d, rel=1e-3)
         evaluation = next(e for e in trainer.state.log_history if "eval_loss" in e)
         assert evaluation["eval_structure_loss"] > 0
         assert any("eval_image_to_text_recall@1" in e for e in trainer.state.log_history)

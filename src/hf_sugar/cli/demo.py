@@ -27,7 +27,7 @@ WORLD_TRAINING = {
     "max_steps": 450,
     "per_device_train_batch_size": 32,
     "learning_rate": 2e-3,
-    "structure_weight": 1.0,
+    "structure_weight": 0.3,
     "positions_per_sample": 3,
     "retrieval_dim": 128,
     "retrieval_hidden_size": 1024,
@@ -219,12 +219,12 @@ def render_world(directory: Path, data: DataArguments, evaluation: EvaluationDat
         evaluation ([`EvaluationData`]):
             Gets all of its fields.
     """
-    held_out = {"test": 400, "test_unseen": 400}
+    held_out = {"test": 320, "test_unseen": 320}
     sizes = {
         "captions": {"train": 4800, "validation": 200, **held_out},
-        "conversations": {"train": 2700, **held_out},
-        "stories": {"train": 500, "test": 120},
-        "winoground": {"test": 400},
+        "conversations": {"train": 3500, **held_out},
+        "stories": {"train": 500, "test": 100},
+        "winoground": {"test": 300},
     }
     files = write_world(directory, sizes)
     data.train_data = [str(files[kind]["train"]) for kind in ("captions", "conversations", "stories")]

@@ -16,7 +16,7 @@ class SugarTrainingConfig(SFTConfig):
     Parameters:
         > Parameters that control the structure loss
 
-        structure_weight (`float`, *optional*, defaults to `1.0`):
+        structure_weight (`float`, *optional*, defaults to `0.3`):
             Weight of the structure loss (alpha in Eq. 1; the paper does not publish its value). With `0.0` the trainer
             is plain supervised fine-tuning.
         delta (`float`, *optional*, defaults to `1.0`):
@@ -79,7 +79,7 @@ class SugarTrainingConfig(SFTConfig):
 
     # Parameters that control the structure loss
     structure_weight: float = field(
-        default=1.0,
+        default=0.3,
         metadata={"help": "Weight of the structure loss (alpha in Eq. 1). 0 is plain supervised fine-tuning."},
     )
     delta: float = field(
