@@ -222,7 +222,9 @@ def report_table(runs: dict[str, dict[str, Any]]) -> str:
     | recall@1 | 20.0 [15.0, 25.0] | 40.0 [35.0, 45.0] |
     ```
     """
-    shown = {run: {m: v for m, v in results.items() if isinstance(v, Figure | int | str)} for run, results in runs.items()}
+    shown = {
+        run: {m: v for m, v in results.items() if isinstance(v, Figure | int | str)} for run, results in runs.items()
+    }
     metrics = list(dict.fromkeys(metric for results in shown.values() for metric in results))
     lines = [["metric", *shown], ["---"] * (len(shown) + 1)]
     lines += [[metric, *(str(results.get(metric, "")) for results in shown.values())] for metric in metrics]
