@@ -116,7 +116,7 @@ def evaluate_tasks(
     for prefix, source in _sources(data.image_text_data).items():
         images, texts = image_text_pairs(load_data(source, split))
         found = image_text_retrieval(embed, images, texts)
-        results |= {f"{prefix}{name}": value for name, value in {**found, "candidates": len(images)}.items()}
+        results |= {f"{prefix}{name}": value for name, value in {**found, "pairs": len(images)}.items()}
     for prefix, source in _sources(data.interleaved_data).items():
         rows = load_data(source, split)
         stories = [row_slices(row, row_name(row, index)) for index, row in enumerate(rows)]
