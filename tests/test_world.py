@@ -24,9 +24,9 @@ from transformers import (
     LlavaProcessor,
 )
 
+from hf_sugar.models.processing_sugar import SLICE_TEMPLATE
 from hf_sugar.world import DESCRIBE, checkpoint, load_world, write_world
 from hf_sugar.world.checkpoints import (
-    CHAT_TEMPLATE,
     CHECKPOINTS,
     _tokenize,
     build_tokenizer,
@@ -431,7 +431,7 @@ def test_shipped_files_are_small_and_plain():
 
 def test_shipped_llava(scores):
     processor = AutoProcessor.from_pretrained(checkpoint("llava"))
-    assert type(processor) is LlavaProcessor and processor.chat_template == CHAT_TEMPLATE
+    assert type(processor) is LlavaProcessor and processor.chat_template == SLICE_TEMPLATE
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint("llava"), dtype=torch.float32).eval()
     assert model.config.text_config.max_position_embeddings == 2048 and not model.generation_config.do_sample
     assert (

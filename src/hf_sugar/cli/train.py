@@ -65,9 +65,9 @@ def train(
         plot_losses(trainer.state.log_history, Path(args.output_dir) / "losses.png")
         table = write_report(
             args.output_dir,
-            f"{Path(args.output_dir).name}",
+            Path(args.output_dir).name,
             {"trained": results},
-            {"model": model.to_dict() if hasattr(model, "to_dict") else vars(model)},
+            {"model": vars(model)},
         )
         print(table)
     return trainer

@@ -41,22 +41,12 @@ from transformers import (
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from hf_sugar.models.processing_sugar import SLICE_TEMPLATE
+
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = ("llava", "clip", "dinov2", "bert")
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% if message['content'] is string %}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + ' ' }}{% endif %}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{% generation %}{{ part['text'] + (eos_token if loop.last else ' ') }}{% endgeneration %}"
-    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 _SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _ENGLISH = """
@@ -593,9 +583,9 @@ def pretrain_llava(
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=SLICE_TEMPLATE,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = SLICE_TEMPLATE
     shape = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": hidden_size // 32}
     ids = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
     torch.manual_seed(seed)
