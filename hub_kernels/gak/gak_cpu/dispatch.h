@@ -44,6 +44,8 @@ struct Loops {
   double (*sum_of_squares)(const T* x, int64_t d);
   void (*scale)(const T* x, int64_t d, double factor, T* result);
   double (*squared_distance)(const T* a, const T* b, int64_t d);
+  // Squared distances of unit vectors from a row of cosines, put in another order; returns the least.
+  T (*distances)(const T* cosines, const int32_t* place, int64_t count, T* result);
   int64_t lanes;
   // Workspace for a longest second sequence of m: (m + 1) * row_bytes, and n * m * cell_bytes more for `gradients`.
   int64_t row_bytes;

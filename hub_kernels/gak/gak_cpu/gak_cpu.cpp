@@ -25,9 +25,9 @@ namespace {
 
 constexpr int64_t kSelf = 1, kCount = 2;
 // A block is a run of samples whose slices are multiplied at once. Large enough for BLAS, small enough for the cache.
-constexpr int64_t kBlock = 512;
+constexpr int64_t kBlock = 1024;
 // Rows of a symmetric product that are multiplied at once: what they waste below the diagonal is half their square.
-constexpr int64_t kStrip = 64;
+constexpr int64_t kStrip = 128;
 // Below this squared distance, 2 - 2 cos loses too many digits in float32: the difference is taken instead.
 constexpr double kClose = 0.1;
 
@@ -499,37 +499,35 @@ struct Slices {
     if (!diagonal) {
       product(left_cross + texts * cross, right_cross, gram + texts * width, height - texts, column_texts, cross, width);
     }
+    if (diagonal) {
+      // The order of the samples mixes both triangles of the products: fill the lower one.
+      torch::stable::parallel_for(0, (height + 15) / 16, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = 16 * begin; i < std::min(16 * end, height); i += 16) {
+          for (int64_t j = 0; j < i + 16; j += 16) {
+            for (int64_t r = i; r < std::min(i + 16, height); ++r) {
+              for (int64_t c = j; c < std::min(j + 16, r); ++c) {
+                gram[r * width + c] = gram[c * width + r];
+              }
+            }
+          }
+        }
+      });
+    }
     const int32_t* row_place = op.rows.place.data() + a.first_slice;
     const int32_t* column_place = op.columns->place.data() + b.first_slice;
     torch::stable::parallel_for(0, height, 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t r = row_place[i];
         T* to = tile + i * width;
-        if (diagonal) {
-          for (int64_t j = i; j < width; ++j) {
+        if (loops<T>().distances(gram + r * width, column_place, width, to) >= kClose) {
+          continue;
+        }
+        for (int64_t j = 0; j < width; ++j) {
+          if (to[j] < kClose) {
             const int64_t c = column_place[j];
-            to[j] = r < c ? gram[r * width + c] : gram[c * width + r];
-          }
-        } else {
-          const T* from = gram + r * width;
-          for (int64_t j = 0; j < width; ++j) {
-            to[j] = from[column_place[j]];
-          }
-        }
-        T closest = 0;
-        for (int64_t j = diagonal ? i : 0; j < width; ++j) {
-          closest = std::max(closest, to[j]);
-        }
-        for (int64_t j = diagonal ? i : 0; j < width; ++j) {
-          to[j] = std::max(T(0), 2 - 2 * to[j]);
-        }
-        if (2 - 2 * closest < kClose) {
-          if (diagonal) {
-            to[i] = 0;
-          }
-          for (int64_t j = diagonal ? i + 1 : 0; j < width; ++j) {
-            if (to[j] < kClose) {
-              const int64_t c = column_place[j];
+            if (diagonal && i == j) {
+              to[j] = 0;
+            } else {
               to[j] = (r < texts) == (c < column_texts)
                           ? loops<T>().squared_distance(left + r * uni, right + c * uni, uni)
                           : loops<T>().squared_distance(left_cross + r * cross, right_cross + c * cross, cross);
@@ -538,19 +536,6 @@ struct Slices {
         }
       }
     });
-    if (diagonal) {
-      torch::stable::parallel_for(0, (height + 15) / 16, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = 16 * begin; i < std::min(16 * end, height); i += 16) {
-          for (int64_t j = 0; j < i + 16; j += 16) {
-            for (int64_t r = i; r < std::min(i + 16, height); ++r) {
-              for (int64_t c = j; c < std::min(j + 16, r); ++c) {
-                tile[r * width + c] = tile[c * width + r];
-              }
-            }
-          }
-        }
-      });
-    }
   }
 
   // Without symmetry no tile holds a sample against itself.

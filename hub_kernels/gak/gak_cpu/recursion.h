@@ -404,8 +404,35 @@ double squared_distance(const T* a, const T* b, int64_t d) {
 }
 
 template <typename T>
+T distances(const T* cosines, const int32_t* place, int64_t count, T* result) {
+  typedef T Own __attribute__((vector_size(GAK_VECTOR_BYTES)));
+  constexpr int width = GAK_VECTOR_BYTES / sizeof(T);
+  for (int64_t j = 0; j < count; ++j) {
+    const T distance = 2 - 2 * cosines[place[j]];
+    result[j] = distance > 0 ? distance : T(0);
+  }
+  T least = 4;
+  int64_t j = 0;
+  if (count >= width) {
+    Own smallest = Own{} + least;
+    for (; j + width <= count; j += width) {
+      Own v;
+      __builtin_memcpy(&v, result + j, sizeof(v));
+      smallest = v < smallest ? v : smallest;
+    }
+    for (int w = 0; w < width; ++w) {
+      least = smallest[w] < least ? smallest[w] : least;
+    }
+  }
+  for (; j < count; ++j) {
+    least = result[j] < least ? result[j] : least;
+  }
+  return least;
+}
+
+template <typename T>
 constexpr Loops<T> loops() {
-  return {log_kernels<T>, gradients<T>, sum_of_squares<T>, scale<T>, squared_distance<T>, kLanes,
+  return {log_kernels<T>, gradients<T>, sum_of_squares<T>, scale<T>, squared_distance<T>, distances<T>, kLanes,
           int64_t(sizeof(Cell)) * kUnroll, int64_t(sizeof(Vec)) * kUnroll * 3};
 }
 
