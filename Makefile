@@ -21,6 +21,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e ".[test,qlora,kernels]"
 	touch $@
 
+$(VENV)/.installed-extras: $(VENV)/.installed
+	$(PIP) install -c constraints.txt -e ".[test,test-extras,qlora,kernels]"
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/hf-sugar demo
 
@@ -42,7 +46,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not extras"
 
-test-extras: $(VENV)/.installed
+test-extras: $(VENV)/.installed-extras
 	$(BIN)/python -m pytest -m extras
 
 quality: $(VENV)/.installed

@@ -24,9 +24,10 @@ from .arguments import DataArguments, parse
 
 # What the demo does unless it is told otherwise: the rendered world, and checkpoints small enough for a laptop.
 WORLD_TRAINING = {
-    "max_steps": 450,
+    "max_steps": 800,
     "per_device_train_batch_size": 32,
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-3,
+    "warmup_steps": 50,
     "structure_weight": 0.3,
     "positions_per_sample": 3,
     "retrieval_dim": 128,
@@ -222,7 +223,7 @@ def render_world(directory: Path, data: DataArguments, evaluation: EvaluationDat
     held_out = {"test": 320, "test_unseen": 320}
     sizes = {
         "captions": {"train": 4800, "validation": 200, **held_out},
-        "conversations": {"train": 3500, **held_out},
+        "conversations": {"train": 3500, "test": 1000, "test_unseen": 640},
         "stories": {"train": 500, "test": 100},
         "winoground": {"test": 300},
     }
