@@ -170,7 +170,9 @@ class TestProcessor:
         stock = type(AutoProcessor.from_pretrained(raw_dir))
         assert isinstance(processor, stock) and isinstance(processor, SugarProcessor)
         processor.save_pretrained(tmp_path)
-        assert type(AutoProcessor.from_pretrained(tmp_path)) is stock
+        again = AutoProcessor.from_pretrained(tmp_path)  # registered: no flag, no prompt
+        assert isinstance(again, SugarProcessor) and isinstance(again, stock)
+        assert type(stock.from_pretrained(tmp_path)) is stock
         copy = pickle.loads(pickle.dumps(processor))
         assert torch.equal(copy.embed_inputs(ITEMS)["input_ids"], processor.embed_inputs(ITEMS)["input_ids"])
 

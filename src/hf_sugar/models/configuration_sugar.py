@@ -2,6 +2,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
+# Where the Auto classes find the code in a repository. The configuration is taken from the module of the model, which
+# imports it: by its own name, transformers would import a second copy of it for local directories.
+AUTO_MAP = {
+    "AutoConfig": "modeling_sugar.SugarConfig",
+    "AutoModel": "modeling_sugar.SugarForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_sugar.SugarForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_sugar.SugarForConditionalGeneration",
+}
+
+
 class SugarConfig(PreTrainedConfig):
     r"""
     Configuration of a [`SugarForConditionalGeneration`]: any image-text-to-text backbone and a retrieval projector.
@@ -30,6 +40,8 @@ class SugarConfig(PreTrainedConfig):
     """
 
     model_type = "sugar"
+    _auto_class = "AutoConfig"  # saved with its code
+    _commit_hash = None  # of the repository that the weights came from; never saved
     sub_configs_defaults = {"vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava")}
 
     vlm_config: dict | PreTrainedConfig | None = None
@@ -63,6 +75,9 @@ class SugarConfig(PreTrainedConfig):
     @property
     def vision_config(self):
         return self.vlm_config.vision_config
+
+    def to_dict(self):
+        return {**super().to_dict(), "auto_map": AUTO_MAP}
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -1,3 +1,4 @@
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
-from transformers.utils import logging
+from transformers.models.auto.processing_auto import processor_class_from_name
+from transformers.utils import is_torchvision_available, logging
 
 
 logger = logging.get_logger(__name__)
@@ -97,7 +99,7 @@ def _image_or_text(item: Any, where: str) -> dict[str, Any]:
     )
 
 
-class SugarProcessor:
+class SugarProcessor(ProcessorMixin):
     """
     The backbone's own processor, and the slices: which token of the model's input represents which image or text.
 
@@ -118,6 +120,8 @@ class SugarProcessor:
     ```
     """
 
+    _auto_class = "AutoProcessor"  # saved with its code
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SugarProcessor":
         """
@@ -128,8 +132,27 @@ class SugarProcessor:
                 Hub id or directory.
             kwargs:
                 Arguments of `AutoProcessor.from_pretrained`.
+
+        Raises:
+            `ImportError`: if the processor of this family takes videos too, and torchvision, which those need, is not
+                installed.
         """
-        return cls.from_processor(AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        stored, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        backbone_class = AutoProcessor
+        if "backbone_processor_class" in stored:
+            backbone_class = processor_class_from_name(stored["backbone_processor_class"])
+        try:
+            processor = backbone_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, ImportError, RecursionError, ValueError) as error:
+            # what transformers raises for a missing torchvision: not every time it says so
+            signs = ("torchvision", "VIDEO_PROCESSOR_MAPPING", "recursion")
+            if is_torchvision_available() or not any(sign.lower() in str(error).lower() for sign in signs):
+                raise
+            raise ImportError(
+                f"The processor of {pretrained_model_name_or_path} needs torchvision, because this family takes videos "
+                "too or resizes its images with it. Run `pip install torchvision`."
+            ) from error
+        return cls.from_processor(processor)
 
     @classmethod
     def from_processor(cls, processor: ProcessorMixin) -> "SugarProcessor":
@@ -143,12 +166,24 @@ class SugarProcessor:
         if isinstance(processor, cls):
             return processor
         backbone_class = type(processor)
-        # of the backbone's name, so that what it saves can be loaded without this library
-        processor.__class__ = type(backbone_class.__name__, (cls, backbone_class), {})
+        processor.__class__ = type(cls.__name__, (cls, backbone_class), {})
         if not processor._keeps_order():
             logger.info("The chat template does not keep the order of images and texts; it is replaced.")
             processor.chat_template = SLICE_TEMPLATE.replace("<image>", processor.image_token)
         return processor
+
+    def to_backbone(self) -> ProcessorMixin:
+        """The processor as the backbone's own class again, for [`~SugarForConditionalGeneration.export_backbone`]."""
+        processor = copy.deepcopy(self)
+        processor.__class__ = type(self).__mro__[2]
+        parts = [processor, *(getattr(processor, name) for name in processor.get_attributes())]
+        # a part may be absent: the video processor, where torchvision is
+        for settings in (*(vars(part) for part in parts if part is not None), processor.tokenizer.init_kwargs):
+            settings.pop("auto_map", None)
+        return processor
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "backbone_processor_class": type(self).__mro__[2].__name__}
 
     def __reduce__(self):
         return _restore_processor, (type(self).__mro__[2], self.__dict__.copy())
@@ -159,6 +194,12 @@ class SugarProcessor:
         content = [{"type": "text", "text": "\ue000"}, {"type": "image"}, {"type": "text", "text": "\ue001"}]
         rendered = self.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         return bool(re.search(f"\ue000.*{re.escape(self.image_token)}.*\ue001", rendered, re.DOTALL))
+
+    @property
+    def _feature_token_ids(self) -> list[int]:
+        """Ids of the tokens that image features take the place of. Row breaks and brackets, which some processors
+        count among `image_token_ids`, are not; in others (Gemma 3) `image_token_id` is a bracket."""
+        return [self.image_token_id] if self.image_token_id in self.image_token_ids else self.image_token_ids
 
     def embed_inputs(self, items: Sequence[Any], max_length: int | None = None) -> BatchFeature:
         """
@@ -210,8 +251,8 @@ class SugarProcessor:
         Render, tokenise and pad conversations, and mark their slices.
 
         Every content part outside of system messages is one slice, numbered in reading order. A text slice marks its
-        last token, an image slice every token of that image. The tokens are those of
-        `apply_chat_template(..., tokenize=True)`.
+        last token, an image slice every token of that image that an image feature takes the place of (row breaks and
+        brackets around it are not). The tokens are those of `apply_chat_template(..., tokenize=True)`.
 
         Args:
             conversations (`list[list[dict]]`):
@@ -233,11 +274,15 @@ class SugarProcessor:
             `(batch, length)` long when `loss_on` is given.
 
         Raises:
-            `ValueError`: if the chat template drops, changes or reorders parts, if a text contains the image token,
-                if a sequence is longer than `max_length`, or if no text carries the loss that `loss_on` asks for.
+            `ValueError`: if the chat template drops, changes or reorders parts, if the processor adds to the text, if a
+                text contains the image token, if a sequence is longer than `max_length`, or if no text carries the
+                loss that `loss_on` asks for.
         """
         names = names or [f"conversation {index}" for index in range(len(conversations))]
-        rendered = [self._render(messages, name) for messages, name in zip(conversations, names)]
+        # not every token that ends a turn has a name of its own in the tokenizer (Gemma 3's has none)
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        rendered = [self._render(messages, name, special) for messages, name in zip(conversations, names)]
         texts = [text for text, _ in rendered]
         images = [
             [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
@@ -253,10 +298,13 @@ class SugarProcessor:
             add_special_tokens=not (bos is not None and texts[0].startswith(bos)),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
-            return_tensors="pt",
+            # of the images alone: some processors would make tensors of the places of the placeholders too
+            images_kwargs={"return_tensors": "pt"},
         )
+        # some processors leave the places out of a batch without images
+        placeholders = batch.pop("text_replacement_offsets", None) or [[] for _ in conversations]
+        batch = batch.convert_to_tensors("pt")
         offsets = batch.pop("offset_mapping").numpy()
-        placeholders = batch.pop("text_replacement_offsets") or [[] for _ in conversations]
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         slice_ids = torch.full_like(batch["input_ids"], -1)
         labels = torch.full_like(batch["input_ids"], -100)
@@ -268,7 +316,7 @@ class SugarProcessor:
                 )
             input_ids = batch["input_ids"][row].numpy()
             starts, ends = offsets[row, :, 0], offsets[row, :, 1]
-            is_image_token = np.isin(input_ids, self.image_token_ids)
+            is_image_token = np.isin(input_ids, self._feature_token_ids)
             after = 0  # image placeholders before the slice
             grown = 0  # characters that they have gained
             for number, (is_image, start, end, loss_end, loss_kinds) in enumerate(spans):
@@ -284,6 +332,11 @@ class SugarProcessor:
                         target = torch.from_numpy((starts < loss_end) & (ends > start))
                         labels[row, target] = batch["input_ids"][row, target]
                 slice_ids[row, tokens] = number
+            if ends.max() > len(texts[row]) + grown:
+                raise ValueError(
+                    f"{name}: the processor of this family ({type(self).__mro__[2].__name__}) adds to the text that "
+                    "the chat template renders, so the places of the slices in it are not known. Use another backbone."
+                )
             if loss_on is not None and loss_on[row] is not None and (labels[row] == -100).all():
                 raise ValueError(_no_loss_message(name, loss_on[row]))
         batch["slice_ids"] = slice_ids
@@ -291,10 +344,11 @@ class SugarProcessor:
             batch["labels"] = labels
         return batch
 
-    def _render(self, messages: list[dict[str, Any]], name: str) -> tuple[str, list[tuple]]:
+    def _render(self, messages: list[dict[str, Any]], name: str, special: set[str]) -> tuple[str, list[tuple]]:
         """The text of a conversation and, for each slice in order: is it an image, where its text starts and ends,
         where its loss ends, and the kinds of loss that cover it."""
-        texts, slices, marked = [], [], []
+        texts, slices, marked, last = [], [], [], set()
+        image_tokens = {self.image_token, *self.tokenizer.convert_ids_to_tokens(self._feature_token_ids)}
         for message in messages:
             role, seen_image, parts = message["role"], False, []
             for part in message["content"]:
@@ -307,19 +361,21 @@ class SugarProcessor:
                 kinds |= {"answers"} if role == "assistant" and message.get("learn", True) else set()
                 if role != "system":
                     slices.append((len(texts), role, kinds))
-                if self.image_token in part["text"]:
-                    raise ValueError(
-                        f"{name}: the text {part['text'][:60]!r} contains the image token {self.image_token!r}. Make "
-                        "it an image part, or remove it from the text."
-                    )
+                for token in image_tokens:
+                    if token in part["text"]:
+                        raise ValueError(
+                            f"{name}: the text {part['text'][:60]!r} contains the image token {token!r}. Make it an "
+                            "image part, or remove it from the text."
+                        )
                 parts.append({"type": "text", "text": _MARK.format(len(texts))})
                 texts.append(part["text"])
+            if parts and parts[-1]["type"] == "text":
+                last.add(len(texts) - 1)
             marked.append({"role": role, "content": parts})
         rendered = self.apply_chat_template(marked, tokenize=False)
 
         # The template has put marks and image tokens somewhere; put the texts in and note where each slice is.
         pieces, spans, position, cursor, found = [], {}, 0, 0, []
-        special = "|".join(re.escape(token) for token in self.tokenizer.all_special_tokens)
         for match in re.finditer(f"{_MARK_RE}|{re.escape(self.image_token)}", rendered):
             literal = rendered[cursor : match.start()]
             piece = match.group() if match["text"] is None else texts[int(match["text"])]
@@ -331,14 +387,14 @@ class SugarProcessor:
                 found.append(None)
             else:
                 found.append(int(match["text"]))
-                # what ends the turn belongs to the answer: the model has to learn to stop
-                stop = re.match(rf"\s*({special})", rendered[cursor:])
-                is_image_next = stop is not None and stop.group(1) == self.image_token
-                spans[found[-1]] = (
-                    start,
-                    position,
-                    position if stop is None or is_image_next else position + stop.end(),
-                )
+                loss_end = position
+                if found[-1] in last:
+                    # what ends the turn belongs to the answer: the model has to learn to stop
+                    rest = rendered[cursor:].lstrip()
+                    stop = max((token for token in special if rest.startswith(token)), key=len, default=None)
+                    if stop is not None:
+                        loss_end += len(rendered) - cursor - len(rest) + len(stop)
+                spans[found[-1]] = (start, position, loss_end)
         text = "".join(pieces) + rendered[cursor:]
 
         expected = [None if part is None else part[0] for part in slices]

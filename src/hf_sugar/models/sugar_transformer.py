@@ -1,0 +1,85 @@
+"""The first module of a sentence-transformers export where stock modules cannot find the slice. It is copied into the
+exported directory, with the processor's file, and needs nothing else of this library."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from sentence_transformers.sentence_transformer.modules import Transformer
+from transformers.image_utils import load_image
+
+from .processing_sugar import SugarProcessor
+
+
+class SugarTransformer(Transformer):
+    """
+    The stock module, with inputs made by [`SugarProcessor`], and an attention mask that leaves only the last slice to
+    the pooling after it: a mean over it is then the embedding that [`SugarForConditionalGeneration.embed`] projects.
+
+    Args:
+        model_name_or_path (`str`):
+            Directory or Hub id of the export.
+        image_pooling (`"mean"` or `"last"`, *optional*, defaults to `"mean"`):
+            What represents an image: all its tokens or the last one.
+        kwargs:
+            Arguments of the stock module.
+    """
+
+    config_keys = [*Transformer.config_keys, "image_pooling"]
+
+    def __init__(self, model_name_or_path: str, *, image_pooling: str = "mean", **kwargs):
+        super().__init__(model_name_or_path, **kwargs)
+        self.image_pooling = image_pooling
+        # a copy, so that the stock processor is what is saved
+        self.slice_processor = SugarProcessor.from_processor(copy.copy(self.processor))
+
+    def preprocess(self, inputs: list[Any], prompt: str | None = None, **kwargs) -> dict[str, Any]:
+        """
+        Args:
+            inputs (`list`):
+                Texts, images, mappings of them, and messages, as the stock module takes them.
+            prompt (`str`, *optional*):
+                Put before each input as a system message.
+
+        Returns:
+            `dict`: model inputs, and `last_slice` of shape `(batch, length)`, 1 on the tokens to pool.
+
+        Raises:
+            `ValueError`: as [`SugarProcessor.embed_inputs`] does, and for an input longer than `max_seq_length`.
+        """
+        modality, values, _ = self.input_formatter.parse_inputs(inputs)
+        if modality != "message":
+            _, values = self.input_formatter.batch_to_message(modality, values)
+        conversations = values["message"]
+        if prompt:
+            conversations = self.input_formatter.prepend_prompt_to_messages(conversations, prompt)
+        items = [{"messages": messages, "images": _images(messages)} for messages in conversations]
+        features = self.slice_processor.embed_inputs(items, max_length=self.max_seq_length)
+
+        slice_ids = features.pop("slice_ids")
+        last_slice = slice_ids == slice_ids.amax(dim=1, keepdim=True)
+        if self.image_pooling == "last":
+            last_slice &= last_slice.flip(1).cumsum(1).flip(1) == 1
+        return {**features, "last_slice": last_slice.long(), "modality": "message"}
+
+    def forward(self, features: dict[str, Any], **kwargs) -> dict[str, Any]:
+        # the mapping of the caller stays as it is: some losses pass it a second time
+        inputs = {name: value for name, value in features.items() if name != "last_slice"}
+        return {**super().forward(inputs, **kwargs), "attention_mask": features["last_slice"]}
+
+
+def _images(messages: list[dict[str, Any]]) -> list[Image.Image]:
+    images = []
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] == "image":
+                image = next((part[name] for name in ("image", "url", "path", "base64") if name in part), None)
+                if isinstance(image, str | Path):
+                    image = Image.open(image) if Path(image).is_file() else load_image(str(image))
+                if not isinstance(image, Image.Image):
+                    raise ValueError(
+                        f"An image part holds {type(image).__name__}. Give a PIL image, or a path or URL of one."
+                    )
+                images.append(image)
+    return images

@@ -1,0 +1,613 @@
+"""Checkpoints on their way out and in again: with the code in them, without this library, and as adapters."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    logging,
+)
+from transformers.dynamic_module_utils import get_imports
+
+from hf_sugar import (
+    SugarConfig,
+    SugarForConditionalGeneration,
+    SugarProcessor,
+    SugarTrainer,
+    SugarTrainingConfig,
+)
+from hf_sugar.models import configuration_sugar, modeling_sugar, processing_sugar
+
+
+MODULES = (configuration_sugar, modeling_sugar, processing_sugar)
+CODE = {Path(module.__file__).name for module in MODULES}
+MODEL_CLASSES = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+TARGETS = dict(
+    r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], exclude_modules=r"(?!vlm\.model\.language_model\.).*"
+)
+EVIL = "from pathlib import Path\nPath({marker!r}).touch()\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A backbone, a full checkpoint of it, two adapters for it, and an image."""
+    place = tmp_path_factory.mktemp("checkpoints")
+    tiny.llava().save_pretrained(place / "llava")
+    tiny.processor().save_pretrained(place / "llava")
+    processor = SugarProcessor.from_pretrained(place / "llava")
+    model = SugarForConditionalGeneration.from_backbone(place / "llava", dtype=torch.float32, retrieval_dim=16)
+    model.save_pretrained(place / "full")
+    for seed, name in enumerate(("adapter", "other")):
+        trained(place / "llava", seed).get_base_model().save_pretrained(place / name)
+    for name in ("full", "adapter", "other"):
+        processor.save_pretrained(place / name)
+    tiny.image(3).save(place / "photo.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def inputs(place):
+    return SugarProcessor.from_pretrained(place / "full").embed_inputs(items(place))
+
+
+def items(place):
+    return ["a red circle", str(place / "photo.png"), [str(place / "photo.png"), "what is this?"]]
+
+
+def trained(backbone, seed=0, **settings) -> PeftModel:
+    """What comes out of a training with LoRA, but for the training."""
+    settings = {"modules_to_save": ["retrieval_projector"], **TARGETS, **settings}
+    model = SugarForConditionalGeneration.from_backbone(backbone, dtype=torch.float32, retrieval_dim=16)
+    model = get_peft_model(model, LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2, generator=generator)
+    return model.eval()
+
+
+@torch.no_grad()
+def embed(model, inputs):
+    return model.embed(**inputs)
+
+
+def contents(directory) -> set[str]:
+    return {file.relative_to(directory).as_posix() for file in Path(directory).rglob("*") if file.is_file()}
+
+
+def changed(place, name, tmp_path, file, change) -> Path:
+    """A copy of a checkpoint in which `change` was applied to the content of a safetensors or JSON file."""
+    copy = shutil.copytree(place / name, tmp_path / name)
+    if file.endswith(".json"):
+        value = json.loads((copy / file).read_text())
+        change(value)
+        (copy / file).write_text(json.dumps(value))
+    else:
+        value = load_file(copy / file)
+        change(value)
+        save_file(value, copy / file, metadata={"format": "pt"})
+    return copy
+
+
+def run_without_the_library(script: str, tmp_path, *arguments, **environment) -> dict:
+    script = (
+        "import json, sys\n"
+        "sys.modules['hf_sugar'] = None\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig\n"
+        f"{script}\n"
+        "assert not any(name.startswith('hf_sugar.') for name in sys.modules)\n"
+        "json.dump(result, open('result.json', 'w'))\n"
+    )
+    kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    (tmp_path / "elsewhere").mkdir()
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", script, *map(str, arguments)],
+        cwd=tmp_path / "elsewhere",
+        env={**kept, **environment},
+        stdin=subprocess.DEVNULL,  # a question of transformers is answered by the end of the file
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads((tmp_path / "elsewhere" / "result.json").read_text()) | {"stderr": run.stderr}
+
+
+FULL = """
+sys.modules['peft'] = None
+path, items, cache, first, second = sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:]
+result = {"errors": {}}
+for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor):
+    try:
+        auto.from_pretrained(path)
+    except ValueError as error:
+        result["errors"][auto.__name__] = str(error)
+
+trust = dict(trust_remote_code=True)
+config = AutoConfig.from_pretrained(path, **trust)
+processor = AutoProcessor.from_pretrained(path, **trust)
+inputs = processor.embed_inputs(items)
+model = AutoModel.from_pretrained(path, dtype=torch.float32, **trust)
+again = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, device_map="cpu", **trust)
+assert type(model) is type(again) and type(model.config) is type(config) is type(model).config_class
+with torch.no_grad():
+    result["embeddings"] = model.embed(**inputs).tolist()
+    result["again"] = again.embed(**inputs).tolist()
+    plain = {key: value for key, value in inputs.items() if key != "slice_ids"}
+    result["generated"] = again.generate(**plain, max_new_tokens=5).tolist()
+    for attention in ("eager", "sdpa"):
+        model = AutoModel.from_pretrained(path, attn_implementation=attention, **trust)
+        configs = [model.vlm.config.text_config, model.vlm.config.vision_config, model.vlm.model.language_model.config]
+        assert {config._attn_implementation for config in configs} == {attention}
+        result[attention] = model.embed(**inputs).tolist()
+    model = AutoModel.from_pretrained(path, dtype=torch.bfloat16, **trust)
+    assert model.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert model.retrieval_projector.linear_1.weight.dtype == torch.float32
+    result["bfloat16"] = model.embed(**inputs).tolist()
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModel.from_pretrained(path, dtype=torch.float32, quantization_config=quantization, **trust)
+    assert type(model.vlm.model.language_model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
+    assert type(model.retrieval_projector.linear_1) is torch.nn.Linear
+    result["8bit"] = model.embed(**inputs).tolist()
+
+# saved again from the code that came with it
+model.from_pretrained(path, **trust).save_pretrained("copy")
+processor.save_pretrained("copy")
+with torch.no_grad():
+    result["copy"] = AutoModel.from_pretrained("copy", **trust).embed(**inputs).tolist()
+
+def load(**revisions):
+    model = AutoModel.from_pretrained("me/full", cache_dir=cache, **trust, **revisions)
+    return sys.modules[type(model).__module__].VERSION, model.retrieval_projector.linear_2.weight[0, 0].item()
+
+result["main"] = load()
+result["first"] = load(revision=first)
+result["code"] = load(revision=first, code_revision=second)
+"""
+
+
+def hub_repository(cache: Path, repo_id: str, versions: dict[str, Path]) -> None:
+    """What huggingface_hub leaves in its cache for these commits of a repository; the last one is `main`."""
+    root = cache / f"models--{repo_id.replace('/', '--')}"
+    for commit, directory in versions.items():
+        shutil.copytree(directory, root / "snapshots" / commit)
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / "main").write_text(commit)
+
+
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+class TestFullCheckpoint:
+    def test_files(self, place):
+        processor = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+        weights = {"config.json", "generation_config.json", "model.safetensors"}
+        assert contents(place / "full") == CODE | processor | weights
+        auto_map = json.loads((place / "full" / "config.json").read_text())["auto_map"]
+        assert auto_map.keys() == {"AutoConfig", *(auto.__name__ for auto in MODEL_CLASSES)}
+        assert "auto_map" not in json.loads((place / "full" / "config.json").read_text())["vlm_config"]
+
+    @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+    def test_code_needs_only_transformers_and_what_that_needs(self, module):
+        assert set(get_imports(module.__file__)) - set(sys.stdlib_module_names) <= {
+            "PIL",
+            "numpy",
+            "safetensors",
+            "torch",
+            "transformers",
+        }
+
+    def test_without_the_library(self, place, inputs, tmp_path):
+        key = "retrieval_projector.linear_2.weight"
+        versions = {}
+        for commit, value in ((FIRST, 1.0), (SECOND, 2.0)):
+            versions[commit] = changed(
+                place, "full", tmp_path / commit, "model.safetensors", lambda weights, v=value: weights[key].fill_(v)
+            )
+            with open(versions[commit] / "modeling_sugar.py", "a") as file:
+                file.write(f"VERSION = {value}\n")
+        hub_repository(tmp_path / "hub", "me/full", versions)
+        result = run_without_the_library(
+            FULL, tmp_path, place / "full", json.dumps(items(place)), tmp_path / "hub", FIRST, SECOND
+        )
+        model = SugarForConditionalGeneration.from_pretrained(place / "full")
+        expected = embed(model, inputs)
+        for name in ("embeddings", "again", "sdpa", "copy"):
+            torch.testing.assert_close(torch.tensor(result[name]), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.tensor(result["eager"]), expected, atol=1e-5, rtol=0)
+        for name, tolerance in (("bfloat16", 0.05), ("8bit", 0.05)):
+            found = torch.tensor(result[name])
+            assert 0 < (found - expected).abs().max() < tolerance
+            torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+        plain = {key: value for key, value in inputs.items() if key != "slice_ids"}
+        assert result["generated"] == model.generate(**plain, max_new_tokens=5).tolist()
+        # transformers' own message
+        assert result["errors"].keys() == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+        assert all("`trust_remote_code=True`" in message for message in result["errors"].values())
+        assert (result["main"], result["first"], result["code"]) == ([2.0, 2.0], [1.0, 1.0], [2.0, 1.0])
+        assert "Traceback" not in result["stderr"]
+
+    def test_with_the_library_no_flag_and_no_code_of_the_repository(self, place, inputs, tmp_path, monkeypatch):
+        """Nor a question on standard input. With the flag, the installed code is the one that runs."""
+        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+        copy = shutil.copytree(place / "full", tmp_path / "full")
+        for name in CODE:
+            with open(copy / name, "a") as file:
+                file.write(EVIL.format(marker=str(tmp_path / "ran")))
+        for flag in ({}, {"trust_remote_code": True}):
+            assert type(AutoConfig.from_pretrained(copy, **flag)) is SugarConfig
+            for auto in MODEL_CLASSES:
+                assert type(auto.from_pretrained(copy, **flag)) is SugarForConditionalGeneration
+            for auto in (AutoProcessor, SugarProcessor):
+                processor = auto.from_pretrained(copy, **flag)
+                assert isinstance(processor, SugarProcessor) and isinstance(processor, LlavaProcessor)
+                assert torch.equal(processor.embed_inputs(items(place))["input_ids"], inputs["input_ids"])
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize(
+        "name, file", [("full", "model"), ("llava", "model"), ("adapter", "adapter/adapter_model")]
+    )
+    def test_pickles_are_not_loaded(self, place, tmp_path, name, file):
+        copy = shutil.copytree(place / name, tmp_path / name)
+        weights = copy / f"{file}.safetensors"
+        torch.save(load_file(weights), weights.with_name(f"{'pytorch_' * (name != 'adapter')}{Path(file).name}.bin"))
+        weights.unlink()
+        with pytest.raises(OSError, match=f"{Path(file).name}.safetensors"):
+            SugarForConditionalGeneration.from_pretrained(copy)
+
+
+ADAPTER = """
+path, backbone, items, cache = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+result = {}
+trust = dict(trust_remote_code=True)
+try:
+    AutoModel.from_pretrained(path)
+except ValueError as error:
+    result["error"] = str(error)
+processor = AutoProcessor.from_pretrained(path, **trust)
+inputs = processor.embed_inputs(items)
+plain = {key: value for key, value in inputs.items() if key != "slice_ids"}
+quantization = BitsAndBytesConfig(load_in_8bit=True)
+with torch.no_grad():
+    for name, where, auto, settings in (
+        ("first", path, AutoModel, {}),
+        ("auto", path, AutoModelForImageTextToText, {"device_map": "cpu"}),
+        ("eager", path, AutoModel, {"attn_implementation": "eager"}),
+        ("bfloat16", path, AutoModel, {"dtype": torch.bfloat16}),
+        ("8bit", path, AutoModel, {"quantization_config": quantization}),
+        ("hub", "me/adapter", AutoModel, {"cache_dir": cache}),
+        ("moved", path, AutoModel, {"backbone_name_or_path": backbone}),
+    ):
+        model = auto.from_pretrained(where, **{"dtype": torch.float32, **settings}, **trust)
+        result[name] = model.embed(**inputs).tolist()
+        if name == "first":
+            result["generated"] = model.generate(**plain, max_new_tokens=5).tolist()
+            model.save_pretrained("copy")
+            processor.save_pretrained("copy")
+    result["copy"] = AutoModel.from_pretrained("copy", **trust).embed(**inputs).tolist()
+    result["merged"] = model.merge_and_unload().embed(**inputs).tolist()
+"""
+
+
+class TestAdapter:
+    def test_files(self, place):
+        adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+        processor = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+        assert contents(place / "adapter") == CODE | processor | adapter | {"config.json"}
+        config = json.loads((place / "adapter" / "adapter" / "adapter_config.json").read_text())
+        assert config["auto_mapping"] is None
+        assert config["base_model_name_or_path"] == str(place / "llava")  # what the user gave
+
+    def test_without_the_library(self, place, inputs, tmp_path):
+        """The code of the backbone's repository is not run, though the flag is set: only its weights are read."""
+        marker = str(tmp_path / "ran")
+        auto_map = {"AutoConfig": "evil.C", "AutoModel": "evil.M", "AutoModelForImageTextToText": "evil.M"}
+        backbone = changed(
+            place, "llava", tmp_path / "evil", "config.json", lambda config: config.update(auto_map=auto_map)
+        )
+        (backbone / "evil.py").write_text(EVIL.format(marker=marker))
+        wrong = changed(
+            place,
+            "llava",
+            tmp_path / "wrong",
+            "model.safetensors",
+            lambda weights: [value.zero_() for value in weights.values()],
+        )
+        hub_repository(tmp_path / "hub", "me/llava", {FIRST: backbone, SECOND: wrong})
+        adapter = changed(
+            place,
+            "adapter",
+            tmp_path / "named",
+            "config.json",
+            lambda config: config.update(backbone_name_or_path="me/llava", backbone_revision=FIRST),
+        )
+        hub_repository(tmp_path / "hub", "me/adapter", {SECOND: adapter})
+        result = run_without_the_library(
+            ADAPTER, tmp_path, place / "adapter", backbone, json.dumps(items(place)), tmp_path / "hub"
+        )
+        peft_model = trained(place / "llava")
+        expected = embed(peft_model, inputs)
+        for name in ("first", "auto", "hub", "moved", "copy"):
+            torch.testing.assert_close(torch.tensor(result[name]), expected, atol=1e-6, rtol=0)
+        for name in ("merged", "eager"):
+            torch.testing.assert_close(torch.tensor(result[name]), expected, atol=1e-5, rtol=0)
+        for name, tolerance in (("bfloat16", 0.05), ("8bit", 0.05)):
+            assert 0 < (torch.tensor(result[name]) - expected).abs().max() < tolerance
+        plain = {key: value for key, value in inputs.items() if key != "slice_ids"}
+        assert result["generated"] == peft_model.generate(**plain, max_new_tokens=5).tolist()
+        assert "`trust_remote_code=True`" in result["error"]
+        assert not Path(marker).exists()
+        assert "MISSING" not in result["stderr"]
+
+    def test_one_line_without_a_report_of_what_the_adapter_brings(self, place, inputs, capfd):
+        logging.enable_propagation()
+        try:
+            model = SugarForConditionalGeneration.from_pretrained(place / "adapter")
+        finally:
+            logging.disable_propagation()
+        assert torch.equal(embed(model, inputs), embed(trained(place / "llava"), inputs))
+        assert "retrieval_projector" not in "".join(capfd.readouterr())
+        assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+        model, info = AutoModel.from_pretrained(place / "adapter", output_loading_info=True)
+        assert not info["unexpected_keys"] and not info["mismatched_keys"]
+
+    def test_saved_again_it_is_an_adapter_again(self, place, inputs, tmp_path):
+        model = SugarForConditionalGeneration.from_pretrained(place / "adapter")
+        model.save_pretrained(tmp_path)
+        assert contents(tmp_path) == contents(place / "adapter") - contents(place / "full") | {
+            "config.json",
+            "modeling_sugar.py",
+            "configuration_sugar.py",
+        }
+        assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+            (place / "adapter" / "config.json").read_text()
+        )
+        again = SugarForConditionalGeneration.from_pretrained(tmp_path)
+        assert torch.equal(embed(again, inputs), embed(model, inputs))
+
+    def test_several_are_switched_with_their_projectors(self, place, inputs, tmp_path):
+        names = ("adapter", "other")
+        alone = {n: embed(SugarForConditionalGeneration.from_pretrained(place / n), inputs) for n in names}
+        model = SugarForConditionalGeneration.from_pretrained(place / "adapter")
+        model.load_sugar_adapter(place / "other", "other")
+        assert torch.equal(embed(model, inputs), alone["other"])
+        model.set_adapter("default")
+        assert torch.equal(embed(model, inputs), alone["adapter"])
+        model.disable_adapters()
+        assert not torch.equal(embed(model, inputs), alone["adapter"])
+        model.enable_adapters()
+        assert torch.equal(embed(model, inputs), alone["adapter"])
+        model.set_adapter("other")
+        model.save_pretrained(tmp_path)
+        assert torch.equal(embed(SugarForConditionalGeneration.from_pretrained(tmp_path), inputs), alone["other"])
+        with pytest.raises(ValueError, match="the name 'other' is attached"):
+            model.load_sugar_adapter(place / "other", "other")
+        with pytest.raises(ValueError, match="multiple"):  # PEFT's own message
+            model.set_adapter(["default", "other"])
+        with pytest.raises(ValueError, match="Several adapters are active .default, other."):
+            model.save_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("around", [False, True], ids=["attached", "PeftModel"])
+    def test_merged_it_is_a_full_checkpoint(self, place, inputs, tmp_path, around):
+        if around:
+            model = trained(place / "llava")
+            model.get_base_model().save_pretrained(tmp_path / "before")
+            expected = embed(model, inputs)
+        else:
+            model = SugarForConditionalGeneration.from_pretrained(place / "adapter")
+            expected = embed(model, inputs)
+        model = model.merge_and_unload()
+        torch.testing.assert_close(embed(model, inputs), expected, atol=1e-5, rtol=0)
+        model.save_pretrained(tmp_path / "merged")
+        assert load_file(tmp_path / "merged" / "model.safetensors").keys() == (
+            load_file(place / "full" / "model.safetensors").keys()
+        )
+        again = SugarForConditionalGeneration.from_pretrained(tmp_path / "merged")
+        assert torch.equal(embed(again, inputs), embed(model, inputs))
+        assert again.config.backbone_name_or_path is None
+        if not around:
+            assert not model.config.name_or_path  # an adapter trained on this does not go on the backbone alone
+            assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def test_without_an_adapter_it_is_not_saved_as_one(self, place, inputs, tmp_path):
+        model = SugarForConditionalGeneration.from_pretrained(place / "full")
+        model.config.backbone_name_or_path = "elsewhere"
+        model.save_pretrained(tmp_path)
+        assert torch.equal(
+            embed(SugarForConditionalGeneration.from_pretrained(tmp_path), inputs), embed(model, inputs)
+        )
+
+    def test_checkpoints_of_a_training(self, place, inputs, tmp_path):
+        """Each is an adapter repository, and the best one is found again."""
+        rows = [
+            {"messages": [{"role": role, "content": "a red circle"} for role in ("user", "assistant")], "images": []}
+        ]
+        features = Features(
+            {"messages": [{"role": Value("string"), "content": Value("string")}], "images": List(Image())}
+        )
+        dataset = Dataset.from_list(rows * 4, features=features)
+        args = SugarTrainingConfig(
+            output_dir=str(tmp_path),
+            structure_weight=0,
+            max_steps=2,
+            learning_rate=0.1,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,  # the first is the better one
+        )
+        model = SugarForConditionalGeneration.from_backbone(place / "llava", dtype=torch.float32, retrieval_dim=16)
+        trainer = SugarTrainer(
+            model,
+            args,
+            dataset,
+            dataset,
+            processing_class=SugarProcessor.from_pretrained(place / "llava"),
+            peft_config=LoraConfig(r=4),
+        )
+        trainer.train()
+        first, second = (
+            SugarForConditionalGeneration.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (1, 2)
+        )
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+        plain = {key: value for key, value in inputs.items() if key != "slice_ids"}
+        with torch.no_grad():
+            found, first, second = (model(**plain).logits for model in (trainer.model.eval(), first, second))
+        assert torch.equal(found, first) and not torch.equal(first, second)
+        assert AutoProcessor.from_pretrained(tmp_path / "checkpoint-1").chat_template
+
+    def test_with_peft_itself(self, place, inputs):
+        model = SugarForConditionalGeneration.from_backbone(
+            place / "llava", dtype=torch.float32, retrieval_dim=16
+        ).eval()
+        model = PeftModel.from_pretrained(model, place / "adapter" / "adapter")
+        assert torch.equal(embed(model, inputs), embed(trained(place / "llava"), inputs))
+
+    def test_export_for_the_stock_class(self, place, inputs, tmp_path):
+        model = SugarForConditionalGeneration.from_pretrained(place / "adapter")
+        model.export_adapter(tmp_path)
+        assert contents(tmp_path) == {"adapter_config.json", "adapter_model.safetensors"}
+        plain = {key: value for key, value in inputs.items() if key != "slice_ids"}
+        with torch.no_grad():
+            expected = model(**plain).logits
+            stock = AutoModelForImageTextToText.from_pretrained(place / "llava", dtype=torch.float32)
+            raw = stock(**plain).logits
+            assert torch.equal(PeftModel.from_pretrained(stock, tmp_path)(**plain).logits, expected)
+            # transformers finds the backbone by itself
+            assert torch.equal(AutoModelForImageTextToText.from_pretrained(tmp_path)(**plain).logits, expected)
+        assert not torch.equal(raw, expected)
+        with pytest.raises(ValueError, match="no adapter to export"):
+            SugarForConditionalGeneration.from_pretrained(place / "full").export_adapter(tmp_path)
+
+    def test_the_commit_of_the_backbone_is_pinned(self, place, inputs, tmp_path):
+        hub_repository(tmp_path / "hub", "me/llava", {SECOND: place / "llava"})
+        model = SugarForConditionalGeneration.from_backbone("me/llava", cache_dir=tmp_path / "hub", retrieval_dim=16)
+        model = get_peft_model(model, LoraConfig(**TARGETS, modules_to_save=["retrieval_projector"])).get_base_model()
+        model.save_pretrained(tmp_path / "adapter")
+        config = json.loads((tmp_path / "adapter" / "config.json").read_text())
+        assert (config["backbone_name_or_path"], config["backbone_revision"]) == ("me/llava", SECOND)
+        adapter = json.loads((tmp_path / "adapter" / "adapter" / "adapter_config.json").read_text())
+        assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("me/llava", SECOND)
+        (tmp_path / "hub" / "models--me--llava" / "refs" / "main").write_text(FIRST)  # something else since
+        again = SugarForConditionalGeneration.from_pretrained(tmp_path / "adapter", cache_dir=tmp_path / "hub")
+        assert torch.equal(embed(again, inputs), embed(model.eval(), inputs))
+        with pytest.raises(OSError, match=r"(?s)backbone 'me/llava' \(revision 2{40}\).*pass `backbone_name_or_path`"):
+            SugarForConditionalGeneration.from_pretrained(tmp_path / "adapter", cache_dir=tmp_path / "empty")
+
+
+WEIGHTS = "adapter/adapter_model.safetensors"
+LORA = "base_model.model.vlm.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+HEAD = "base_model.model.retrieval_projector.linear_2.weight"
+
+
+class TestWrongAdapter:
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda w: w.pop(LORA), r"missing: vlm\.model\.language_model\.layers\.0\.self_attn\.q_proj\.lora_A"),
+            (lambda w: w.pop(HEAD), r"missing: retrieval_projector\.linear_2\.weight"),
+            (lambda w: w.update({LORA + "x": torch.ones(1)}), r"unexpected: vlm\.model\..*\.lora_A\.weightx"),
+            (
+                lambda w: w.update({LORA: torch.ones(5, 32)}),
+                r"of another shape: vlm.*lora_A\.weight \(5, 32\) instead of \(4, 32\)",
+            ),
+            (
+                lambda w: w.update({HEAD: torch.ones(8, 32)}),
+                r"of another shape: retrieval_projector\.linear_2\.weight \(8, 32\) instead of \(16, 32\)",
+            ),
+        ],
+        ids=["missing", "head", "unexpected", "shape", "head shape"],
+    )
+    def test_weights(self, place, inputs, tmp_path, change, message):
+        wrong = changed(place, "adapter", tmp_path, WEIGHTS, change)
+        with pytest.raises(ValueError, match=message):
+            SugarForConditionalGeneration.from_pretrained(wrong)
+        # a model with another adapter goes on as before
+        model = SugarForConditionalGeneration.from_pretrained(place / "other")
+        expected = embed(model, inputs)
+        with pytest.raises(ValueError, match=message):
+            model.load_sugar_adapter(wrong, "wrong")
+        assert torch.equal(embed(model, inputs), expected) and model.peft_config.keys() == {"default"}
+
+    def test_without_a_head(self, place, tmp_path):
+        trained(place / "llava", modules_to_save=None).get_base_model().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"missing: retrieval_projector\.linear_1\.bias"):
+            SugarForConditionalGeneration.from_pretrained(tmp_path)
+
+    def test_another_backbone(self, place, tmp_path):
+        tiny.llava(hidden_size=64).save_pretrained(tmp_path / "wider")
+        message = r"another backbone.*text_config\.hidden_size 64 instead of 32"
+        with pytest.raises(ValueError, match=message):
+            SugarForConditionalGeneration.from_pretrained(
+                place / "adapter", backbone_name_or_path=str(tmp_path / "wider")
+            )
+        model = SugarForConditionalGeneration.from_backbone(tmp_path / "wider", retrieval_dim=16)
+        with pytest.raises(ValueError, match=message):
+            model.load_sugar_adapter(place / "adapter")
+
+    def test_backbone_that_lacks_weights(self, place, tmp_path):
+        key = "language_model.lm_head.weight"
+        broken = changed(place, "llava", tmp_path, "model.safetensors", lambda weights: weights.pop(key))
+        with pytest.raises(ValueError, match=r"backbone '.*' of the adapter .* lacks weights: vlm\.lm_head\.weight"):
+            SugarForConditionalGeneration.from_pretrained(place / "adapter", backbone_name_or_path=str(broken))
+
+    @pytest.mark.parametrize("field, value", [("image_pooling", "last"), ("retrieval_dim", 8)])
+    def test_other_settings(self, place, field, value):
+        settings = {"retrieval_dim": 16, field: value}
+        model = SugarForConditionalGeneration.from_backbone(place / "llava", **settings)
+        with pytest.raises(ValueError, match=f"was trained with {field}=.*this model has {value!r}"):
+            model.load_sugar_adapter(place / "adapter")
+
+
+class TestExportedBackbone:
+    def test_merged_it_is_a_plain_checkpoint(self, place, inputs, tmp_path):
+        model = SugarForConditionalGeneration.from_pretrained(place / "adapter")
+        processor = SugarProcessor.from_pretrained(place / "adapter")
+        plain = {key: value for key, value in inputs.items() if key != "slice_ids"}
+        with torch.no_grad():
+            expected = model(**plain).logits
+        with pytest.raises(ValueError, match="`merge=True`"):
+            model.export_backbone(tmp_path)
+        assert not contents(tmp_path)
+        model.export_backbone(tmp_path, merge=True, processor=processor)
+        assert "auto_map" not in "".join(
+            (tmp_path / name).read_text() for name in contents(tmp_path) if "json" in name
+        )
+        assert not contents(tmp_path) & CODE
+        stock, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values())
+        with torch.no_grad():
+            torch.testing.assert_close(stock(**plain).logits, expected, atol=1e-5, rtol=0)
+        assert load_file(tmp_path / "model.safetensors").keys() == (
+            load_file(place / "llava" / "model.safetensors").keys()
+        )
+        stock = AutoProcessor.from_pretrained(tmp_path)
+        assert type(stock) is LlavaProcessor and stock.chat_template == processor.chat_template
+        assert isinstance(processor, SugarProcessor)
