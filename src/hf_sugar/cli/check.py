@@ -1,7 +1,7 @@
 from dataclasses import dataclass, field
 
-from hf_sugar.data import check_dataset, load_data
-from hf_sugar.models import SugarProcessor
+from hf_sugar.data import Problem, check_dataset, load_data
+from hf_sugar.models import SugarConfig, SugarProcessor
 
 from .arguments import DataArguments, parse
 
@@ -15,7 +15,7 @@ class CheckArguments:
         model_name_or_path (`str`, *optional*):
             Checkpoint whose processor counts the tokens of each sample.
         max_length (`int`, *optional*):
-            Longest sequence allowed, image tokens included.
+            Longest sequence allowed, image tokens included. Defaults to what the checkpoint takes.
         split (`str`, *optional*, defaults to `"train"`):
             Split of datasets that have several.
     """
@@ -28,15 +28,26 @@ class CheckArguments:
 
 
 def main(argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--train_data", *argv]
     data, args = parse(
         "check", (DataArguments, CheckArguments), argv, "Read a dataset and say what training would meet."
     )
     if data.train_data is None:
         raise ValueError("`train_data` is not set: name the data to check.")
-    processor = None
+    processor, max_length = None, args.max_length
     if args.model_name_or_path is not None:
         processor = SugarProcessor.from_pretrained(args.model_name_or_path)
-    dataset = load_data(data.train_data, args.split, on_bad_row=data.on_bad_row)
-    report = check_dataset(dataset, processor, args.max_length)
+        if max_length is None:
+            config = SugarConfig.from_pretrained(args.model_name_or_path)
+            max_length = config.get_text_config().max_position_embeddings
+    bad_rows: list[Problem] = []
+    try:
+        # every bad row is of interest here, not the first alone
+        dataset = load_data(data.train_data, args.split, on_bad_row="skip", bad_rows=bad_rows)
+    except (FileNotFoundError, ValueError) as error:
+        print(error)
+        return 1
+    report = check_dataset(dataset, processor, max_length, bad_rows=bad_rows)
     print(report)
     return 0 if report.ok else 1

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,28 +19,42 @@ from .rows import conversation_row, load_image, row_name
 _KIND_OF = {"answers": "conversations", "captions": "captions", "text": "documents"}
 
 
+KINDS = {
+    "image": "unreadable images",
+    "count": "count mismatches",
+    "empty": "empty texts",
+    "length": "too long",
+    "malformed": "malformed otherwise",
+}
+
+
 class Problem(NamedTuple):
     """
     One thing that is wrong with one row.
 
     Attributes:
-        row (`int`):
-            Position of the row in the dataset.
+        row (`int`, *optional*):
+            Position of the row in the dataset; `None` for one that was left out when the dataset was read.
         field (`str`):
             Place in the row, such as `"messages[0].content[1]"`.
         message (`str`):
             What is wrong there, and the remedy.
         id (`str`, *optional*):
-            The row's `id`.
+            The row's `id`: of what [`~data.load_data`] reads, file and number.
+        kind (`str`, *optional*, defaults to `"malformed"`):
+            `"image"`, `"count"` (images and image parts differ in number), `"empty"` (text), `"length"`, or
+            `"malformed"` for anything else.
     """
 
-    row: int
+    row: int | None
     field: str
     message: str
     id: str | None = None
+    kind: str = "malformed"
 
     def __str__(self) -> str:
-        return f"{row_name({'id': self.id}, self.row)}, `{self.field}`: {self.message}"
+        name = self.id if self.row is None else row_name({"id": self.id}, self.row)
+        return f"{name}, `{self.field}`: {self.message}"
 
 
 @dataclass
@@ -59,6 +73,8 @@ class CheckReport:
             Number of text slices.
         text_only (`int`):
             Rows without an image.
+        no_structure (`int`):
+            Rows that stay out of the structure loss.
         slices_min (`int`):
             Fewest slices in a row.
         slices_mean (`float`):
@@ -67,10 +83,16 @@ class CheckReport:
             Most slices in a row.
         duplicates (`int`):
             Rows that repeat an earlier one: same messages, same image files or bytes.
+        tokens_min (`int`, *optional*):
+            Shortest row in tokens, image tokens included. Only with a processor, as the next two.
+        tokens_mean (`float`, *optional*):
+            Tokens of a row on average.
         tokens_max (`int`, *optional*):
-            Longest row in tokens, image tokens included. Only with a processor.
+            Longest row in tokens.
+        max_length (`int`, *optional*):
+            The limit that the rows were held against.
         problems (`list[Problem]`):
-            Everything that is wrong, in the order of the rows.
+            Everything that is wrong: what was left out in reading, then in the order of the rows.
     """
 
     rows: int
@@ -78,11 +100,15 @@ class CheckReport:
     images: int
     texts: int
     text_only: int
+    no_structure: int
     slices_min: int
     slices_mean: float
     slices_max: int
     duplicates: int
+    tokens_min: int | None
+    tokens_mean: float | None
     tokens_max: int | None
+    max_length: int | None
     problems: list[Problem]
 
     @property
@@ -98,21 +124,30 @@ class CheckReport:
             f"slices a row: {self.slices_min} to {self.slices_max}, {self.slices_mean:.1f} on average",
             f"{self.duplicates} rows repeat an earlier one",
         ]
+        if self.no_structure:
+            lines.append(f"{self.no_structure} rows stay out of the structure loss")
         if self.tokens_max is not None:
-            lines.append(f"the longest row has {self.tokens_max} tokens")
+            limit = "no limit given" if self.max_length is None else f"the limit is {self.max_length}"
+            lines.append(
+                f"tokens a row, images included: {self.tokens_min} to {self.tokens_max}, {self.tokens_mean:.1f} on "
+                f"average; {limit}"
+            )
+        counts = Counter(problem.kind for problem in self.problems)
+        lines += [f"{name}: {counts[kind]}" for kind, name in KINDS.items()]
         lines.append(_listing(self.problems) if self.problems else "no problems")
         return "\n".join(lines)
 
 
 def _listing(problems: list[Problem], shown: int = 5) -> str:
-    lines = [f"{len(problems)} problems in {len({problem.row for problem in problems})} rows:"]
+    rows = {problem.id if problem.row is None else problem.row for problem in problems}
+    lines = [f"{len(problems)} problems in {len(rows)} rows:"]
     lines += [f"  {problem}" for problem in problems[:shown]]
     if len(problems) > shown:
         lines.append(f"  and {len(problems) - shown} more")
     return "\n".join(lines)
 
 
-def row_problems(row: dict[str, Any], num_images: int) -> list[tuple[str, str]]:
+def row_problems(row: dict[str, Any], num_images: int) -> list[tuple[str, str, str]]:
     """
     Structural problems of one row. Images are not looked at.
 
@@ -123,22 +158,24 @@ def row_problems(row: dict[str, Any], num_images: int) -> list[tuple[str, str]]:
             Number of images that belong to the row.
 
     Returns:
-        `list[tuple[str, str]]`: pairs of field and message, empty for a good row.
+        `list[tuple[str, str, str]]`: kind, field and message of each, as in [`Problem`]; empty for a good row.
     """
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
-        return [("messages", "is not a list with at least one message. Give the row its messages or drop it.")]
+        return [
+            ("malformed", "messages", "is not a list with at least one message. Give the row its messages or drop it.")
+        ]
     problems = []
     image_parts = texts = answers = captions = 0
     strings_seen = False
     for m, message in enumerate(messages):
         field = f"messages[{m}]"
         if not isinstance(message, dict):
-            problems.append((field, "is not a mapping. Write it as {'role': ..., 'content': [...]}."))
+            problems.append(("malformed", field, "is not a mapping. Write it as {'role': ..., 'content': [...]}."))
             continue
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            problems.append((f"{field}.role", f"is {role!r}. Use one of {', '.join(ROLES)}."))
+            problems.append(("malformed", f"{field}.role", f"is {role!r}. Use one of {', '.join(ROLES)}."))
         image_seen = False
         if isinstance(content, str):
             if role == "user" and not strings_seen:
@@ -147,39 +184,51 @@ def row_problems(row: dict[str, Any], num_images: int) -> list[tuple[str, str]]:
                 image_seen = num_images > 0
             content = [{"type": "text", "text": content}]
         if not isinstance(content, list) or not content:
-            problems.append((f"{field}.content", "is empty. Fill it or remove the message."))
+            problems.append(("empty", f"{field}.content", "is empty. Fill it or remove the message."))
             continue
         for c, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "image" and role == "system":
                 problems.append(
-                    (f"{field}.content[{c}]", "is an image in a system message. Move it to a user message.")
+                    (
+                        "malformed",
+                        f"{field}.content[{c}]",
+                        "is an image in a system message. Move it to a user message.",
+                    )
                 )
             elif kind == "image":
                 image_parts += 1
                 image_seen = True
             elif kind != "text":
                 problems.append(
-                    (f"{field}.content[{c}].type", f"is {kind!r}. Every part is of the type 'text' or 'image'.")
+                    (
+                        "malformed",
+                        f"{field}.content[{c}].type",
+                        f"is {kind!r}. Every part is of the type 'text' or 'image'.",
+                    )
                 )
             elif not isinstance(part.get("text"), str) or not part["text"].strip():
-                problems.append((f"{field}.content[{c}].text", "is empty. Fill it or remove the part."))
+                problems.append(("empty", f"{field}.content[{c}].text", "is empty. Fill it or remove the part."))
             elif role != "system":
                 texts += 1
                 answers += role == "assistant"
                 captions += image_seen
     if image_parts != num_images:
         counts = f"holds {num_images} images but `messages` has {image_parts} image parts"
-        problems.append(("images", f"{counts}. Give one image for each image part, in the same order."))
+        problems.append(("count", "images", f"{counts}. Give one image for each image part, in the same order."))
     loss_on = row.get("loss_on") or "answers"
     if loss_on not in _KIND_OF:
-        problems.append(("loss_on", f"is {loss_on!r}. Use one of {', '.join(_KIND_OF)}."))
+        problems.append(("malformed", "loss_on", f"is {loss_on!r}. Use one of {', '.join(_KIND_OF)}."))
     elif not problems and loss_on == "answers" and not answers:
-        problems.append(("messages", "no answer. Add an assistant turn, or set loss_on='text' for a document."))
+        problems.append(
+            ("malformed", "messages", "no answer. Add an assistant turn, or set loss_on='text' for a document.")
+        )
     elif not problems and loss_on == "captions" and not captions:
-        problems.append(("messages", "no caption. Put a text after the image, or set loss_on='text' for a document."))
+        problems.append(
+            ("malformed", "messages", "no caption. Put a text after the image, or set loss_on='text' for a document.")
+        )
     elif not problems and loss_on == "text" and not texts:
-        problems.append(("messages", "no text. Add a text part or drop the row."))
+        problems.append(("malformed", "messages", "no text. Add a text part or drop the row."))
     return problems
 
 
@@ -192,7 +241,7 @@ def text_rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], int]]:
             Rows of any layout that [`~data.rows.conversation_row`] takes.
 
     Yields:
-        `tuple[dict, int]`: `messages`, `loss_on` and `id`, and the number of images.
+        `tuple[dict, int]`: `messages`, `loss_on`, `structure` and `id`, and the number of images.
 
     Raises:
         `ValueError`: if the dataset has no `messages` column (nor `prompt` and `completion`), or no column of images.
@@ -210,14 +259,14 @@ def text_rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], int]]:
         counts = pc.is_valid(dataset.select_columns("image").with_format("arrow")[:]["image"]).to_pylist()
     else:
         counts = [0] * len(dataset)
-    names = ("messages", "prompt", "completion", "loss_on", "id")
+    names = ("messages", "prompt", "completion", "loss_on", "structure", "id")
     text = dataset.select_columns([name for name in names if name in columns])
     counts = iter(counts)
     for batch in text.iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             row = conversation_row(dict(zip(batch, values, strict=True)))
             del row["images"]
-            yield row, int(next(counts))
+            yield row, int(next(counts) or 0)
 
 
 def check_rows_structure(dataset: Dataset) -> list[Problem]:
@@ -237,9 +286,9 @@ def check_rows_structure(dataset: Dataset) -> list[Problem]:
     """
     progress = tqdm(text_rows(dataset), total=len(dataset), desc="checking rows", unit=" rows")
     return [
-        Problem(index, field, message, row.get("id"))
+        Problem(index, field, message, row.get("id"), kind)
         for index, (row, num_images) in enumerate(progress)
-        for field, message in row_problems(row, num_images)
+        for kind, field, message in row_problems(row, num_images)
     ]
 
 
@@ -264,7 +313,11 @@ def validate_rows(dataset: Dataset, name: str = "dataset") -> None:
 
 
 def check_dataset(
-    dataset: Dataset, processor: Any = None, max_length: int | None = None, decode: bool = True
+    dataset: Dataset,
+    processor: Any = None,
+    max_length: int | None = None,
+    decode: bool = True,
+    bad_rows: Sequence[Problem] = (),
 ) -> CheckReport:
     """
     Check a dataset thoroughly, and count what is in it.
@@ -279,6 +332,8 @@ def check_dataset(
             Report rows of more tokens than this. Needs `processor`.
         decode (`bool`, *optional*, defaults to `True`):
             Whether to open every image.
+        bad_rows (`Sequence[Problem]`, *optional*):
+            Problems of rows that were left out when the dataset was read, see [`load_data`]: they are reported too.
 
     Returns:
         [`CheckReport`]: counts and problems.
@@ -295,9 +350,9 @@ def check_dataset(
 
     columns = dataset.column_names
     arrow = dataset.with_format("arrow")  # images as they are stored: casting the column would copy them all
-    problems, kinds, digests = [], Counter(), set()
-    images_total = texts_total = text_only = tokens_max = 0
-    slices = []
+    problems, kinds, digests = [*bad_rows], Counter(), set()
+    images_total = texts_total = text_only = no_structure = 0
+    slices, lengths = [], []
     for index, (row, num_images) in enumerate(
         tqdm(text_rows(dataset), total=len(dataset), desc="checking rows", unit=" rows")
     ):
@@ -318,7 +373,7 @@ def check_dataset(
             try:
                 images.append(load_image(image, where))
             except ValueError as error:
-                found.append((where, str(error).removeprefix(f"{where}: ")))
+                found.append(("image", where, str(error).removeprefix(f"{where}: ")))
         if not found:
             messages = fill_images(row["messages"], images or [None] * num_images, "the row")
             contents = [message["content"] for message in messages if message["role"] != "system"]
@@ -326,12 +381,13 @@ def check_dataset(
             texts_total += texts
             images_total += num_images
             text_only += not num_images
+            no_structure += not row["structure"]
             slices.append(texts + num_images)
             kinds[_KIND_OF[row.get("loss_on") or "answers"]] += 1
             if processor is not None:
                 found, tokens = _tokenized(messages, processor, max_length)
-                tokens_max = max(tokens_max, tokens)
-        problems += [Problem(index, field, message, row.get("id")) for field, message in found]
+                lengths += tokens
+        problems += [Problem(index, field, message, row.get("id"), kind) for kind, field, message in found]
 
     return CheckReport(
         rows=len(dataset),
@@ -339,20 +395,26 @@ def check_dataset(
         images=images_total,
         texts=texts_total,
         text_only=text_only,
+        no_structure=no_structure,
         slices_min=min(slices, default=0),
         slices_mean=sum(slices) / max(len(slices), 1),
         slices_max=max(slices, default=0),
         duplicates=len(dataset) - len(digests),
-        tokens_max=tokens_max if processor is not None else None,
+        tokens_min=min(lengths, default=None),
+        tokens_mean=sum(lengths) / len(lengths) if lengths else None,
+        tokens_max=max(lengths, default=None),
+        max_length=max_length,
         problems=problems,
     )
 
 
-def _tokenized(messages, processor, max_length) -> tuple[list[tuple[str, str]], int]:
+def _tokenized(messages, processor, max_length) -> tuple[list[tuple[str, str, str]], list[int]]:
+    """Problems and, if the row can be tokenized, its length."""
     try:
         tokens = processor.encode_conversations([messages], names=["the row"])["input_ids"].shape[1]
     except ValueError as error:
-        return [("messages", str(error).removeprefix("the row: "))], 0
+        return [("malformed", "messages", str(error).removeprefix("the row: "))], []
     if max_length is not None and tokens > max_length:
-        return [("messages", f"{tokens} tokens, more than max_length={max_length}. Shorten or split the row.")], tokens
-    return [], tokens
+        message = f"{tokens} tokens, more than max_length={max_length}. Shorten or split the row."
+        return [("length", "messages", message)], [tokens]
+    return [], [tokens]

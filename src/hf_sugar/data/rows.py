@@ -1,6 +1,8 @@
 """One row of training data, taken apart into its slices."""
 
 import copy
+import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
             the completion is learnt then), and `images` or `image`.
 
     Returns:
-        `dict`: `messages`, `images` (a list), `loss_on` (defaults to `"answers"`) and `id` (or `None`).
+        `dict`: `messages`, `images` (a list), `loss_on` (defaults to `"answers"`), `structure` (defaults to `True`) and
+        `id` (or `None`).
 
     Raises:
         `ValueError`: if the row has neither `messages` nor conversational `prompt` and `completion`.
@@ -56,6 +59,7 @@ def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
         "messages": messages,
         "images": images,
         "loss_on": row.get("loss_on") or "answers",
+        "structure": row.get("structure") is not False,
         "id": row.get("id"),
     }
 
@@ -84,6 +88,41 @@ def answer_to_image(row: dict[str, Any]) -> str | None:
     return texts[0] if len(texts) == 1 else None
 
 
+def captions_by_image(dataset: datasets.Dataset) -> tuple[list[Image.Image | Path], list[list[str]]]:
+    """
+    Every image once, with all of its captions: what [`~evaluation.tasks.image_text_retrieval`] measures where an image
+    has several captions (COCO and Flickr30k have five).
+
+    Args:
+        dataset ([`datasets.Dataset`]):
+            Rows of any layout that [`conversation_row`] takes. Those that do not have exactly one image and one answer
+            or caption are left out.
+
+    Returns:
+        `tuple[list[PIL.Image.Image | pathlib.Path], list[list[str]]]`: images (paths where the dataset has paths, which
+        are opened when they are needed) and their captions, in the order in which the images first appear.
+
+    Raises:
+        `ValueError`: if a stored image cannot be decoded; names the row.
+    """
+    images: dict[str | bytes, Image.Image | Path] = {}
+    captions: dict[str | bytes, list[str]] = {}
+    for index, row in enumerate(undecoded(dataset)):
+        text = answer_to_image(row)
+        if text is None:
+            continue
+        image = conversation_row(row)["images"][0]
+        if image["bytes"] is None:
+            key = image["path"]
+            images[key] = Path(key)
+        else:
+            key = hashlib.blake2b(image["bytes"]).digest()
+            if key not in images:
+                images[key] = load_image(image, f"{row_name(row, index)}, images[0]")
+        captions.setdefault(key, []).append(text)
+    return list(images.values()), list(captions.values())
+
+
 def undecoded(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
     """
     The dataset with its images left as bytes or paths. Left to `datasets`, an unreadable image stops the iteration with
@@ -94,11 +133,11 @@ def undecoded(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.
             Any dataset.
     """
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.decode(False) if dataset.features else dataset
+        dataset = dataset if dataset.features else dataset._resolve_features()
+        return dataset.decode(False)
     dataset = copy.deepcopy(dataset)  # of the description; the data themselves are shared
-    for name in ("image", "images"):
+    for feature in dataset.info.features.values():
         # `cast_column` would rewrite the whole dataset where the images are in lists
-        feature = dataset.info.features.get(name)
         feature = feature.feature if isinstance(feature, datasets.List) else feature
         if isinstance(feature, datasets.Image):
             feature.decode = False
@@ -134,7 +173,7 @@ def load_image(image: Image.Image | str | Path | bytes | dict[str, Any], where: 
         image, name = {"path": str(image), "bytes": None}, f"image file {str(image)!r}"
     elif isinstance(image, bytes):
         image, name = {"path": None, "bytes": image}, f"image of {len(image)} bytes"
-    elif isinstance(image, dict) and (image.get("bytes") or image.get("path")):
+    elif isinstance(image, dict) and (image.get("bytes") is not None or image.get("path")):
         image = {"path": image.get("path"), "bytes": image.get("bytes")}
         name = f"image file {image['path']!r}" if image["path"] else f"image of {len(image['bytes'])} bytes"
     else:
@@ -142,20 +181,26 @@ def load_image(image: Image.Image | str | Path | bytes | dict[str, Any], where: 
             f"{where}: expected a PIL image, a path, bytes or a mapping with `bytes` or `path`, got "
             f"{image if image is None or isinstance(image, dict) else type(image).__name__}."
         )
-    if isinstance(image, dict) and not image["bytes"] and image["path"].startswith(("http://", "https://")):
+    if isinstance(image, dict) and image["bytes"] is None and image["path"].startswith(("http://", "https://")):
         raise ValueError(f"{where}: {name} is a web address. Download the images and give their local paths.")
 
+    if isinstance(image, dict) and image["bytes"] == b"":
+        raise ValueError(f"{where}: {name} is empty (0 bytes). Replace the file or drop the row.")
+
     try:
-        if isinstance(image, dict):
-            image = datasets.Image().decode_example(image)  # orientation included
-        else:
-            image.load()
+        with warnings.catch_warnings():
+            # between one and two times its limit Pillow only warns
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(image, dict):
+                image = datasets.Image().decode_example(image)  # orientation included
+            else:
+                image.load()
         return to_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(
             f"{where}: {name} does not exist. Correct the path, or the root directory that paths are relative to."
         ) from error
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"{where}: {name} is too large: {error} Scale the file down, or set `PIL.Image.MAX_IMAGE_PIXELS` if you "
             "trust it."

@@ -1,14 +1,21 @@
 import hashlib
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from PIL import Image
+from tqdm.auto import tqdm
 
 from hf_sugar.alignment import IMAGE, TEXT
+from hf_sugar.data.checks import row_problems
 from hf_sugar.data.rows import conversation_row, load_image
 from hf_sugar.models.processing_sugar import SugarProcessor, fill_images
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,7 +41,8 @@ class SugarCollator:
     Returns of a call:
         `dict[str, torch.Tensor]`: what the backbone's processor gives, `labels` `(batch, length)`, and with
         `embed_slices` also `slice_ids` `(batch, length)`, `teacher_embeddings` `(batch, slices, dim)` float32 and
-        `slice_modality` `(batch, slices)`: text, image, or -1 where a row has fewer slices.
+        `slice_modality` `(batch, slices)`: text, image, or -1 where a row has fewer slices. A row with `structure=False`
+        has none: it stays out of the structure loss, and no teacher is asked about it.
     """
 
     processor: SugarProcessor
@@ -45,7 +53,7 @@ class SugarCollator:
     epoch: int = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        conversations, loss_on, names = [], [], []
+        conversations, loss_on, names, structure = [], [], [], []
         for index, example in enumerate(examples):
             row = conversation_row(example)
             name = f"Row {row['id']}" if row["id"] else f"Sample {index} of the batch"
@@ -59,6 +67,7 @@ class SugarCollator:
             conversations.append(messages)
             loss_on.append(loss)
             names.append(name)
+            structure.append(row["structure"])
         batch = self.processor.encode_conversations(conversations, loss_on, names, self.max_length)
         if self.embed_slices is None:
             del batch["slice_ids"]
@@ -67,12 +76,13 @@ class SugarCollator:
         slices = [
             [part["image"] if part["type"] == "image" else part["text"] for part in parts]
             for parts in (
-                [part for message in messages if message["role"] != "system" for part in message["content"]]
-                for messages in conversations
+                [part for message in messages if use and message["role"] != "system" for part in message["content"]]
+                for messages, use in zip(conversations, structure)
             )
         ]
+        # as wide as `slice_ids`, whatever rows are left out
+        longest = int(batch["slice_ids"].max()) + 1
         embeddings = self.embed_slices([item for row in slices for item in row])
-        longest = max(map(len, slices))
         teacher_embeddings = embeddings.new_zeros(len(slices), longest, embeddings.shape[1])
         modality = torch.full((len(slices), longest), -1)
         for row, (items, values) in enumerate(zip(slices, embeddings.split([len(items) for items in slices]))):
@@ -83,6 +93,56 @@ class SugarCollator:
     def _flips(self, messages: list[dict[str, Any]]) -> bool:
         [text] = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
         return hashlib.blake2b(f"{self.seed} {self.epoch} {text}".encode(), digest_size=1).digest()[0] % 2 == 1
+
+
+class RowFilter:
+    """
+    Tells rows that can be collated from others, which it counts, in the workers of a data loader too.
+
+    Args:
+        collator ([`SugarCollator`]):
+            What the rows have to pass; its teachers are not asked.
+    """
+
+    def __init__(self, collator: SugarCollator):
+        self.collator = replace(collator, embed_slices=None)
+        self.skipped = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def __call__(self, example: dict[str, Any]) -> bool:
+        """Whether a row is good. Of those that are not the first few are logged."""
+        try:
+            row = conversation_row(example)
+            for _, field, problem in row_problems(row, len(row["images"])):
+                raise ValueError(f"Row {row['id']}, `{field}`: {problem}")
+            self.collator([example])
+        except ValueError as error:
+            self.skipped += 1
+            if self.skipped <= 5:
+                logger.warning("Skipped: %s", error)
+            return False
+        return True
+
+    def filter(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        """
+        The good rows of a dataset: all are looked at now, those of a streaming one when they are asked for.
+
+        Args:
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Rows with undecoded images.
+            name (`str`):
+                What the error calls the dataset.
+
+        Raises:
+            `ValueError`: if no row is left.
+        """
+        if isinstance(dataset, IterableDataset):
+            return dataset.filter(self)
+        good = [
+            index for index, row in enumerate(tqdm(dataset, desc="looking for bad rows", unit=" rows")) if self(row)
+        ]
+        if not good:
+            raise ValueError(f"{name}: none of {len(dataset)} rows can be used; the log names the first.")
+        return dataset if len(good) == len(dataset) else dataset.select(good)
 
 
 def is_image_caption(messages: list[dict[str, Any]], loss_on: str) -> bool:
