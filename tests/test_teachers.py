@@ -1,6 +1,11 @@
+import ast
 import json
 import logging
 import os
+import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,20 +19,32 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     CLIPConfig,
     CLIPModel,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
+    ConvNextConfig,
+    ConvNextModel,
     Dinov2Config,
     Dinov2Model,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetModel,
+    SegformerConfig,
+    SegformerModel,
     SiglipConfig,
     SiglipModel,
     SiglipTextModel,
     SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
     set_seed,
 )
@@ -38,6 +55,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from hf_sugar.alignment import IMAGE, TEXT
 from hf_sugar.data.rows import load_image, row_name, row_slices
 from hf_sugar.teachers import TeacherCache, TripleEncoder, slice_key
+from hf_sugar.world import checkpoint
 
 
 TEXTS = ["a red circle", "a small blue square left of a star", "star", "a red circle and a small star left of it"]
@@ -229,6 +247,122 @@ def test_bfloat16_runs_in_bfloat16(checkpoints, encoder):
     assert half.fingerprint != encoder.fingerprint
 
 
+@torch.no_grad()
+def test_one_encoder_alone(checkpoints, encoder):
+    for role, name, item, other in (
+        ("image", "dinov2", picture(0), "star"),
+        ("text", "bert", "a red circle", picture(0)),
+    ):
+        alone = TripleEncoder.from_teachers({role: checkpoints[name]}, device="cpu")
+        found = alone.encode([item])
+        assert alone.split is None and found.shape == (1, alone.dim)
+        torch.testing.assert_close(found[0], encoder.encode([item])[0, : alone.dim], atol=1e-6, rtol=0)
+        with pytest.raises(ValueError, match=rf"slices\[1\] is an? (text|image), .* {role}=.*Name all three"):
+            alone.encode([item, other])
+
+
+@torch.no_grad()
+def test_a_dual_encoder_in_every_place(checkpoints):
+    clip, siglip = checkpoints["clip"], checkpoints["siglip"]
+    encoder = TripleEncoder(siglip, clip, clip, device="cpu")
+    found = encoder.encode(["a red circle", picture(0)])
+    clip_only = TripleEncoder(None, None, clip, device="cpu").encode(["a red circle", picture(0)])
+    siglip_only = TripleEncoder(None, None, siglip, device="cpu").encode([picture(0)])
+    torch.testing.assert_close(found[0, :20], clip_only[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[1, :32], siglip_only[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[:, 32:], clip_only, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_the_shipped_checkpoints_against_the_stock_classes():
+    """Real tokenizers, processors and trained weights, in batches of unequal lengths."""
+    paths = [str(checkpoint(name)) for name in ("dinov2", "bert", "clip")]
+    texts = ["a red circle", "two blue squares left of a green star", "star"]
+    images = [picture(i, width=40 + 9 * i, height=50) for i in range(3)]
+    encoder = TripleEncoder(*paths, device="cpu")
+    found = encoder.encode([*texts, *images])
+    dinov2, bert, clip = (
+        model.from_pretrained(path, dtype=torch.float32).eval()
+        for model, path in zip((Dinov2Model, BertModel, CLIPModel), paths)
+    )
+    for text, embedding in zip(texts, found[:3]):
+        first = bert(**AutoTokenizer.from_pretrained(paths[1])(text, return_tensors="pt")).last_hidden_state[0, 0]
+        second = clip.get_text_features(**AutoTokenizer.from_pretrained(paths[2])(text, return_tensors="pt"))
+        second = second.pooler_output[0]
+        torch.testing.assert_close(embedding[: len(first)], unit(first), atol=1e-5, rtol=0)
+        torch.testing.assert_close(embedding[encoder.split :], unit(second), atol=1e-5, rtol=0)
+    for image, embedding in zip(images, found[3:]):
+        pixels = [
+            AutoImageProcessor.from_pretrained(paths[n], backend="pil")(image, return_tensors="pt") for n in (0, 2)
+        ]
+        first, second = dinov2(**pixels[0]).pooler_output[0], clip.get_image_features(**pixels[1]).pooler_output[0]
+        torch.testing.assert_close(embedding[: len(first)], unit(first), atol=1e-5, rtol=0)
+        torch.testing.assert_close(embedding[encoder.split :], unit(second), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["convnext", "resnet", "swin"])
+def test_pooled_vision_models(checkpoints, tmp_path, name):
+    set_seed(0)
+    config, model = {
+        "convnext": (ConvNextConfig(depths=[1, 1], hidden_sizes=[8, 16], num_stages=2), ConvNextModel),
+        "resnet": (
+            ResNetConfig(embedding_size=8, depths=[1, 1], hidden_sizes=[8, 16], layer_type="basic"),
+            ResNetModel,
+        ),
+        "swin": (
+            SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4),
+            SwinModel,
+        ),
+    }[name]
+    model(config).save_pretrained(tmp_path)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    encoder = TripleEncoder(image=str(tmp_path), text=None, cross=None, device="cpu")
+    pixels = CLIPImageProcessorPil.from_pretrained(tmp_path)(picture(0), return_tensors="pt")
+    expected = model.from_pretrained(tmp_path).eval()(**pixels).pooler_output.flatten()
+    torch.testing.assert_close(encoder.encode([picture(0)])[0], unit(expected), atol=1e-5, rtol=0)
+
+
+def test_vision_models_without_a_definite_embedding_are_refused(tmp_path):
+    set_seed(0)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    mae = ViTMAEConfig(**small, image_size=16, patch_size=4)
+    segformer = SegformerConfig(
+        num_encoder_blocks=1,
+        depths=[1],
+        sr_ratios=[1],
+        hidden_sizes=[8],
+        patch_sizes=[4],
+        strides=[4],
+        num_attention_heads=[1],
+        mlp_ratios=[2],
+    )
+    for model, config, message in (
+        (ViTMAEModel, mae, "another embedding each time"),
+        (SegformerModel, segformer, "neither a pooled output nor a first token"),
+    ):
+        path = tmp_path / model.__name__
+        model(config).save_pretrained(path)
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(path)
+        with pytest.raises(ValueError, match=rf"{model.__name__}.*{message}"):
+            TripleEncoder(image=str(path), text=None, cross=None, device="cpu").encode([picture(0)])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken", "mean_sqrt_len_tokens"])
+def test_texts_are_embedded_as_sentence_transformers_does(tmp_path, pooling):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer import modules
+
+    path = build_bert(tmp_path / "bert")
+    transformer = modules.Transformer(path, max_seq_length=8)
+    parts = [transformer, modules.Pooling(24, pooling), modules.Normalize()]
+    sentence_transformers.SentenceTransformer(modules=parts, device="cpu").save(str(tmp_path / "st"))
+    texts = [*TEXTS, "  star a "]
+    reference = sentence_transformers.SentenceTransformer(str(tmp_path / "st"), device="cpu").encode(texts)
+    encoder = TripleEncoder(None, str(tmp_path / "st"), None, device="cpu", long_text="truncate")
+    torch.testing.assert_close(encoder.encode(texts), torch.from_numpy(reference), atol=1e-5, rtol=0)
+
+
 # --- pooling
 
 
@@ -239,6 +373,8 @@ def test_bfloat16_runs_in_bfloat16(checkpoints, encoder):
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
         ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "lasttoken"),
         ({"pooling_mode": "mean", "embedding_dimension": 24}, "mean"),
+        ({"pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_sqrt_len_tokens": True}, "cls+mean_sqrt_len"),
     ],
 )
 @torch.no_grad()
@@ -250,19 +386,26 @@ def test_sentence_transformers_pooling(checkpoints, tmp_path, config, pooling):
     bert = BertModel.from_pretrained(path).eval()
     for text, found in zip(TEXTS, encoder.encode(TEXTS), strict=True):
         hidden = bert(**tokens(path, text)).last_hidden_state[0]
-        expected = {"cls": hidden[0], "mean": hidden.mean(0), "lasttoken": hidden[-1]}[pooling]
-        torch.testing.assert_close(found[:24], unit(expected), atol=1e-5, rtol=0)
+        expected = {
+            "cls": hidden[0],
+            "mean": hidden.mean(0),
+            "max": hidden.amax(0),
+            "lasttoken": hidden[-1],
+            "cls+mean_sqrt_len": torch.cat([hidden[0], hidden.sum(0) / len(hidden) ** 0.5]),
+        }[pooling]
+        torch.testing.assert_close(found[: encoder.split], unit(expected), atol=1e-5, rtol=0)
 
 
 def test_pooling_that_is_not_known_is_refused(checkpoints, tmp_path):
     path = build_bert(tmp_path / "bert")
     (tmp_path / "bert" / "1_Pooling").mkdir()
     pooling = tmp_path / "bert" / "1_Pooling" / "config.json"
-    pooling.write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(ValueError, match=r"max_tokens.*1_Pooling/config.json"):
+    pooling.write_text(json.dumps({"pooling_mode_weightedmean_tokens": True}))
+    with pytest.raises(ValueError, match=r"weightedmean_tokens.*1_Pooling/config.json"):
         TripleEncoder(checkpoints["dinov2"], path, checkpoints["clip"], device="cpu")
     pooling.write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    modules = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Dense")]
+    names = ("Transformer", "Pooling", "Dense")
+    modules = [{"type": f"sentence_transformers.models.{name}", "path": f"{i}_{name}"} for i, name in enumerate(names)]
     (tmp_path / "bert" / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match="not applied here: Dense"):
         TripleEncoder(checkpoints["dinov2"], path, checkpoints["clip"], device="cpu")
@@ -282,13 +425,15 @@ def test_first_token_where_the_pooler_was_never_trained(checkpoints, tmp_path):
     torch.testing.assert_close(encoder.encode([picture(0)])[0, :16], unit(expected), atol=1e-5, rtol=0)
 
 
-# --- truncation
+# --- long texts
 
 
 def test_truncation_is_counted_and_reported_once(checkpoints, tmp_path, caplog):
     bert = build_bert(tmp_path / "bert", max_length=32)
     (tmp_path / "bert" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20}))
-    encoder = TripleEncoder(checkpoints["dinov2"], bert, checkpoints["clip"], device="cpu", batch_size=2)
+    encoder = TripleEncoder(
+        checkpoints["dinov2"], bert, checkpoints["clip"], device="cpu", batch_size=2, long_text="truncate"
+    )
     exact = " ".join(["star"] * 10)  # 12 tokens with [CLS] and [SEP]
     over_clip, over_both = exact + " red", " ".join(["star"] * 19)
     with caplog.at_level(logging.WARNING, logger="hf_sugar"):
@@ -297,16 +442,46 @@ def test_truncation_is_counted_and_reported_once(checkpoints, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_sugar"):
         encoder.encode([over_clip, "star", over_both, over_clip, exact])
     (record,) = caplog.records
-    assert "Of 5 texts" in record.getMessage()
-    assert "1 at 20 tokens by the text teacher" in record.getMessage()
-    assert "3 at 12 tokens by the cross teacher" in record.getMessage()
+    assert "Of 5 texts" in record.getMessage() and "They were cut" in record.getMessage()
+    assert "1 than the 20 tokens of the text teacher" in record.getMessage()
+    assert "3 than the 12 tokens of the cross teacher" in record.getMessage()
     caplog.clear()
     counts = Counter()
-    encoder.encode([over_clip], truncated=counts)
-    encoder.encode([over_both], truncated=counts)
+    encoder.encode([over_clip], long_texts=counts)
+    encoder.encode([over_both], long_texts=counts)
     assert counts == {"cross": 2, "text": 1} and not caplog.records
     # CLIP's last token survives the cut
     torch.testing.assert_close(encoder.encode([over_clip])[:, 24:], encoder.encode([exact])[:, 24:], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_windows_are_averaged(encoder, checkpoints, caplog):
+    """Halved at the middle space until each part has at most 12 tokens, two of which are special."""
+    words = [*"a red circle and a small star left of a small blue square and a red star".split(), *["star"] * 6]
+    clip_text = CLIPTextModelWithProjection.from_pretrained(checkpoints["clip"]).eval()
+
+    def embed(text):
+        return unit(clip_text(**tokens(checkpoints["clip"], text)).text_embeds[0])
+
+    two, four = " ".join(words[:13]), " ".join(words[:22])
+    expected = unit(embed("a red circle and a small star") + embed("left of a small blue square"))
+    with caplog.at_level(logging.WARNING, logger="hf_sugar"):
+        found = encoder.encode([two, "star", four])
+    torch.testing.assert_close(found[0, 24:], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1, 24:], embed("star"), atol=1e-5, rtol=0)
+    windows = encoder._cross._windows(four)
+    assert " ".join(windows).split() == words[:22] and all(n <= 12 for n in encoder._cross._lengths(windows))
+    torch.testing.assert_close(found[2, 24:], unit(sum(map(embed, windows))), atol=1e-5, rtol=0)
+    (record,) = [record for record in caplog.records if record.name.startswith("hf_sugar")]
+    assert "2 than the 12 tokens of the cross teacher" in record.getMessage() and "windows" in record.getMessage()
+    assert encoder.encode(["x" * 500]).shape == (1, 44)  # one word is one token here, whatever its length
+
+
+def test_text_without_spaces_is_split_in_the_middle(encoder):
+    assert encoder._cross._windows("+" * 30 + "-") == ["+" * 30 + "-"]
+    text = "+a" * 20  # 40 tokens
+    windows = encoder._cross._windows(text)
+    assert "".join(windows) == text and all(n <= 12 for n in encoder._cross._lengths(windows))
 
 
 # --- fingerprint and construction
@@ -359,10 +534,17 @@ def test_from_teachers(checkpoints, encoder):
     nulls = {"image": None, "text": None, "cross": checkpoints["clip"]}
     assert clip.split is None
     assert clip.fingerprint == TripleEncoder.from_teachers(nulls, device="cpu").fingerprint
-    with pytest.raises(ValueError, match="no `cross`"):
-        TripleEncoder.from_teachers({"image": checkpoints["dinov2"], "text": checkpoints["bert"]})
-    with pytest.raises(ValueError, match="give both"):
-        TripleEncoder.from_teachers({"image": checkpoints["dinov2"], "cross": checkpoints["clip"]})
+    settings = {**mapping, "dtype": "bfloat16", "long_text": "truncate"}
+    truncating = TripleEncoder.from_teachers(settings, device="cpu")
+    assert (truncating.dtype, truncating.long_text) == (torch.bfloat16, "truncate")
+    fingerprints = {
+        TripleEncoder.from_teachers({**mapping, **change}, device="cpu").fingerprint
+        for change in ({}, {"dtype": "bfloat16"}, {"long_text": "truncate"}, {"batch_size": 2}, settings)
+    }
+    assert len(fingerprints) == 4  # the batch size decides nothing
+    for two in ({"image", "text"}, {"image", "cross"}, {"text", "cross"}):
+        with pytest.raises(ValueError, match="Give all three"):
+            TripleEncoder.from_teachers({role: mapping[role] for role in two})
     with pytest.raises(ValueError, match=r"\['clip'\].*image, text and cross"):
         TripleEncoder.from_teachers({"clip": checkpoints["clip"]})
 
@@ -379,8 +561,14 @@ def test_defaults_are_those_of_the_paper(monkeypatch):
 
 
 def test_construction_errors(checkpoints, tmp_path):
-    with pytest.raises(ValueError, match="give both"):
+    with pytest.raises(ValueError, match="Give all three"):
         TripleEncoder(None, checkpoints["bert"], checkpoints["clip"])
+    with pytest.raises(ValueError, match="Give all three"):
+        TripleEncoder(None, None, None)
+    with pytest.raises(ValueError, match="`long_text`"):
+        TripleEncoder(None, None, checkpoints["clip"], long_text="drop")
+    with pytest.raises(ValueError, match="`dtype` is 'half-ish'"):
+        TripleEncoder(None, None, checkpoints["clip"], dtype="half-ish")
     with pytest.raises(ValueError, match="`revisions`"):
         TripleEncoder(None, None, checkpoints["clip"], revisions={"clip": "main"})
     with pytest.raises(OSError):
@@ -445,8 +633,10 @@ def test_cache_round_trip(encoder, tmp_path):
         torch.testing.assert_close(found, embeddings[[3, 0, 0, 2, 1]], atol=5e-4, rtol=0)
         torch.testing.assert_close(found[:, :24].norm(dim=1), torch.ones(5), atol=1e-6, rtol=0)
         torch.testing.assert_close(found[:, 24:].norm(dim=1), torch.ones(5), atol=1e-6, rtol=0)
-    files = sorted(file.name for file in (tmp_path / "cache").iterdir())
-    assert files == ["cache.json", "shard-00000.safetensors", "shard-00001.safetensors"]
+    shards = list((tmp_path / "cache").glob("shard-*.arrow"))
+    tables = [datasets.Dataset.from_file(str(shard)) for shard in shards]
+    assert sorted(map(len, tables)) == [1, 3] and tables[0].features["embedding"].length == 44
+    assert {key for table in tables for key in table["key"]} == set(map(slice_key, slices))
     header = json.loads((tmp_path / "cache" / "cache.json").read_text())
     assert (header["dim"], header["split"], header["fingerprint"]) == (44, 24, encoder.fingerprint)
 
@@ -480,7 +670,7 @@ def test_keys_name_the_content(tmp_path):
     changed[-1, -1, -1] ^= 1
     others = [image, transposed_size, Image.fromarray(changed), "a", "a ", image.tobytes().decode("latin-1")]
     assert len({slice_key(item) for item in others}) == len(others)
-    assert len(slice_key("é")) == 64
+    assert len(slice_key("é")) == 16
 
 
 def test_missing_is_unique_and_ordered(encoder, tmp_path):
@@ -518,16 +708,13 @@ def test_an_existing_cache_is_opened_without_the_weights(encoder, checkpoints, t
 
 
 def test_damaged_caches(encoder, tmp_path):
-    cache = open_cache(tmp_path, encoder)
-    cache.add(["star"], encoder.encode(["star"]))
-    (tmp_path / ".shard-00001.safetensors.tmp").write_bytes(b"half written")  # what a killed process leaves
-    again = open_cache(tmp_path, encoder)
-    assert len(again) == 1
-    again.add(["a"], encoder.encode(["a"]))
-    assert len(open_cache(tmp_path, encoder)) == 2 and not list(tmp_path.glob(".*"))
-    (tmp_path / "shard-00001.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"shard-00001.safetensors.*Delete this file"):
-        open_cache(tmp_path, encoder)
+    open_cache(tmp_path, encoder).add(["star"], encoder.encode(["star"]))
+    (shard,) = tmp_path.glob("shard-*")
+    content = shard.read_bytes()
+    for damaged in (b"", b"damaged", content[:-100], content[: len(content) // 2]):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{shard.name}.*damaged.*Delete this file"):
+            open_cache(tmp_path, encoder)
     (tmp_path / "cache.json").unlink()
     with pytest.raises(ValueError, match="no cache.json"):
         open_cache(tmp_path, encoder)
@@ -536,21 +723,70 @@ def test_damaged_caches(encoder, tmp_path):
         open_cache(tmp_path, encoder)
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_flipped_byte_is_detected_and_its_shard_named(tmp_path, indexed):
+    """Every byte of a shard in turn: reading names the shard, or gives what was written."""
+    names = ["a", "b", "c"]
+    values = torch.nn.functional.normalize(torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    cache = TeacherCache(tmp_path, "f", 8, 4)
+    cache.add(names, values.flatten(1))
+    cache.add(["d"], values.flatten(1)[:1])
+    if indexed:
+        cache._write_index()
+    expected = cache.lookup(names)
+    shard = tmp_path / cache._shard_name(b"".join(map(slice_key, names)))
+    content = shard.read_bytes()
+    detected = []
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        shard.write_bytes(damaged)
+        try:
+            assert torch.equal(TeacherCache(tmp_path, "f", 8, 4).lookup(names), expected), place
+        except ValueError as error:
+            assert shard.name in str(error) and "is damaged" in str(error)
+            detected.append(place)
+    start = content.index(values.flatten(1).half().numpy().tobytes())
+    assert set(range(start, start + 3 * 8 * 2)) <= set(detected)  # all of the embeddings
+
+
+def test_a_damaged_index_is_made_again(encoder, tmp_path):
+    open_cache(tmp_path, encoder).fill([row("star"), row("left")], encoder)
+    (index,) = tmp_path.glob("*.index")
+    content = bytearray(index.read_bytes())
+    assert open_cache(tmp_path, encoder)._open == {}  # the index is enough
+    for place in (0, 17, 40, len(content) - 1):
+        index.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        assert "star" in open_cache(tmp_path, encoder) and "left" in open_cache(tmp_path, encoder)
+    index.write_bytes(content[:-5])
+    assert "star" in open_cache(tmp_path, encoder)
+
+
 def test_a_write_that_fails_leaves_nothing(encoder, tmp_path, monkeypatch):
     cache = open_cache(tmp_path, encoder)
     cache.add(["star"], encoder.encode(["star"]))
 
-    def torn(shard, path):
+    def torn(path, target):
         Path(path).write_bytes(b"first half")
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_sugar.teachers.cache.save_file", torn)
+        patch.setattr("hf_sugar.teachers.cache.os.replace", torn)
         with pytest.raises(OSError, match="disk full"):
             cache.add(["a"], encoder.encode(["a"]))
-    assert "a" not in cache and "a" not in open_cache(tmp_path, encoder)
+    assert "a" not in cache and "a" not in open_cache(tmp_path, encoder) and not list(tmp_path.glob(".*"))
     cache.add(["a"], encoder.encode(["a"]))
     assert "a" in open_cache(tmp_path, encoder)
+
+
+def test_many_shards_keep_few_files_open(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sugar.teachers.cache._MAX_OPEN_SHARDS", 3)
+    names = [f"star {i}" for i in range(10)]
+    cache = open_cache(tmp_path, encoder)
+    cache.fill([row(name) for name in names], encoder, rows_per_shard=1)
+    assert len(list(tmp_path.glob("shard-*"))) == 10
+    assert torch.equal(cache.lookup(names), torch.cat([cache.lookup([name]) for name in names]))
+    assert len(cache._open) == 3
 
 
 def test_add_checks_its_arguments(encoder, tmp_path):
@@ -564,21 +800,21 @@ def test_add_checks_its_arguments(encoder, tmp_path):
 def test_fill_encodes_every_slice_once(encoder, tmp_path):
     rows = [row(picture(0), "star"), row("star", "a red circle", picture(0), picture(1)), row("a red circle")]
     cache = open_cache(tmp_path, encoder)
-    counts = cache.fill(rows, encoder, batch_slices=2)
-    assert counts == {"rows": 3, "skipped": 0, "slices": 7, "unique": 4, "encoded": 4}
+    counts = cache.fill(rows, encoder, rows_per_shard=1)
+    assert counts == {"rows": 3, "skipped": 0, "slices": 7, "encoded": 4}
     slices = [picture(0), "star", "a red circle", picture(1)]
     torch.testing.assert_close(cache.lookup(slices), encoder.encode(slices), atol=5e-4, rtol=0)
     rows.append(row("left", "star"))
     counts = open_cache(tmp_path, encoder).fill(rows, encoder)
-    assert counts == {"rows": 4, "skipped": 0, "slices": 9, "unique": 5, "encoded": 1}
+    assert counts == {"rows": 4, "skipped": 0, "slices": 9, "encoded": 1}
 
 
 def test_fill_sees_what_another_process_wrote(encoder, tmp_path):
     rows = [row("star", picture(0)), row("a red circle")]
     first, second = open_cache(tmp_path, encoder), open_cache(tmp_path, encoder)
-    assert first.fill(rows, encoder, batch_slices=1)["encoded"] == 3
+    assert first.fill(rows, encoder, rows_per_shard=1)["encoded"] == 3
     files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    assert second.fill(rows, encoder) == {"rows": 2, "skipped": 0, "slices": 3, "unique": 3, "encoded": 0}
+    assert second.fill(rows, encoder) == {"rows": 2, "skipped": 0, "slices": 3, "encoded": 0}
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
     assert torch.equal(first.lookup(["star", picture(0)]), second.lookup(["star", picture(0)]))
 
@@ -609,11 +845,10 @@ def test_fill_goes_on_after_a_kill(encoder, checkpoints, tmp_path):
 
     killed = Killed(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        open_cache(tmp_path, killed).fill(rows, killed, batch_slices=2)
+        open_cache(tmp_path, killed).fill(rows, killed, rows_per_shard=1)
     cache = open_cache(tmp_path, encoder)
     assert len(cache) == 4
-    counts = cache.fill(rows, encoder)
-    assert (counts["unique"], counts["encoded"]) == (10, 6)
+    assert cache.fill(rows, encoder)["encoded"] == 6
     slices = [item for r in rows for item in row_slices(r)]
     torch.testing.assert_close(cache.lookup(slices), encoder.encode(slices), atol=5e-4, rtol=0)
 
@@ -651,7 +886,7 @@ def test_fill_names_or_skips_bad_rows(encoder, tmp_path, caplog, streaming):
         cache.fill(dataset, encoder)
     with caplog.at_level(logging.WARNING, logger="hf_sugar"):
         counts = cache.fill(dataset, encoder, on_row_error="skip")
-    assert counts == {"rows": 4, "skipped": 2, "slices": 2, "unique": 2, "encoded": 2}
+    assert counts == {"rows": 4, "skipped": 2, "slices": 2, "encoded": 2}
     assert picture(0) in cache
     messages = [record.getMessage() for record in caplog.records]
     assert "row 1 (a:1)" in messages[0] and "row 3 (a:3)" in messages[1] and messages[2] == "Skipped 2 of 4 rows."
@@ -662,9 +897,148 @@ def test_fill_names_or_skips_bad_rows(encoder, tmp_path, caplog, streaming):
 def test_fill_reports_truncation_once(encoder, tmp_path, caplog):
     rows = [row(" ".join(["star"] * n)) for n in (3, 11, 12, 13, 12)]
     with caplog.at_level(logging.WARNING, logger="hf_sugar"):
-        open_cache(tmp_path, encoder).fill(rows, encoder, batch_slices=9)
+        open_cache(tmp_path, encoder).fill(rows, encoder, rows_per_shard=2)
     (record,) = caplog.records
-    assert "Of 4 texts" in record.getMessage() and "3 at 12 tokens by the cross teacher" in record.getMessage()
+    assert "Of 4 texts" in record.getMessage() and "3 than the 12 tokens of the cross teacher" in record.getMessage()
+
+
+# --- several processes, kills
+
+WORKER = """
+import sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+import test_teachers as t
+from hf_sugar.teachers import TeacherCache, TripleEncoder
+encoder = TripleEncoder(*sys.argv[3:6], device="cpu")
+counts = TeacherCache.for_encoder(sys.argv[2], encoder).fill(t.stories(sys.argv[6] == "stream"), encoder, rows_per_shard=8)
+print("COUNTS", dict(counts))
+"""
+
+
+def stories(streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """80 rows, whose slices recur near and far."""
+    features = datasets.Features(
+        {
+            "messages": [
+                {
+                    "role": datasets.Value("string"),
+                    "content": [{"type": datasets.Value("string"), "text": datasets.Value("string")}],
+                }
+            ],
+            "images": datasets.List(datasets.Image()),
+        }
+    )
+    rows = [
+        row(f"star {'red ' * (i % 9)}", picture(i % 50), f"left {i}", "circle", picture(200 + i)) for i in range(80)
+    ]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    return dataset.to_iterable_dataset(num_shards=2) if streaming else dataset
+
+
+def start_worker(directory, checkpoints, mode="map", launch=()) -> subprocess.Popen:
+    paths = [checkpoints[name] for name in ("dinov2", "bert", "clip")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    (script := Path(paths[0]).parent / "worker.py").write_text(WORKER)
+    command = [sys.executable, *launch, str(script), str(Path(__file__).parent), str(directory), *paths, mode]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def counts_of(worker: subprocess.Popen) -> dict[str, int]:
+    out, errors = worker.communicate(timeout=120)
+    assert worker.returncode == 0, errors[-3000:]
+    return ast.literal_eval(out.split("COUNTS ")[1].splitlines()[0])
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("shard-*")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(encoder, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    counts = open_cache(directory, encoder).fill(stories(), encoder, rows_per_shard=8)
+    assert counts == {"rows": 80, "skipped": 0, "slices": 400, "encoded": 80 + 9 + 80 + 1 + 50}
+    return directory
+
+
+def test_two_ranks_write_what_one_process_writes(uninterrupted, checkpoints, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    counts = counts_of(start_worker(tmp_path, checkpoints, launch=launch))
+    assert counts == {"rows": 80, "skipped": 0, "slices": 400, "encoded": 220}
+    assert content(tmp_path) == content(uninterrupted)
+    assert len((tmp_path / "blocks.jsonl").read_text().split()) > 10 and not list(tmp_path.glob(".*"))
+
+
+def test_two_runs_at_once_write_what_one_writes(uninterrupted, checkpoints, tmp_path):
+    workers = [start_worker(tmp_path, checkpoints, mode) for mode in ("map", "stream")]
+    encoded = [counts_of(worker)["encoded"] for worker in workers]
+    assert content(tmp_path) == content(uninterrupted) and sum(encoded) >= 220
+
+
+def kill_and_go_on(uninterrupted, checkpoints, encoder, directory, kills, seed):
+    """Kill when another number of shards is there, and some time after; each time a shard at most is lost."""
+    random = np.random.RandomState(seed)
+    for kill in range(kills):
+        before = len(content(directory))
+        worker = start_worker(directory, checkpoints)
+        while worker.poll() is None and len(content(directory)) == before:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.02))
+        worker.kill()
+        worker.communicate()
+        assert content(directory).items() <= content(uninterrupted).items()
+        assert len(content(directory)) > before or before == len(content(uninterrupted)), kill
+    counts = open_cache(directory, encoder).fill(stories(), encoder, rows_per_shard=8)
+    assert (counts["rows"], counts["slices"]) == (80, 400)
+    assert content(directory) == content(uninterrupted)
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(uninterrupted, checkpoints, encoder, tmp_path):
+    kill_and_go_on(uninterrupted, checkpoints, encoder, tmp_path, 2, 0)
+
+
+@pytest.mark.extras
+def test_ten_kills(uninterrupted, checkpoints, encoder, tmp_path):
+    kill_and_go_on(uninterrupted, checkpoints, encoder, tmp_path, 10, 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_second_run_does_not_look_at_finished_rows(uninterrupted, encoder, tmp_path, monkeypatch, streaming):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_sugar.teachers.cache.load_image", None)
+        counts = open_cache(tmp_path, encoder).fill(stories(streaming), encoder, rows_per_shard=8)
+    assert counts == {"rows": 80, "skipped": 0, "slices": 400, "encoded": 0}
+    # another row among them
+    rows = stories().to_list()
+    rows[20]["messages"][0]["content"][0]["text"] = "another"
+    changed = datasets.Dataset.from_list(rows, features=stories().features)
+    assert open_cache(tmp_path, encoder).fill(changed, encoder, rows_per_shard=8)["encoded"] == 1
+    # a shard deleted
+    lost = next(iter(content(uninterrupted)))
+    (tmp_path / lost).unlink()
+    assert open_cache(tmp_path, encoder).fill(stories(streaming), encoder, rows_per_shard=8)["encoded"] > 0
+    assert content(tmp_path)[lost] == content(uninterrupted)[lost]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_structure_loss_are_not_embedded(encoder, tmp_path, streaming):
+    rows = stories().select(range(6)).add_column("structure", [False] * 5 + [True])
+    counts = open_cache(tmp_path, encoder).fill(rows.to_iterable_dataset() if streaming else rows, encoder)
+    assert counts["rows"] == 6 and counts["slices"] == 5
+
+
+def test_a_changed_image_file_is_seen(encoder, tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    features = stories().features
+    rows = [{**row("star", picture(0)), "images": [str(tmp_path / "a.png")]}]
+    cache = open_cache(tmp_path / "cache", encoder)
+    assert cache.fill(datasets.Dataset.from_list(rows, features=features), encoder)["encoded"] == 2
+    picture(1, 40, 40).save(tmp_path / "a.png")
+    assert cache.fill(datasets.Dataset.from_list(rows, features=features), encoder)["encoded"] == 1
+    assert picture(0) in cache and picture(1, 40, 40) in cache
 
 
 # --- rows and images

@@ -1,9 +1,8 @@
 from dataclasses import dataclass, field
 
-from accelerate import PartialState
-
 from hf_sugar.data import load_data
 from hf_sugar.teachers import TeacherCache, TripleEncoder
+from hf_sugar.teachers.cache import distributed_state
 
 from .arguments import DataArguments, parse
 
@@ -20,6 +19,8 @@ class PrepareArguments:
             Where the embeddings are written; `hf-sugar train` takes the same setting.
         split (`str`, *optional*, defaults to `"train"`):
             Split of datasets that have several.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read the data while they are embedded instead of loading them first.
     """
 
     teachers: dict | str | None = field(
@@ -27,11 +28,15 @@ class PrepareArguments:
     )
     teacher_cache_dir: str = field(default="teacher_cache", metadata={"help": "Where the embeddings are written."})
     split: str = field(default="train", metadata={"help": "Split of datasets that have several."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data while they are embedded instead of loading them first."}
+    )
 
 
 def prepare(data: DataArguments, args: PrepareArguments) -> dict[str, int]:
     """
-    Put the teacher embeddings of `data.train_data` and `data.eval_data` into the cache.
+    Put the teacher embeddings of `data.train_data` and `data.eval_data` into the cache. Under `accelerate launch -m
+    hf_sugar.cli.main prepare` the work is divided over the processes.
 
     Args:
         data ([`DataArguments`]):
@@ -47,11 +52,12 @@ def prepare(data: DataArguments, args: PrepareArguments) -> dict[str, int]:
     ]
     if not sources:
         raise ValueError("`train_data` is not set: name the data to prepare.")
-    encoder = TripleEncoder.from_teachers(args.teachers, device=PartialState().device)
+    encoder = TripleEncoder.from_teachers(args.teachers, device=distributed_state().device)
     cache = TeacherCache.for_encoder(args.teacher_cache_dir, encoder)
     total: dict[str, int] = {}
     for source, split in sources:
-        counts = cache.fill(load_data(source, split, on_bad_row=data.on_bad_row), encoder, data.on_bad_row)
+        rows = load_data(source, split, on_bad_row=data.on_bad_row, streaming=args.streaming)
+        counts = cache.fill(rows, encoder, data.on_bad_row)
         total = {name: total.get(name, 0) + count for name, count in counts.items()}
     return total
 
@@ -61,4 +67,6 @@ def main(argv: list[str]) -> None:
         "prepare", (DataArguments, PrepareArguments), argv, "Compute the teacher embeddings of a dataset, once."
     )
     counts = prepare(data, args)
-    print(", ".join(f"{count} {name}" for name, count in counts.items()), "->", args.teacher_cache_dir)
+    distributed_state().print(
+        ", ".join(f"{count} {name}" for name, count in counts.items()), "->", args.teacher_cache_dir
+    )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -40,15 +41,34 @@ _FINGERPRINTED_FILES = (
     "1_Pooling/config.json",
 )
 
+# How sentence-transformers calls them in its older configurations.
+_POOLING_NAMES = {
+    "cls_token": "cls",
+    "mean_tokens": "mean",
+    "max_tokens": "max",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+}
+
 
 class _Teacher:
     """One frozen checkpoint. Construction resolves it; the weights are read when first needed."""
 
-    def __init__(self, role: str, path: str, revision: str | None, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        role: str,
+        path: str,
+        revision: str | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+        long_text: str,
+    ):
         self.role = role
         self.path = path
         self.device = device
         self.dtype = dtype
+        self.batch_size = batch_size
+        self.long_text = long_text
         # The resolved commit serves every later read, so that all files come from one state of the repository.
         self.revision = revision
         config_file = cached_file(path, "config.json", revision=revision)
@@ -80,19 +100,34 @@ class _Teacher:
             self.path, revision=self.revision, dtype=self.dtype, use_safetensors=True, output_loading_info=True
         )
         # A pooler that was never trained is ignored for `image` (see `images`) and not used for `text`.
-        missing = [key for key in info["missing_keys"] if self.role == "cross" or not key.startswith("pooler.")]
+        dual = hasattr(model, "get_text_features")
+        missing = [key for key in info["missing_keys"] if dual or not key.startswith("pooler.")]
         if missing:
             raise ValueError(
                 f"The {self.role} teacher {self.path} lacks {len(missing)} weights, such as {sorted(missing)[:3]}: they "
                 "would be random. Use a complete checkpoint of an architecture `AutoModel` knows."
             )
-        if self.role == "cross" and not hasattr(model, "get_text_features"):
+        if self.role == "cross" and not dual:
             raise ValueError(
                 f"The cross teacher {self.path} is a {type(model).__name__}, which embeds only one modality. Use a dual "
                 "encoder such as CLIP or SigLIP."
             )
+        self.dual = dual
         self.untrained_pooler = any(key.startswith("pooler.") for key in info["missing_keys"])
         return model.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def width(self) -> int:
+        # Taken from an actual output: configurations of different architectures name it differently.
+        if self.role != "image":
+            return self.texts(["a"])[0].shape[1]
+        first, second = (self.images([Image.linear_gradient("L").convert("RGB")]) for _ in range(2))
+        if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
+            raise ValueError(
+                f"The image teacher {self.path}, a {type(self.model).__name__}, gives another embedding each time (does it "
+                "mask patches at random?). Use a model that does not."
+            )
+        return first.shape[1]
 
     @cached_property
     def image_processor(self):
@@ -105,26 +140,34 @@ class _Teacher:
 
     @cached_property
     def max_length(self) -> int:
-        lengths = [self.tokenizer.model_max_length, self.config.get_text_config().max_position_embeddings]
-        sentence_transformers = self._read_json("sentence_bert_config.json") or {}
-        if sentence_transformers.get("max_seq_length"):
-            lengths.append(sentence_transformers["max_seq_length"])
-        return min(lengths)
+        lengths = [
+            self.tokenizer.model_max_length,
+            self.config.get_text_config().to_dict().get("max_position_embeddings"),
+            self._sentence_transformers.get("max_seq_length"),
+        ]
+        return min(length for length in lengths if length)
+
+    @cached_property
+    def _sentence_transformers(self) -> dict[str, Any]:
+        return self._read_json("sentence_bert_config.json") or {}
 
     def _read_json(self, filename: str) -> Any:
         file = cached_file(self.path, filename, revision=self.revision, _raise_exceptions_for_missing_entries=False)
         return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
-    def _read_pooling(self) -> str:
-        modules = {module["type"].rsplit(".", 1)[-1] for module in self._read_json("modules.json") or []}
-        if unknown := modules - {"Transformer", "Pooling", "Normalize"}:
+    def _read_pooling(self) -> list[str]:
+        modules = {
+            module["type"].rsplit(".", 1)[-1]: module["path"] for module in self._read_json("modules.json") or []
+        }
+        if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
             raise ValueError(
                 f"The text teacher {self.path} has sentence-transformers modules that are not applied here: "
                 f"{', '.join(sorted(unknown))}. Use a model made of Transformer, Pooling and Normalize."
             )
-        config = self._read_json("1_Pooling/config.json")
+        file = f"{modules.get('Pooling', '1_Pooling')}/config.json"
+        config = self._read_json(file)
         if config is None:
-            return "cls"
+            return ["cls"]
         modes = [
             key.removeprefix("pooling_mode_")
             for key, value in config.items()
@@ -132,28 +175,63 @@ class _Teacher:
         ]
         if config.get("pooling_mode"):
             modes = [config["pooling_mode"]] if isinstance(config["pooling_mode"], str) else config["pooling_mode"]
-        modes = [{"cls_token": "cls", "mean_tokens": "mean"}.get(mode, mode) for mode in modes]
-        if len(modes) != 1 or modes[0] not in ("cls", "mean", "lasttoken"):
+        modes = [_POOLING_NAMES.get(mode, mode) for mode in modes]
+        if not modes or not set(modes) <= {"cls", "mean", "mean_sqrt_len", "max", "lasttoken"}:
             raise ValueError(
-                f"The text teacher {self.path} pools by {modes} (1_Pooling/config.json). Use a model that pools by one "
-                "of cls, mean or lasttoken."
+                f"The text teacher {self.path} pools by {modes} ({file}). Use a model that pools by cls, mean, "
+                "mean_sqrt_len, max or lasttoken."
             )
-        return modes[0]
+        return modes
 
     def images(self, images: list[Image.Image]) -> torch.Tensor:
         inputs = self.image_processor(images, return_tensors="pt")
         inputs = inputs.to(self.device, self.dtype)
-        if self.role == "cross":
-            return self._checked(self.model.get_image_features(**inputs).pooler_output)
-        outputs = self.model(**inputs)
-        if outputs.get("pooler_output") is None or self.untrained_pooler:
-            return self._checked(outputs.last_hidden_state[:, 0])
-        return self._checked(outputs.pooler_output.flatten(1))  # convolutional models keep (n, dim, 1, 1)
+        model = self.model
+        if self.dual:
+            return self._checked(model.get_image_features(**inputs).pooler_output)
+        outputs = model(**inputs)
+        if outputs.get("pooler_output") is not None and not self.untrained_pooler:
+            return self._checked(outputs.pooler_output.flatten(1))  # convolutional models keep (n, dim, 1, 1)
+        if outputs.last_hidden_state.ndim != 3:
+            raise ValueError(
+                f"The image teacher {self.path}, a {type(model).__name__}, has neither a pooled output nor a first token. "
+                "Use a vision model with one of them, such as DINOv2."
+            )
+        return self._checked(outputs.last_hidden_state[:, 0])
 
     def texts(self, texts: list[str]) -> tuple[torch.Tensor, int]:
-        truncated = sum(len(ids) > self.max_length for ids in self.tokenizer(texts, verbose=False)["input_ids"])
+        """Embeddings, each of length one, and how many texts are longer than the model takes."""
+        if self.role == "text":  # what sentence-transformers does before tokenizing
+            lower = self._sentence_transformers.get("do_lower_case")
+            texts = [text.strip().lower() if lower else text.strip() for text in texts]
+        long = [length > self.max_length for length in self._lengths(texts)]
+        split = self.long_text == "windows" and any(long)
+        parts = [self._windows(text) if split and over else [text] for text, over in zip(texts, long, strict=True)]
+        flat = [window for windows in parts for window in windows]
+        features = [
+            F.normalize(self._features(flat[start : start + self.batch_size]), dim=-1)
+            for start in range(0, len(flat), self.batch_size)
+        ]
+        means = [windows.mean(0) for windows in torch.cat(features).split([len(windows) for windows in parts])]
+        return F.normalize(torch.stack(means), dim=-1), sum(long)
+
+    def _lengths(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+
+    def _windows(self, text: str) -> list[str]:
+        """Halves at the space nearest the middle, and halves of these, until each part fits."""
+        if self._lengths([text])[0] <= self.max_length or len(text) < 2:
+            return [text]
+        middle = len(text) // 2
+        spaces = [
+            match.start() for match in re.finditer(r"\s+", text) if 0 < match.start() and match.end() < len(text)
+        ]
+        cut = min(spaces, key=lambda place: abs(place - middle), default=middle)
+        return self._windows(text[:cut].strip()) + self._windows(text[cut:].strip())
+
+    def _features(self, texts: list[str]) -> torch.Tensor:
         # SigLIP saw every text padded to its full length, without a mask.
-        siglip = self.role == "cross" and self.config.model_type in ("siglip", "siglip2")
+        siglip = self.config.model_type in ("siglip", "siglip2")
         inputs = self.tokenizer(
             texts,
             padding="max_length" if siglip else True,
@@ -161,18 +239,26 @@ class _Teacher:
             max_length=self.max_length,
             return_tensors="pt",
         ).to(self.device)
-        if self.role == "cross":
+        model = self.model
+        if self.dual:
             if siglip:
                 inputs = {"input_ids": inputs["input_ids"]}
-            return self._checked(self.model.get_text_features(**inputs).pooler_output), truncated
-        hidden = self.model(**inputs).last_hidden_state
-        mask = inputs["attention_mask"]
-        if self.pooling == "mean":
-            weights = mask[..., None].to(hidden.dtype)
-            return self._checked((hidden * weights).sum(1) / weights.sum(1)), truncated
-        # The position of the first or last token that is not padding, on whichever side the tokenizer pads.
-        position = mask.argmax(1) if self.pooling == "cls" else mask.shape[1] - 1 - mask.flip(1).argmax(1)
-        return self._checked(hidden[torch.arange(len(texts), device=self.device), position]), truncated
+            return self._checked(model.get_text_features(**inputs).pooler_output)
+        hidden = model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].bool()
+        rows = torch.arange(len(texts), device=self.device)
+        pooled = []
+        for mode in self.pooling:
+            if mode == "max":
+                pooled.append(hidden.masked_fill(~mask[..., None], float("-inf")).amax(1))
+            elif mode in ("mean", "mean_sqrt_len"):
+                total = (hidden * mask[..., None]).sum(1)
+                count = mask.sum(1, keepdim=True)
+                pooled.append(total / (count if mode == "mean" else count.sqrt()))
+            else:  # the first or last token that is not padding, on whichever side the tokenizer pads
+                last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+                pooled.append(hidden[rows, mask.int().argmax(1) if mode == "cls" else last])
+        return self._checked(torch.cat(pooled, dim=1))
 
     def _checked(self, features: torch.Tensor) -> torch.Tensor:
         features = features.float()
@@ -192,45 +278,56 @@ class TripleEncoder:
     A slice's embedding is `concat(a1, a2)`, each half of length one. `a2` comes from a dual encoder such as CLIP and
     compares an image with a text. `a1` compares slices of one modality with each other, and comes from a model that does
     this better than CLIP: a self-supervised vision model for images, a sentence encoder for texts. Where these two differ
-    in width, the narrower one is padded with zeros, which leaves its inner products alone. With `image=None, text=None`
-    the dual encoder does everything, `split` is `None` and an embedding is just its vector.
+    in width, the narrower one is padded with zeros, which leaves its inner products alone.
+
+    One encoder may do everything: `image=None, text=None` leaves the dual encoder; a vision model alone embeds images,
+    a sentence encoder alone texts, and a slice of the other kind is then an error. `split` is `None` and an embedding is
+    that encoder's vector.
 
     Paper: [Unified Generative and Discriminative Training for Multi-modal Large Language
     Models](https://huggingface.co/papers/2411.00304), the triple kernel of section 3.
 
     Every checkpoint may be a Hub id or a local directory, with weights in safetensors; remote code is never run. The
-    weights are read when something is first embedded, so that `fingerprint` and `description` are cheap. Images go
-    through each checkpoint's own processor with Pillow as the backend. Texts are embedded as they are, without the
-    instructions some sentence encoders put before retrieval queries; they are pooled as the checkpoint's
-    sentence-transformers configuration says (first token, mean or last token), else by the first token.
+    weights are read when something is first embedded, so that `fingerprint` and `description` are cheap.
+
+    - Images go through each checkpoint's own processor with Pillow as the backend.
+    - The vision model gives its pooled output, or the first token's state where it has no trained pooler.
+    - The sentence encoder pools as its sentence-transformers configuration says (cls, mean, max, lasttoken, or several of
+      them side by side), else by the first token. No instruction is put before a text.
+    - SigLIP's texts are padded to full length without a mask, as in its training.
 
     Args:
         image (`str`, *optional*, defaults to `"facebook/dinov2-base"`):
-            Vision model whose pooled output is `a1` of images. The first token's state is used where the checkpoint
-            has no trained pooler.
+            Vision model for `a1` of images. Of a dual encoder the image side is used.
         text (`str`, *optional*, defaults to `"BAAI/bge-base-en-v1.5"`):
-            Text encoder whose pooled output is `a1` of texts.
+            Text encoder for `a1` of texts. Of a dual encoder the text side is used.
         cross (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             Dual encoder (CLIP, SigLIP, ...: a model with `get_image_features` and `get_text_features`) for `a2`.
         revisions (`dict[str, str]`, *optional*):
             Branch, tag or commit of the Hub checkpoints, by `"image"`, `"text"` and `"cross"`.
         device (`str` or `torch.device`, *optional*):
             Defaults to the machine's accelerator, else the CPU.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `torch.float32`):
             Data type the models run in. Embeddings are always float32.
         batch_size (`int`, *optional*, defaults to `64`):
             Images or texts in one forward pass.
+        long_text (`str`, *optional*, defaults to `"windows"`):
+            What happens to a text with more tokens than an encoder takes (CLIP: 77, BGE: 512). `"windows"` halves it at
+            the space nearest the middle until every part fits; its embedding is the mean of the parts' embeddings,
+            normalised. `"truncate"` drops what is too much. Either way such texts are counted and reported.
 
     Attributes:
         split (`int` or `None`): width of `a1`.
         dim (`int`): width of the whole embedding.
+        checkpoints (`dict[str, str]`): Hub ids and directories by `"image"`, `"text"` and `"cross"`.
         description (`str`): the checkpoints and their versions, for messages.
         fingerprint (`str`): SHA-256 over everything that decides the embeddings: id and resolved commit of Hub
-            checkpoints, the files themselves of local ones (moving a directory changes nothing), pooling and data type.
+            checkpoints, the files themselves of local ones (moving a directory changes nothing), pooling, `long_text` and
+            data type.
 
     Raises:
-        `ValueError`: if only one of `image` and `text` is `None`, or a checkpoint lacks weights, pools in a way that is
-            not known here, or is not of the kind its place needs.
+        `ValueError`: if two of the three encoders are given, or a checkpoint lacks weights, pools in a way that is not
+            known here, or is not of the kind its place needs.
         `OSError`: if a checkpoint cannot be found or has no safetensors.
 
     Example:
@@ -249,40 +346,52 @@ class TripleEncoder:
         self,
         image: str | None = "facebook/dinov2-base",
         text: str | None = "BAAI/bge-base-en-v1.5",
-        cross: str = "openai/clip-vit-large-patch14",
+        cross: str | None = "openai/clip-vit-large-patch14",
         *,
         revisions: dict[str, str] | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         batch_size: int = 64,
+        long_text: str = "windows",
     ):
-        if (image is None) != (text is None):
+        paths = {"image": image, "text": text, "cross": cross}
+        if sum(path is not None for path in paths.values()) not in (1, 3):
             raise ValueError(
-                f"`image` is {image!r} and `text` is {text!r}: give both (triple kernel) or neither (`cross` alone)."
+                f"The teachers are {paths}. Give all three (triple kernel), or one that does everything, such as `cross`."
             )
         if unknown := set(revisions or {}) - {"image", "text", "cross"}:
             raise ValueError(f"Unknown teachers in `revisions`: {sorted(unknown)}. Valid are image, text and cross.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if long_text not in ("windows", "truncate"):
+            raise ValueError(f"`long_text` must be 'windows' or 'truncate', got {long_text!r}.")
+        if isinstance(dtype, str):
+            if not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise ValueError(f"`dtype` is {dtype!r}. Use float32, bfloat16 or float16.")
+            dtype = getattr(torch, dtype)
         if device is None:
             device = torch.accelerator.current_accelerator() or "cpu"
         self.device = torch.device(device)
         self.dtype = dtype
         self.batch_size = batch_size
+        self.long_text = long_text
         self._image, self._text, self._cross = (
-            None if path is None else _Teacher(role, str(path), (revisions or {}).get(role), self.device, dtype)
-            for role, path in (("image", image), ("text", text), ("cross", cross))
+            None
+            if path is None
+            else _Teacher(role, str(path), (revisions or {}).get(role), self.device, dtype, batch_size, long_text)
+            for role, path in paths.items()
         )
 
     @classmethod
-    def from_teachers(cls, teachers: dict[str, str | None] | None, **kwargs) -> "TripleEncoder":
+    def from_teachers(cls, teachers: dict[str, Any] | None, **kwargs) -> "TripleEncoder":
         """
         Build from the `teachers` mapping of a training configuration.
 
         Args:
-            teachers (`dict[str, str]` or `None`):
+            teachers (`dict[str, Any]` or `None`):
                 Checkpoints by `"image"`, `"text"` and `"cross"`. The mapping names the whole set: with `"cross"` alone it
-                does everything. `None` stands for the defaults of the constructor.
+                does everything. It may also hold `revisions`, `dtype`, `long_text` and `batch_size` of the constructor.
+                `None` stands for the constructor's defaults, and so does a mapping without any checkpoint.
             kwargs:
                 Passed on to the constructor.
 
@@ -290,47 +399,52 @@ class TripleEncoder:
             [`TripleEncoder`]
 
         Raises:
-            `ValueError`: for another key, a mapping without `"cross"`, or one with only one of `"image"` and `"text"`.
+            `ValueError`: for another key, or a set of checkpoints that the constructor refuses.
         """
-        if teachers is None:
-            return cls(**kwargs)
-        if unknown := set(teachers) - {"image", "text", "cross"}:
-            raise ValueError(f"Unknown keys in `teachers`: {sorted(unknown)}. Valid are image, text and cross.")
-        if teachers.get("cross") is None:
-            raise ValueError("`teachers` has no `cross`: name a dual encoder such as openai/clip-vit-large-patch14.")
-        return cls(**{"image": None, "text": None, **teachers}, **kwargs)
+        roles = {"image", "text", "cross"}
+        teachers = dict(teachers or {})
+        if unknown := teachers.keys() - roles - {"revisions", "dtype", "long_text", "batch_size"}:
+            raise ValueError(
+                f"Unknown keys in `teachers`: {sorted(unknown)}. Valid are image, text and cross, and revisions, dtype, "
+                "long_text and batch_size."
+            )
+        if teachers.keys() & roles:
+            teachers = {**dict.fromkeys(roles), **teachers}
+        return cls(**teachers, **kwargs)
 
     @property
     def _teachers(self) -> list[_Teacher]:
         return [teacher for teacher in (self._image, self._text, self._cross) if teacher is not None]
 
     @property
+    def checkpoints(self) -> dict[str, str]:
+        return {teacher.role: teacher.path for teacher in self._teachers}
+
+    @property
     def description(self) -> str:
-        return f"{', '.join(map(str, self._teachers))}, {self.dtype}"
+        return f"{', '.join(map(str, self._teachers))}, {self.dtype}, long_text={self.long_text}"
 
     @cached_property
     def fingerprint(self) -> str:
         parts = {teacher.role: [teacher.identity, teacher.pooling] for teacher in self._teachers}
-        return hashlib.sha256(json.dumps([parts, str(self.dtype)], sort_keys=True).encode()).hexdigest()
+        settings = [parts, str(self.dtype), self.long_text]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    # Widths are taken from an actual output: configurations of different architectures name them differently.
     @cached_property
     @torch.no_grad()
     def split(self) -> int | None:
-        if self._image is None:
-            return None
-        return max(self._image.images([Image.new("RGB", (32, 32))]).shape[1], self._text.texts(["a"])[0].shape[1])
+        return max(self._image.width, self._text.width) if len(self._teachers) == 3 else None
 
     @cached_property
     @torch.no_grad()
     def dim(self) -> int:
-        return (self.split or 0) + self._cross.texts(["a"])[0].shape[1]
+        return (self.split or 0) + self._teachers[-1].width
 
-    def modality(self, slices: Sequence[str | Image.Image]) -> torch.Tensor:
+    def modality(self, slices: Sequence[Any]) -> torch.Tensor:
         """
         Args:
-            slices (`Sequence[str | PIL.Image.Image]`):
-                Texts and images.
+            slices (`Sequence`):
+                Texts and images, as [`~TripleEncoder.encode`] takes them.
 
         Returns:
             `torch.Tensor` of shape `(len(slices),)` and dtype `torch.int64`: `TEXT` or `IMAGE` for each slice.
@@ -340,28 +454,29 @@ class TripleEncoder:
         """
         codes = []
         for i, item in enumerate(slices):
-            if not isinstance(item, str | Image.Image):
-                raise TypeError(f"slices[{i}] is a {type(item).__name__}. A slice is a `str` or a PIL image.")
+            if not isinstance(item, str | Image.Image | Path | bytes | dict):
+                raise TypeError(f"slices[{i}] is a {type(item).__name__}. A slice is a `str` or an image.")
             codes.append(TEXT if isinstance(item, str) else IMAGE)
         return torch.tensor(codes, dtype=torch.int64)
 
     @torch.no_grad()
     def encode(
         self,
-        slices: Sequence[str | Image.Image],
+        slices: Sequence[Any],
         progress: bool = False,
-        truncated: Counter | None = None,
+        long_texts: Counter | None = None,
     ) -> torch.Tensor:
         """
         Embed slices.
 
         Args:
-            slices (`Sequence[str | PIL.Image.Image]`):
-                Texts and images in any order. Images of any mode are brought to RGB.
+            slices (`Sequence[str | PIL.Image.Image | pathlib.Path | bytes | dict]`):
+                Texts (`str`) and images in any order. An image is whatever else [`~hf_sugar.data.load_image`] takes, is
+                decoded when its batch comes, and brought to RGB.
             progress (`bool`, *optional*, defaults to `False`):
                 Show a progress bar.
-            truncated (`collections.Counter`, *optional*):
-                Texts longer than a teacher takes are cut. Their number is logged once as a warning when the call ends;
+            long_texts (`collections.Counter`, *optional*):
+                The number of texts that are longer than a teacher takes is logged once as a warning when the call ends;
                 given this counter, it is added to it instead, by teacher, for the caller to report.
 
         Returns:
@@ -370,13 +485,19 @@ class TripleEncoder:
 
         Raises:
             `TypeError`: for a slice of another type.
-            `ValueError`: for an empty text, an image that cannot be decoded, or values that are not finite in the chosen
-                `dtype`.
+            `ValueError`: for an empty text, an image that cannot be decoded, a slice of a kind that the only encoder does
+                not take, or values that are not finite in the chosen `dtype`.
         """
         codes = self.modality(slices).tolist()
-        for i, item in enumerate(slices):
-            if isinstance(item, str) and not item.strip():
+        for i, (item, code) in enumerate(zip(slices, codes, strict=True)):
+            if code == TEXT and not item.strip():
                 raise ValueError(f"slices[{i}] is an empty text. Leave it out.")
+            if self._cross is None and (code == TEXT) != (self._image is None):
+                kind = "a text" if code == TEXT else "an image"
+                raise ValueError(
+                    f"slices[{i}] is {kind}, which the only teacher, {self._teachers[0]}, does not take. Name all three "
+                    "teachers, or a dual encoder as `cross`."
+                )
         images = [i for i, code in enumerate(codes) if code == IMAGE]
         # Texts of like length share a batch: less padding.
         texts = sorted((i for i, code in enumerate(codes) if code == TEXT), key=lambda i: len(slices[i]))
@@ -391,54 +512,51 @@ class TripleEncoder:
                     batch = indices[start : start + self.batch_size]
                     embeddings[batch] = embed([slices[i] for i in batch], counts)
                     bar.update(len(batch))
-        if truncated is None:
-            self.warn_truncated(counts, len(texts))
+        if long_texts is None:
+            self.report_long_texts(counts, len(texts))
         else:
-            truncated.update(counts)
+            long_texts.update(counts)
         return embeddings
 
-    def warn_truncated(self, truncated: Counter, texts: int) -> None:
+    def report_long_texts(self, long_texts: Counter, texts: int) -> None:
         """
-        Log in one warning how many texts were cut, if any.
+        Log in one warning how many texts are longer than a teacher takes, if any, and what was done with them.
 
         Args:
-            truncated (`collections.Counter`):
+            long_texts (`collections.Counter`):
                 As filled by [`~TripleEncoder.encode`].
             texts (`int`):
                 Number of texts it was filled from.
         """
-        if truncated:
+        if long_texts:
             parts = [
-                f"{truncated[t.role]} at {t.max_length} tokens by the {t.role} teacher {t.path}"
+                f"{long_texts[t.role]} than the {t.max_length} tokens of the {t.role} teacher {t.path}"
                 for t in self._teachers
-                if truncated[t.role]
+                if long_texts[t.role]
             ]
-            logger.warning(
-                "Of %d texts some were cut: %s. What was cut has no influence on their embeddings; split long texts "
-                "into several slices.",
-                texts,
-                ", ".join(parts),
-            )
+            done = {
+                "windows": "They were split into windows, whose embeddings were averaged.",
+                "truncate": "They were cut, and what was cut has no influence on their embeddings.",
+            }[self.long_text]
+            logger.warning("Of %d texts some are longer: %s. %s", texts, ", ".join(parts), done)
 
-    def _embed_images(self, images: list[Image.Image], truncated: Counter) -> torch.Tensor:
+    def _embed_images(self, images: list[Any], long_texts: Counter) -> torch.Tensor:
         images = [load_image(image) for image in images]
-        return self._join(None if self._image is None else self._image.images(images), self._cross.images(images))
+        return self._join(
+            *(None if teacher is None else teacher.images(images) for teacher in (self._image, self._cross))
+        )
 
-    def _embed_texts(self, texts: list[str], truncated: Counter) -> torch.Tensor:
+    def _embed_texts(self, texts: list[str], long_texts: Counter) -> torch.Tensor:
         halves = []
         for teacher in (self._text, self._cross):
-            if teacher is None:
-                halves.append(None)
-                continue
-            half, cut = teacher.texts(texts)
+            half, long = (None, 0) if teacher is None else teacher.texts(texts)
             halves.append(half)
-            if cut:
-                truncated[teacher.role] += cut
+            if long:
+                long_texts[teacher.role] += long
         return self._join(*halves)
 
-    def _join(self, first: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:
-        second = F.normalize(second, dim=-1).cpu()
-        if first is None:
-            return second
-        first = F.normalize(first, dim=-1).cpu()
-        return torch.cat([F.pad(first, (0, self.split - first.shape[1])), second], dim=1)
+    def _join(self, *halves: torch.Tensor | None) -> torch.Tensor:
+        halves = [F.normalize(half, dim=-1).cpu() for half in halves if half is not None]
+        if self.split is not None:
+            halves[0] = F.pad(halves[0], (0, self.split - halves[0].shape[1]))
+        return torch.cat(halves, dim=1)
