@@ -16,6 +16,8 @@ _MODULE_OF = {
     "StructureLoss": "training",
     "global_alignment_kernel": "alignment",
     "TripleEncoder": "teachers",
+    "RAG": "retrieval",
+    "SugarEmbedder": "retrieval",
     "SugarIndex": "retrieval",
 }
 

@@ -1,13 +1,31 @@
 """Search among embedded items, and answers that draw on what was found."""
 
+from .documents import find_files
+from .embedding import SugarEmbedder
 from .index import Hit, SugarIndex
-from .rag import answer_with_retrieval, question_slices, rag_generator, rag_messages, split_answer
+from .lance import LanceIndex
+from .rag import (
+    RAG,
+    RAGAnswer,
+    RAGPrompt,
+    answer_with_retrieval,
+    question_slices,
+    rag_generator,
+    rag_messages,
+    split_answer,
+)
 
 
 __all__ = [
+    "RAG",
     "Hit",
+    "LanceIndex",
+    "RAGAnswer",
+    "RAGPrompt",
+    "SugarEmbedder",
     "SugarIndex",
     "answer_with_retrieval",
+    "find_files",
     "question_slices",
     "rag_generator",
     "rag_messages",

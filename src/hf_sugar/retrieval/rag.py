@@ -1,13 +1,19 @@
 """Retrieval-augmented answers: the most similar answered questions are put before the question."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from ..data.rows import row_slices
-from .index import SugarIndex
+from ..data.rows import load_image, row_slices
+from ..models.processing_sugar import fill_images
+from .embedding import as_row
+from .index import Hit, SugarIndex
 
 
 def split_answer(row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -175,3 +181,210 @@ def _with_examples(
         messages, images = rag_messages(question["messages"], question["images"], examples[::-1])
         result.append(({**question, "messages": messages, "images": images}, used))
     return result
+
+
+@dataclass(frozen=True)
+class RAGPrompt:
+    """
+    A question with the examples before it.
+
+    Args:
+        messages (`list[dict]`):
+            The conversation that is answered, with the images in its image parts.
+        citations (`list[Hit]`):
+            The documents that were put before the question, most similar first.
+        dropped (`list[Hit]`):
+            Documents that were found but had no room.
+        note (`str`, *optional*):
+            Says so in words, for the user.
+    """
+
+    messages: list[dict[str, Any]]
+    citations: list[Hit]
+    dropped: list[Hit]
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class RAGAnswer:
+    """
+    An answer and what it draws on.
+
+    Args:
+        text (`str`):
+            The answer.
+        prompt ([`RAGPrompt`]):
+            What was answered, with `citations`, `dropped` and `note`.
+    """
+
+    text: str
+    prompt: RAGPrompt
+
+
+class RAG:
+    """
+    Answers of one model with the help of what the same model finds in an index of answered questions.
+
+    Questions are searched among questions; the found image, question and answer are put before the user's question, the
+    most similar one last. Where that is more than the context holds, the farthest examples are left out.
+
+    Args:
+        model ([`SugarForConditionalGeneration`]):
+            Model, in evaluation mode.
+        processor ([`SugarProcessor`]):
+            Processor of the model.
+        index ([`SugarIndex`], *optional*):
+            Index of rows, built by `"question"` (or `"auto"`) with this model. Without one the model answers alone.
+        k (`int`, *optional*, defaults to `1`):
+            Examples for a question.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest answer; the context has to hold it as well.
+        max_length (`int`, *optional*):
+            Tokens of the context. By default what the model's configuration allows.
+        generation_kwargs:
+            Passed on to `model.generate`. Decoding is greedy unless `do_sample` says otherwise.
+
+    Example:
+
+    ```python
+    >>> embed = SugarEmbedder(model, processor)
+    >>> rag = RAG(model, processor, SugarIndex.load("index", embed=embed), k=2)
+    >>> prompt = rag.prompt([image, "What is behind it?"])
+    >>> for text in rag.stream(prompt):
+    ...     print(text, end="", flush=True)
+    >>> [hit.metadata["id"] for hit in prompt.citations]
+    ```
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        processor: Any,
+        index: SugarIndex | None = None,
+        k: int = 1,
+        max_new_tokens: int = 256,
+        max_length: int | None = None,
+        **generation_kwargs: Any,
+    ):
+        self.model, self.processor, self.index, self.k = model, processor, index, k
+        self.max_length = max_length or model.config.get_text_config().max_position_embeddings
+        self.generation_kwargs = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_kwargs}
+
+    def prompt(self, question: Any) -> RAGPrompt:
+        """
+        Search, and put what was found before the question.
+
+        Args:
+            question:
+                A text, an image, a list of those, or a row in the conversational vision format whose last turn is the
+                user's. A row with an `id` is never its own example.
+
+        Returns:
+            [`RAGPrompt`]
+
+        Raises:
+            `ValueError`: if the question alone is too long, the last turn is not the user's, or the index holds no rows.
+        """
+        question = as_row(question, "question")
+        own = fill_images(question["messages"], question["images"], "question")
+        if own[-1]["role"] != "user":
+            raise ValueError(f"The last turn of the question is the {own[-1]['role']}'s; there is nothing to answer.")
+        hits: list[Hit] = []
+        if self.index is not None:
+            # every_slice may find a document at several places
+            found = {}
+            [places] = self.index.search([question_slices(question)], self.k + 1)
+            for hit in places:
+                if question["id"] is None or hit.metadata.get("id") != question["id"]:
+                    found.setdefault(hit.index, hit)
+            hits = list(found.values())[: self.k]
+        room = self.max_length - self.generation_kwargs["max_new_tokens"]
+        for used in range(len(hits), -1, -1):
+            rows = [self.index.documents[hit.index] for hit in hits[:used]][::-1]
+            examples = [
+                {"messages": fill_images(row["messages"], row["images"], "example"), "images": []} for row in rows
+            ]
+            messages, _ = rag_messages(own, [], examples)
+            length = self._inputs(messages)["input_ids"].shape[1]
+            if length <= room:
+                dropped = hits[used:]
+                note = None
+                if dropped:
+                    note = (
+                        f"{len(dropped)} of {len(hits)} examples left out, farthest first: the context holds "
+                        f"{self.max_length} tokens, {self.generation_kwargs['max_new_tokens']} of them for the answer."
+                    )
+                return RAGPrompt(messages, hits[:used], dropped, note)
+        raise ValueError(
+            f"The question has {length} tokens and the answer may have {self.generation_kwargs['max_new_tokens']}, but the "
+            f"context holds {self.max_length}. Shorten the question, or lower `max_new_tokens`."
+        )
+
+    def answer(self, question: Any) -> RAGAnswer:
+        """
+        Answer one question.
+
+        Args:
+            question:
+                As in [`~RAG.prompt`], or what that returned.
+
+        Returns:
+            [`RAGAnswer`]
+        """
+        prompt = question if isinstance(question, RAGPrompt) else self.prompt(question)
+        return RAGAnswer("".join(self.stream(prompt)).strip(), prompt)
+
+    def stream(self, question: Any) -> Iterator[str]:
+        """
+        Answer one question piece by piece. To know the citations, give it what [`~RAG.prompt`] returned.
+
+        Args:
+            question:
+                As in [`~RAG.prompt`], or what that returned.
+
+        Returns:
+            `Iterator[str]`: pieces of the answer. Generation ends when the iterator is closed.
+        """
+        prompt = question if isinstance(question, RAGPrompt) else self.prompt(question)
+        inputs = self._inputs(prompt.messages).to(self.model.device, dtype=self.model.dtype)
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        closed, errors = Event(), []
+
+        def stop(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
+
+        def generate() -> None:
+            try:
+                self.model.generate(
+                    **inputs,
+                    **self.generation_kwargs,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )
+            except BaseException as error:  # raised again by the thread that reads
+                errors.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            closed.set()
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def _inputs(self, messages: list[dict[str, Any]]) -> Any:
+        messages = [
+            {
+                **m,
+                "content": [
+                    {**p, "image": load_image(p["image"])} if p["type"] == "image" else p for p in m["content"]
+                ],
+            }
+            for m in messages
+        ]
+        return self.processor.apply_chat_template(
+            [messages], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )

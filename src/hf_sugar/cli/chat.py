@@ -1,0 +1,93 @@
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hf_sugar.retrieval import RAG, SugarEmbedder, SugarIndex
+
+from .arguments import parse
+from .embed import ModelArguments
+from .search import text_or_file
+
+
+HELP = "/image FILE adds an image to the next question, /clear begins anew, /quit ends."
+
+
+@dataclass
+class ChatArguments:
+    """
+    Settings of `hf-sugar chat`.
+
+    Parameters:
+        index (`str`, *optional*):
+            Directory of an index whose answered questions are put before each question. Without it the model answers
+            alone.
+        k (`int`, *optional*, defaults to `1`):
+            Examples for each question.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest answer.
+    """
+
+    index: str | None = field(
+        default=None, metadata={"help": "Index whose answered questions are put before each question."}
+    )
+    k: int = field(default=1, metadata={"help": "Examples for each question."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
+
+
+def chat(rag: RAG, lines: Iterable[str]) -> None:
+    """
+    Talk with a model in the terminal. Answers go to the standard output, all else to the standard error.
+
+    Args:
+        rag ([`RAG`]):
+            What answers.
+        lines (`Iterable[str]`):
+            What the user types.
+    """
+    messages, images, waiting = [], [], []
+    for line in map(str.strip, lines):
+        if line == "/quit":
+            break
+        if line == "/clear":
+            messages, images, waiting = [], [], []
+        elif line.startswith("/image "):
+            try:
+                waiting.append(text_or_file(line.removeprefix("/image ").strip()))
+            except FileNotFoundError as error:
+                print(error, file=sys.stderr)
+        elif line.startswith("/"):
+            print(HELP, file=sys.stderr)
+        elif line:
+            content = [{"type": "image", "text": None} for _ in waiting] + [{"type": "text", "text": line}]
+            asked = [*messages, {"role": "user", "content": content}]
+            try:
+                prompt = rag.prompt({"messages": asked, "images": [*images, *waiting]})
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                continue
+            answer = ""
+            for piece in rag.stream(prompt):
+                print(piece, end="", flush=True)
+                answer += piece
+            print()
+            for number, hit in enumerate(prompt.citations, 1):
+                print(f"[{number}] {hit.score:.4f} {hit.metadata or f'#{hit.index}'}", file=sys.stderr)
+            if prompt.note:
+                print(prompt.note, file=sys.stderr)
+            images, waiting = [*images, *waiting], []
+            # an empty turn cannot be rendered again
+            reply = {"role": "assistant", "content": [{"type": "text", "text": answer.strip() or "..."}]}
+            messages = [*asked, reply]
+
+
+def main(argv: list[str]) -> None:
+    model_args, args = parse(
+        "chat", (ModelArguments, ChatArguments), argv, "Talk with a model, with or without an index."
+    )
+    model, processor = model_args.load()
+    index = None
+    if args.index is not None:
+        index = SugarIndex.load(args.index, embed=SugarEmbedder(model, processor, model_args.batch_size))
+    if sys.stdin.isatty():
+        print(HELP, file=sys.stderr)
+    chat(RAG(model, processor, index, args.k, args.max_new_tokens), sys.stdin)

@@ -1,0 +1,77 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_sugar.retrieval import SugarEmbedder, SugarIndex
+
+from .arguments import parse
+from .embed import CorpusArguments, ModelArguments
+
+
+@dataclass
+class IndexArguments:
+    """
+    Settings of `hf-sugar index`.
+
+    Parameters:
+        index (`str`, *optional*, defaults to `"index"`):
+            Directory of the index.
+        add (`bool`, *optional*, defaults to `False`):
+            Whether to add to the index that is there, rather than to replace it.
+        factory (`str`, *optional*, defaults to `"Flat"`):
+            FAISS factory string, as in [`SugarIndex`].
+        search_options (`str`, *optional*):
+            FAISS search parameters, as in [`SugarIndex`].
+        shard_size (`int`, *optional*, defaults to `1024`):
+            Documents embedded and written at a time.
+    """
+
+    index: str = field(default="index", metadata={"help": "Directory of the index."})
+    add: bool = field(default=False, metadata={"help": "Add to the index that is there; by default it is replaced."})
+    factory: str = field(
+        default="Flat", metadata={"help": "FAISS factory string: Flat (exact), HNSW32, 'IVF1024,PQ32', ..."}
+    )
+    search_options: str | None = field(
+        default=None, metadata={"help": "FAISS search parameters: nprobe=16, efSearch=64, ..."}
+    )
+    shard_size: int = field(default=1024, metadata={"help": "Documents embedded and written at a time."})
+
+
+def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) -> SugarIndex:
+    """
+    Build an index, go on with one that was interrupted (the same call), or add to one.
+
+    Args:
+        model ([`ModelArguments`]), corpus ([`CorpusArguments`]), args ([`IndexArguments`]):
+            Settings. What is added is indexed by the settings of the index.
+
+    Returns:
+        [`SugarIndex`]
+    """
+    embedder = SugarEmbedder(*model.load(), model.batch_size)
+    items = corpus.items()
+    if args.add:
+        found = SugarIndex.load(args.index, embed=embedder)
+        found.add(items, shard_size=args.shard_size, progress=True)
+        found.save(args.index)
+        return found
+    return SugarIndex.build(
+        items,
+        embedder,
+        by=corpus.by,
+        every_slice=corpus.every_slice,
+        factory=args.factory,
+        search_options=args.search_options,
+        directory=Path(args.index),
+        shard_size=args.shard_size,
+        progress=True,
+    )
+
+
+def main(argv: list[str]) -> None:
+    model, corpus, args = parse(
+        "index",
+        (ModelArguments, CorpusArguments, IndexArguments),
+        argv,
+        "Index a dataset or files. After an interruption the same command goes on where it stopped.",
+    )
+    print(f"{len(index(model, corpus, args))} documents -> {args.index}")

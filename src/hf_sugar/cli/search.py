@@ -1,0 +1,81 @@
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_sugar.models.processing_sugar import IMAGE_SUFFIXES
+from hf_sugar.retrieval import Hit, SugarEmbedder, SugarIndex
+
+from .arguments import parse
+from .embed import ModelArguments
+
+
+@dataclass
+class SearchArguments:
+    """
+    Settings of `hf-sugar search`.
+
+    Parameters:
+        query (`list[str]`):
+            Texts and image files; together they are one query, in this order.
+        index (`str`, *optional*, defaults to `"index"`):
+            Directory of the index.
+        k (`int`, *optional*, defaults to `5`):
+            Hits to show.
+        memory_map (`bool`, *optional*, defaults to `False`):
+            Whether to leave the embeddings on the disk.
+        json (`bool`, *optional*, defaults to `False`):
+            Whether to print one JSON object a line.
+    """
+
+    query: list[str] | None = field(
+        default=None, metadata={"help": "Texts and image files; together they are one query, in this order."}
+    )
+    index: str = field(default="index", metadata={"help": "Directory of the index."})
+    k: int = field(default=5, metadata={"help": "Hits to show."})
+    memory_map: bool = field(default=False, metadata={"help": "Leave the embeddings on the disk."})
+    json: bool = field(default=False, metadata={"help": "Print one JSON object a line."})
+
+
+def text_or_file(part: str) -> str | Path:
+    """A `Path` for what ends like an image file, else the text."""
+    if not part.lower().endswith(IMAGE_SUFFIXES):
+        return part
+    if not Path(part).is_file():
+        raise FileNotFoundError(f"The image file {part!r} does not exist.")
+    return Path(part)
+
+
+def search(model: ModelArguments, args: SearchArguments) -> tuple[SugarIndex, list[Hit]]:
+    """
+    Search an index.
+
+    Args:
+        model ([`ModelArguments`]), args ([`SearchArguments`]):
+            Settings.
+
+    Returns:
+        `tuple[SugarIndex, list[Hit]]`: the index and the hits, best first.
+    """
+    if not args.query:
+        raise ValueError("`query` is not set: give a text, an image file, or several of them.")
+    query = [text_or_file(part) for part in args.query]
+    embedder = SugarEmbedder(*model.load(), model.batch_size)
+    index = SugarIndex.load(args.index, embed=embedder, memory_map=args.memory_map)
+    return index, index.search([query], args.k)[0]
+
+
+def main(argv: list[str]) -> None:
+    model, args = parse("search", (ModelArguments, SearchArguments), argv, "Search an index by text, image or both.")
+    index, hits = search(model, args)
+    for rank, hit in enumerate(hits, 1):
+        messages = index.documents[hit.index]["messages"]
+        text = " | ".join(
+            content if isinstance(content, str) else " ".join(part.get("text") or "[image]" for part in content)
+            for content in (message["content"] for message in messages)
+        )
+        if args.json:
+            print(json.dumps({"rank": rank, **vars(hit), "text": text}, ensure_ascii=False))
+        else:
+            place = "" if hit.slice is None else f" up to slice {hit.slice}"
+            name = next((str(hit.metadata[key]) for key in ("id", "path") if key in hit.metadata), f"#{hit.index}")
+            print(f"{rank:3}  {hit.score:.4f}  {name}{place}  {text[:160]}")
