@@ -1,0 +1,105 @@
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from hf_sugar.export import export_sentence_transformers
+from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
+
+from .arguments import parse
+
+
+FORMATS = ("sentence-transformers", "backbone")
+
+
+@dataclass
+class ExportArguments:
+    """
+    Settings of `hf-sugar export`.
+
+    Parameters:
+        model_name_or_path (`str`):
+            Full checkpoint or adapter repository.
+        output_dir (`str`):
+            Directory to write to. It must not exist, or be empty.
+        format (`str`, *optional*, defaults to `"sentence-transformers"`):
+            `"sentence-transformers"`, or `"backbone"`: the plain checkpoint of the backbone's own class, without the
+            retrieval projector.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a checkpoint on the Hub.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Precision to load and write in. `"auto"` is that of the checkpoint.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Full checkpoint or adapter repository."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Directory to write to, which must not exist.", "aliases": ["--output"]}
+    )
+    format: str = field(
+        default="sentence-transformers", metadata={"help": "What is to load the result.", "choices": list(FORMATS)}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a checkpoint on the Hub."})
+    dtype: str = field(default="auto", metadata={"help": "Precision to load and write in."})
+
+
+def export(args: ExportArguments) -> Path:
+    """
+    Write a checkpoint for another program; adapters are merged into it.
+
+    Args:
+        args ([`ExportArguments`]):
+            Which checkpoint, and how.
+
+    Returns:
+        `Path`: the directory, complete.
+    """
+    if args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is not set: name the checkpoint to export.")
+    if args.output_dir is None:
+        raise ValueError("`output_dir` is not set: name the directory to write to.")
+    if args.format not in FORMATS:
+        raise ValueError(f"`format` is {args.format!r}. Use one of {', '.join(FORMATS)}.")
+    output = Path(args.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"`output_dir` {output} exists and is not empty. Remove it, or name another directory.")
+    config, _ = PreTrainedConfig.get_config_dict(args.model_name_or_path, revision=args.revision)
+    if args.format == "sentence-transformers" and config.get("model_type") != SugarConfig.model_type:
+        raise ValueError(
+            f"{args.model_name_or_path} holds no Sugar model but a {config.get('model_type')!r}, which has no retrieval "
+            "projector to export. Train it first (`hf-sugar train`)."
+        )
+
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = SugarForConditionalGeneration.from_pretrained(
+        args.model_name_or_path, revision=args.revision, dtype=dtype
+    ).eval()
+    processor = SugarProcessor.from_pretrained(args.model_name_or_path, revision=args.revision)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if args.format == "backbone":
+            model.export_backbone(partial, merge=True, processor=processor)
+        else:
+            export_sentence_transformers(model, processor, partial)
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def main(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model_name_or_path", *argv]
+    (args,) = parse(
+        "export",
+        (ExportArguments,),
+        argv,
+        "Write a checkpoint for sentence-transformers, or the plain backbone. The checkpoint may also be given first, "
+        "without its flag.",
+    )
+    output = export(args)
+    print(f"Wrote {output}.")

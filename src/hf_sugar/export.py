@@ -1,0 +1,242 @@
+"""Checkpoints for other programs: the plain backbone, and a directory that sentence-transformers loads."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from transformers import ProcessorMixin
+from transformers.utils import logging
+
+from .models import SugarForConditionalGeneration, SugarProcessor
+
+
+logger = logging.get_logger(__name__)
+
+# The embedding of a document is a hidden state of its last slice; what a chat template puts after that slice (a space,
+# the end of the turn) would be what "last token" pooling takes. So this template renders a conversation with the
+# checkpoint's own and cuts it where the last slice ends: after its image token, or before what follows its text.
+SLICE_END_TEMPLATE = (
+    "{% macro sugar_conversation(messages) %}\nCHAT_TEMPLATE{% endmacro %}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('the role ' + message['role'] + ' is unknown; give images and texts that belong together as one "
+    'message: [{"role": "user", "content": [{"type": "text", "text": ...}, {"type": "image", "image": ...}]}]\') }}'
+    "{% endif %}"
+    "{% for part in message['content'] if message['content'] is not string and part['type'] not in ['text', 'image'] %}"
+    "{{ raise_exception('a part has the type ' + part['type'] + '; use text or image, and do not mix messages with other "
+    "inputs in one call') }}"
+    "{% endfor %}{% endfor %}"
+    "{% set sugar_text = sugar_conversation(messages) %}"
+    "{% set sugar_last = messages[-1]['content'] %}"
+    "{% if sugar_last is not string and sugar_last[-1]['type'] == 'image' %}"
+    "{{ sugar_text.rsplit('IMAGE_TOKEN', 1)[0] + 'IMAGE_TOKEN' }}"
+    "{% else %}"
+    "{% set sugar_mark = '\ue000' if sugar_last is string else sugar_last[:-1] + [{'type': 'text', 'text': '\ue000'}] %}"
+    "{% set sugar_marked = sugar_conversation(messages[:-1] + [dict(messages[-1], content=sugar_mark)]) %}"
+    "{% set sugar_tail = sugar_marked.rsplit('\ue000', 1)[1] %}"
+    "{{ sugar_text[:sugar_text | length - sugar_tail | length].rstrip() }}"
+    "{% endif %}"
+)
+
+README = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags:
+- sentence-transformers
+- sugar
+- feature-extraction
+- multimodal
+---
+
+# A Sugar model for sentence-transformers
+
+Embeds texts, images, and messages that interleave them, in one space
+([method](https://huggingface.co/papers/2411.00304)).
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("PATH_OR_ID"TRUST)
+image = Image.open("photo.jpg")
+message = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image", "image": image}]}]
+documents = model.encode(["a red circle", image])
+print(model.similarity(model.encode([message]), documents))
+```
+
+- Images and texts that belong together are one message, as above. A list or tuple of two would be a pair of a query
+  and a document, and is refused.
+- A call takes messages, or texts and images, but not both: sentence-transformers cannot batch them together.
+- A prompt becomes a system message.
+NOTES"""
+
+STOCK_NOTES = """- White space at the end of a text is removed: some tokenizers join it with what follows.
+- Turn images upright and convert them to 8-bit RGB yourself. The stock processor ignores the EXIF orientation of a PIL
+  image, drops the transparency of an image file (Sugar's own lays it over white), and clips 16-bit values.
+- A text longer than `model.max_seq_length` is cut at its end.
+"""
+
+CUSTOM_NOTES = """- An input longer than `model.max_seq_length` is an error.
+- `trust_remote_code=True` is needed for `sugar_transformer.py` and `processing_sugar.py` in this directory, which find
+  the tokens of the last image or text. Read them, and pin a `revision` when you load from the Hub.
+"""
+
+
+def slice_end_template(processor: SugarProcessor) -> str:
+    """
+    The chat template of a processor, ending where the last slice ends.
+
+    Args:
+        processor ([`SugarProcessor`]):
+            Processor with the chat template that the model was trained with.
+    """
+    template = SLICE_END_TEMPLATE.replace("IMAGE_TOKEN", processor.image_token)
+    return template.replace("CHAT_TEMPLATE", processor.chat_template)
+
+
+def find_inexact_input(processor: SugarProcessor, backbone_processor: ProcessorMixin, template: str) -> str | None:
+    """
+    Look for an input that stock modules would embed in another way.
+
+    They take the last token of the cut conversation. That is the last slice's last token if the cut conversation has
+    the tokens of the whole one up to there, and no more.
+
+    Args:
+        processor ([`SugarProcessor`]):
+            Processor that the model was trained with.
+        backbone_processor (`ProcessorMixin`):
+            The same as the backbone's own class.
+        template (`str`):
+            What [`slice_end_template`] gives.
+
+    Returns:
+        `str` or `None`: what differs, if anything does.
+    """
+    texts = ["circle", "A circle.", "(1)", "end\u2026", "\u5713", "\u2b55"]
+    image = {"type": "image", "image": Image.new("RGB", (64, 48), "gray")}
+    documents = [[{"type": "text", "text": text}] for text in texts]
+    documents += [[image], [*documents[0], image], [image, *documents[1]], [image, image]]
+    conversations = [[{"role": "user", "content": content}] for content in documents]
+    conversations.append(
+        [
+            {"role": "user", "content": [image, *documents[0]]},
+            {"role": "assistant", "content": documents[1]},
+        ]
+    )
+    for messages in conversations:
+        own = processor.encode_conversations([messages])
+        marked = (own["slice_ids"][0] == own["slice_ids"].max()).nonzero()
+        expected = own["input_ids"][0, : marked[-1] + 1].tolist()
+        stock = backbone_processor.apply_chat_template(
+            [messages], chat_template=template, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        if stock["input_ids"][0].tolist() != expected:
+            parts = [part.get("text", "(image)") for message in messages for part in message["content"]]
+            return f"the tokens of {parts} end with {stock['input_ids'][0, -4:].tolist()}, not with {expected[-4:]}"
+        if "token_type_ids" in own:
+            return "its attention looks at later tokens (it takes `token_type_ids`)"
+    return None
+
+
+def export_sentence_transformers(
+    model: SugarForConditionalGeneration, processor: SugarProcessor, save_directory: str | Path
+) -> bool:
+    """
+    Write a directory whose `SentenceTransformer(directory).encode(...)` equals
+    [`SugarForConditionalGeneration.embed`].
+
+    Its modules are stock ones: Transformer, Pooling, two Dense (the retrieval projector), Normalize. The first is
+    replaced by [`~models.sugar_transformer.SugarTransformer`] where the mean over an image is wanted, or where stock
+    modules would take another token than the last of the slice.
+
+    Args:
+        model ([`SugarForConditionalGeneration`]):
+            The model. An adapter is merged, and the model stays merged.
+        processor ([`SugarProcessor`]):
+            Its processor.
+        save_directory (`str` or `Path`):
+            Directory to write to.
+
+    Returns:
+        `bool`: whether the modules are all stock ones, so that it loads without `trust_remote_code`.
+    """
+    directory = Path(save_directory)
+    backbone_processor = processor.to_backbone()
+    template = slice_end_template(processor)
+    stock = model.config.image_pooling == "last"
+    if stock:
+        inexact = find_inexact_input(processor, backbone_processor, template)
+        if inexact is not None:
+            stock = False
+            logger.warning(
+                f"Stock modules of sentence-transformers would not take the last token of the slice: {inexact}. A module "
+                "of its own is written instead, so that loading needs `trust_remote_code=True`."
+            )
+
+    model.export_backbone(directory, merge=True, processor=processor)
+    name = "sentence_transformers.sentence_transformer.modules"
+    first = f"{name}.Transformer" if stock else "sugar_transformer.SugarTransformer"
+    paths = ["", "1_Pooling", "2_Dense", "3_Dense", "4_Normalize"]
+    types = [first, *(f"{name}.{path[2:]}" for path in paths[1:])]
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": kind}
+        for index, (path, kind) in enumerate(zip(paths, types))
+    ]
+    call = {"method": "forward", "method_output_name": "last_hidden_state"}
+    transformer: dict[str, Any] = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"text": call, "image": call, "message": {**call, "format": "structured"}},
+        "module_output_name": "token_embeddings",
+        "unpad_inputs": False,
+    }
+    if stock:
+        transformer["processing_kwargs"] = {
+            "text": {"padding_side": "right"},
+            "chat_template": {"chat_template": template},
+        }
+    else:
+        transformer["image_pooling"] = model.config.image_pooling
+        for file in ("sugar_transformer.py", "processing_sugar.py"):
+            shutil.copy(Path(__file__).parent / "models" / file, directory)
+    projector = model.retrieval_projector
+    files = {
+        "modules.json": modules,
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer",
+            "requirements": {"sentence-transformers": ">=6.2"},
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+        "sentence_bert_config.json": transformer,
+        "1_Pooling/config.json": {
+            "embedding_dimension": projector.linear_1.in_features,
+            "pooling_mode": "lasttoken" if stock else "mean",
+            "include_prompt": True,
+        },
+        "4_Normalize/config.json": {"module_input_name": "sentence_embedding"},
+    }
+    for path, linear, activation in (
+        ("2_Dense", projector.linear_1, projector.act),
+        ("3_Dense", projector.linear_2, nn.Identity()),
+    ):
+        files[f"{path}/config.json"] = {
+            "in_features": linear.in_features,
+            "out_features": linear.out_features,
+            "bias": linear.bias is not None,
+            "activation_function": f"{type(activation).__module__}.{type(activation).__name__}",
+        }
+    for path, content in files.items():
+        (directory / path).parent.mkdir(exist_ok=True)
+        (directory / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path, linear in (("2_Dense", projector.linear_1), ("3_Dense", projector.linear_2)):
+        weights = {f"linear.{key}": value.contiguous() for key, value in linear.state_dict().items()}
+        save_file(weights, directory / path / "model.safetensors", metadata={"format": "pt"})
+    readme = README.replace("TRUST", "" if stock else ", trust_remote_code=True")
+    readme = readme.replace("NOTES", STOCK_NOTES if stock else CUSTOM_NOTES)
+    (directory / "README.md").write_text(readme, encoding="utf-8")
+    return stock

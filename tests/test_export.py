@@ -1,0 +1,372 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import tiny_backbones
+import torch
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hf_sugar.cli.main import main
+from hf_sugar.export import export_sentence_transformers, find_inexact_input, slice_end_template
+from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
+
+
+needs_sentence_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("sentence_transformers") is None,
+    reason="sentence-transformers is not installed: pip install -c constraints.txt -e '.[sentence-transformers]'",
+)
+
+IMAGES = [tiny.image(1), tiny.image(2, 40, 60)]
+
+
+def message(*parts) -> list[dict]:
+    kinds = [("text" if isinstance(part, str) else "image", part) for part in parts]
+    return [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in kinds]}]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """For each image pooling a checkpoint and its export by the command."""
+    path = tmp_path_factory.mktemp("export")
+    for pooling in ("last", "mean"):
+        model = SugarForConditionalGeneration.from_vlm(tiny.llava(), retrieval_dim=16, image_pooling=pooling)
+        model.save_pretrained(path / pooling / "sugar")
+        SugarProcessor.from_processor(tiny.processor()).save_pretrained(path / pooling / "sugar")
+        arguments = ["--format", "sentence-transformers", "--output", str(path / pooling / "export")]
+        main(["export", str(path / pooling / "sugar"), *arguments])
+    return path
+
+
+def types(directory) -> list[str]:
+    return [module["type"].removeprefix("sentence_transformers.") for module in read(directory / "modules.json")]
+
+
+def read(file):
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+STOCK = [f"sentence_transformer.modules.{name}" for name in ("Transformer", "Pooling", "Dense", "Dense", "Normalize")]
+
+
+def test_files_of_last_pooling(exported):
+    directory = exported / "last" / "export"
+    assert types(directory) == STOCK
+    assert not list(directory.rglob("*.py")) and not list(directory.rglob("*.bin"))
+    assert read(directory / "1_Pooling" / "config.json")["pooling_mode"] == "lasttoken"
+    assert read(directory / "config_sentence_transformers.json")["similarity_fn_name"] == "cosine"
+    assert "trust_remote_code" not in (directory / "README.md").read_text()
+    assert "auto_map" not in (directory / "config.json").read_text()
+
+
+def test_files_of_mean_pooling(exported):
+    directory = exported / "mean" / "export"
+    assert types(directory) == ["sugar_transformer.SugarTransformer", *STOCK[1:]]
+    assert {file.name for file in directory.rglob("*.py")} == {"sugar_transformer.py", "processing_sugar.py"}
+    assert read(directory / "1_Pooling" / "config.json")["pooling_mode"] == "mean"
+    assert read(directory / "sentence_bert_config.json")["image_pooling"] == "mean"
+    assert "trust_remote_code=True" in (directory / "README.md").read_text()
+
+
+def test_projector_is_two_dense_modules(exported):
+    directory = exported / "last" / "export"
+    model = SugarForConditionalGeneration.from_pretrained(exported / "last" / "sugar")
+    for path, linear in (
+        ("2_Dense", model.retrieval_projector.linear_1),
+        ("3_Dense", model.retrieval_projector.linear_2),
+    ):
+        config, weights = read(directory / path / "config.json"), load_file(directory / path / "model.safetensors")
+        assert (config["out_features"], config["in_features"]) == tuple(linear.weight.shape)
+        assert config["bias"] == (linear.bias is not None)
+        assert set(weights) == {f"linear.{name}" for name, _ in linear.named_parameters()}
+        assert torch.equal(weights["linear.weight"], linear.weight)
+
+
+def test_no_path_of_this_machine_in_an_export(exported):
+    for file in (exported / "mean" / "export").rglob("*"):
+        if file.is_file():
+            assert str(exported).encode() not in file.read_bytes(), file
+            assert b".partial" not in file.read_bytes(), file
+
+
+def test_backbone_of_an_adapter_repository(tmp_path):
+    """What stock transformers loads answers as the adapted model does."""
+    tiny.llava().save_pretrained(tmp_path / "llava")
+    tiny.processor().save_pretrained(tmp_path / "llava")
+    model = SugarForConditionalGeneration.from_backbone(tmp_path / "llava", retrieval_dim=16)
+    model.add_adapter(
+        LoraConfig(
+            r=4,
+            target_modules=r"^vlm\.model\.language_model\..*\.(?:q_proj|v_proj)$",
+            modules_to_save=["retrieval_projector"],
+            init_lora_weights=False,
+        )
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    processor = SugarProcessor.from_pretrained(tmp_path / "llava")
+    processor.save_pretrained(tmp_path / "adapter")
+    main(["export", str(tmp_path / "adapter"), "--format", "backbone", "--output", str(tmp_path / "plain")])
+
+    inputs = processor.encode_conversations([message("a", IMAGES[0], "what is this?")])
+    inputs.pop("slice_ids")
+    plain, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert type(plain).__name__ == "LlavaForConditionalGeneration"
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, model.eval()(**inputs).logits, atol=1e-5, rtol=0)
+        untouched = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
+        assert (untouched(**inputs).logits - plain(**inputs).logits).abs().max() > 1e-3
+    assert AutoProcessor.from_pretrained(tmp_path / "plain").chat_template == processor.chat_template
+
+
+CHATML = (
+    "{%- for message in messages %}<|{{ message['role'] }}|>\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|end|>\n{% endfor %}\n"
+)
+
+
+@pytest.mark.parametrize("name", ["llava", "chatml"])
+@pytest.mark.parametrize(
+    "conversation, end, tail",
+    [
+        (message("a star"), "a star", " "),
+        (message("end"), "end", " "),  # chatml has the same word behind it
+        (message("a star", IMAGES[0]), "a star <image>", "\n"),
+        (message(IMAGES[0], "user"), "user", " "),
+        (message("a") + [{"role": "assistant", "content": [{"type": "text", "text": "s"}]}], "s", "</s>"),
+        ([{"role": "user", "content": "plain"}], "plain", " "),
+    ],
+)
+def test_template_ends_with_the_last_slice(name, conversation, end, tail):
+    processor = SugarProcessor.from_processor(tiny.processor(chat_template=tiny.LLAVA_TEMPLATE))
+    if name == "chatml":
+        processor.chat_template = CHATML
+        end, tail = end.replace(" <", "<"), "<|end|>\n"
+    whole = processor.apply_chat_template(conversation, tokenize=False)
+    cut = processor.apply_chat_template(conversation, chat_template=slice_end_template(processor), tokenize=False)
+    assert cut + tail == whole
+    assert cut.endswith(end)
+
+
+def test_template_refuses_what_it_would_lose():
+    processor = SugarProcessor.from_processor(tiny.processor())
+    template = slice_end_template(processor)
+    pair = [{"role": "query", "content": "a"}, {"role": "document", "content": "b"}]
+    with pytest.raises(Exception, match="role query is unknown; give images and texts that belong together"):
+        processor.apply_chat_template(pair, chat_template=template, tokenize=False)
+    video = [{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}]
+    with pytest.raises(Exception, match="type video; use text or image"):
+        processor.apply_chat_template(video, chat_template=template, tokenize=False)
+
+
+def test_module_of_its_own_where_the_last_token_is_another(tmp_path):
+    """A tokenizer that adds a token at the end: stock pooling would take that one."""
+    processor = SugarProcessor.from_processor(tiny.processor())
+    assert find_inexact_input(processor, processor.to_backbone(), slice_end_template(processor)) is None
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    assert "circle" in find_inexact_input(processor, processor.to_backbone(), slice_end_template(processor))
+    model = SugarForConditionalGeneration.from_vlm(tiny.llava(), retrieval_dim=16, image_pooling="last")
+    assert not export_sentence_transformers(model, processor, tmp_path)
+    assert types(tmp_path)[0] == "sugar_transformer.SugarTransformer"
+    assert read(tmp_path / "sentence_bert_config.json")["image_pooling"] == "last"
+
+
+def test_errors_name_the_setting(exported, tmp_path):
+    sugar = str(exported / "last" / "sugar")
+    with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
+        main(["export", "--output", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="`output_dir` is not set"):
+        main(["export", sugar])
+    with pytest.raises(SystemExit):
+        main(["export", sugar, "--output", str(tmp_path / "out"), "--format", "gguf"])
+    with pytest.raises(OSError, match="nowhere"):
+        main(["export", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])
+    tiny.llava().save_pretrained(tmp_path / "llava")
+    with pytest.raises(ValueError, match="'llava', which has no retrieval projector"):
+        main(["export", str(tmp_path / "llava"), "--output", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        main(["export", sugar, "--output", sugar])
+    assert os.listdir(tmp_path) == ["llava"]
+
+
+def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("hf_sugar.export.save_file", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        main(["export", str(exported / "last" / "sugar"), "--output", str(tmp_path / "out")])
+    assert os.listdir(tmp_path) == []
+
+
+def load(directory, pooling: str):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(directory), trust_remote_code=pooling == "mean", device="cpu")
+
+
+def own(model, processor, items) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model.embed(**processor.embed_inputs([item])) for item in items])
+
+
+@pytest.mark.extras
+@needs_sentence_transformers
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_sentence_transformers_gives_the_same_embeddings(exported, tmp_path, pooling):
+    theirs = load(exported / pooling / "export", pooling)
+    model = SugarForConditionalGeneration.from_pretrained(exported / pooling / "sugar").eval()
+    processor = SugarProcessor.from_pretrained(exported / pooling / "sugar")
+    first, second = IMAGES
+    third = tiny.image(3)
+    third.save(tmp_path / "third.png")
+
+    def same(inputs, items):
+        expected = own(model, processor, items)
+        assert len(items) == 1 or torch.pdist(expected).min() > 1e-3
+        for batch_size in (1, 32):
+            found = theirs.encode(inputs, batch_size=batch_size, convert_to_tensor=True)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+    texts = [
+        "a red circle",
+        "A star.",
+        "user",
+        "end of 1 (2)",
+        " blue",
+        "a red circle and a blue square left of a star",
+    ]
+    same(texts, texts)
+    same(IMAGES, IMAGES)
+    mixed = ["a red circle", first, {"text": "what?", "image": second}, {"image": first, "text": "what?"}]
+    same([*mixed, str(tmp_path / "third.png")], ["a red circle", first, ["what?", second], [first, "what?"], third])
+    parts = [
+        ["what is this?"],
+        [first],
+        [first, "what is this?"],
+        ["what is this?", first],
+        [first, second],
+        ["a", first, "b", second, "c."],
+        ["a", first, second, "b", second],
+    ]
+    same([message(*part) for part in parts], parts)
+    # what embeds an answer ends before the end-of-turn token
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "a star"}]}]
+    plain = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}, *answer]
+    same([message(first, "what?") + answer], [{"messages": plain, "images": [first]}])
+    system = [{"role": "system", "content": "Find this."}, {"role": "user", "content": "a star"}]
+    found = theirs.encode(["a star"], prompt="Find this.", convert_to_tensor=True)
+    torch.testing.assert_close(found, own(model, processor, [{"messages": system}]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.extras
+@needs_sentence_transformers
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_sentence_transformers_saves_compares_and_refuses(exported, tmp_path, pooling):
+    model = load(exported / pooling / "export", pooling)
+    inputs = ["a red circle", *IMAGES]
+    found = model.encode(inputs, convert_to_tensor=True)
+    torch.testing.assert_close(model.similarity(found, found), found @ found.T)
+    assert model.get_embedding_dimension() == 16
+    model.save(str(tmp_path / "again"))
+    again = load(tmp_path / "again", pooling).encode(inputs, convert_to_tensor=True)
+    torch.testing.assert_close(again, found, atol=1e-6, rtol=0)
+    # a pair is no document
+    for pair in (["what?", IMAGES[0]], ("what?", "a star")):
+        with pytest.raises(ValueError, match="query"):
+            model.encode([pair])
+    with pytest.raises(Exception, match="type '?message"):
+        model.encode([message("a"), "b"])
+
+
+@pytest.mark.extras
+@needs_sentence_transformers
+def test_what_stock_modules_do_otherwise(exported):
+    """The notes in the exported README, checked; the module of its own does none of it."""
+    transparent = IMAGES[0].copy()
+    transparent.putalpha(Image.fromarray(np.tile(np.arange(0, 240, 8, dtype=np.uint8), (30, 1))))
+    sixteen_bit = Image.fromarray(np.random.RandomState(0).randint(0, 65535, (30, 30)).astype(np.uint16))
+    turned = IMAGES[1].copy()
+    turned.getexif()[0x0112] = 6
+    for pooling in ("last", "mean"):
+        model = SugarForConditionalGeneration.from_pretrained(exported / pooling / "sugar").eval()
+        processor = SugarProcessor.from_pretrained(exported / pooling / "sugar")
+        transparent.save(exported / "transparent.png")
+        items = ["a star \n", sixteen_bit, turned, str(exported / "transparent.png")]
+        theirs = load(exported / pooling / "export", pooling)
+        found = theirs.encode(items, batch_size=1, convert_to_tensor=True)
+        distances = (found - own(model, processor, items)).abs().amax(dim=1)
+        assert (distances > 1e-3).all() if pooling == "last" else (distances < 1e-5).all(), distances
+        if pooling == "last":
+            stripped = own(model, processor, ["a star"])
+            torch.testing.assert_close(found[:1], stripped, atol=1e-5, rtol=0)
+        theirs.max_seq_length = 6
+        if pooling == "mean":
+            with pytest.raises(ValueError, match="the limit is 6"):
+                theirs.encode(["a red circle left of a star"])
+
+
+@pytest.mark.extras
+@needs_sentence_transformers
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("family", ["llava_next", "idefics3", "gemma3"])
+def test_other_families(tmp_path, family, pooling):
+    """Image tokens at several resolutions; brackets after an image, which only the module of its own leaves out."""
+    vlm, processor = tiny_backbones.build(family)
+    model = SugarForConditionalGeneration.from_vlm(vlm, retrieval_dim=16, image_pooling=pooling).eval()
+    processor = SugarProcessor.from_processor(processor)
+    stock = export_sentence_transformers(model, processor, tmp_path)
+    assert stock == (family == "llava_next" and pooling == "last")
+    theirs = load(tmp_path, "last" if stock else "mean")
+    documents = ["a red circle", *IMAGES]
+    found = theirs.encode(documents, convert_to_tensor=True)
+    torch.testing.assert_close(found, own(model, processor, documents), atol=1e-5, rtol=0)
+    parts = [["a", IMAGES[1]], [IMAGES[0], "b"], ["a", *IMAGES]]
+    found = theirs.encode([message(*part) for part in parts], convert_to_tensor=True)
+    torch.testing.assert_close(found, own(model, processor, parts), atol=1e-5, rtol=0)
+
+
+@pytest.mark.extras
+@needs_sentence_transformers
+def test_loads_where_this_library_is_not(exported, tmp_path):
+    """In a process that cannot import it, with an empty module cache; without the flag the code is not run."""
+    code = f"""
+import sys
+sys.modules["hf_sugar"] = None
+import numpy
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+path = {str(exported / "mean" / "export")!r}
+try:
+    SentenceTransformer(path, device="cpu")
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise AssertionError("ran without the flag")
+assert not any("sugar" in name for name in sys.modules if name != "hf_sugar")
+model = SentenceTransformer(path, trust_remote_code=True, device="cpu")
+image = Image.open({str(tmp_path / "image.png")!r})
+numpy.save({str(tmp_path / "found.npy")!r}, model.encode(["a red circle", image]))
+"""
+    IMAGES[0].save(tmp_path / "image.png")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    model = SugarForConditionalGeneration.from_pretrained(exported / "mean" / "sugar").eval()
+    processor = SugarProcessor.from_pretrained(exported / "mean" / "sugar")
+    expected = own(model, processor, ["a red circle", IMAGES[0]])
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "found.npy")), expected, atol=1e-5, rtol=0)
