@@ -5,8 +5,38 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub_server import HubServer  # noqa: E402
 
 
 # Tiny models spend more time handing work between threads than computing.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    """A Hub on the loopback interface, see hub_server.py. `hub_server.environment` makes a new process use it."""
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server, tmp_path, monkeypatch):
+    """The Hub of `hub_server`, used by this process too, with an empty cache."""
+    from huggingface_hub import constants, hf_api
+    from transformers.utils import hub as transformers_hub
+
+    for name, value in hub_server.environment.items():
+        monkeypatch.setenv(name, value)
+    # read from the environment when huggingface_hub was imported
+    template = hub_server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(hf_api.api, "endpoint", hub_server.endpoint)
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)
+    yield hub_server
+    hub_server.faults.clear()

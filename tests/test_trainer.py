@@ -244,12 +244,16 @@ class TestStructureLoss:
     def test_rows_of_similar_length_share_a_batch_when_asked(self, backbone, teachers, tmp_path):
         data = rows([conversation, story], 160)
         trainer = SugarTrainer(
-            backbone, config(tmp_path, teachers, train_sampling_strategy="group_by_length"), train_dataset=data
+            backbone,
+            config(tmp_path, teachers, train_sampling_strategy="group_by_length"),
+            train_dataset=data,
+            eval_dataset=data.select(range(6)),
         )
         batches = [batch["slice_modality"] for batch in trainer.get_train_dataloader()]
         # conversations have three slices, stories four or more
         mixed = sum((batch[:, 3:] >= 0).any(1).unique().numel() > 1 for batch in batches)
         assert len(batches) == 40 and mixed <= 10
+        assert len(list(trainer.get_eval_dataloader())) >= 1
 
     def test_clip_alone(self, backbone, teachers, tmp_path):
         trainer = SugarTrainer(

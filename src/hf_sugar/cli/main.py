@@ -11,7 +11,13 @@ COMMANDS = {
     "check": "read a dataset and say what training would meet",
     "prepare": "compute the teacher embeddings of a dataset, once",
     "train": "train Sugar on a LLaVA checkpoint",
+    "embed": "embeddings of a dataset or of files, into a safetensors file",
+    "index": "build a search index of a dataset or of files, go on with one, or add to one",
+    "search": "search an index by text, image or both",
+    "chat": "talk with a model, with or without an index",
     "evaluate": "retrieval and generation metrics of a checkpoint",
+    "export": "write a checkpoint for sentence-transformers, or the plain backbone",
+    "push": "publish a checkpoint or an adapter on the Hub, with a model card",
 }
 
 

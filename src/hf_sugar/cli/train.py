@@ -1,14 +1,84 @@
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from transformers import BitsAndBytesConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_sugar.data import load_data
 from hf_sugar.evaluation import embedder, generator
 from hf_sugar.evaluation.plots import plot_losses
 from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_report
+from hf_sugar.models import SugarConfig
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
+from hf_sugar.training.memory import MemoryEstimate, estimate_memory
+from hf_sugar.training.trainer import _projector_settings
 
 from .arguments import DataArguments, parse
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """
+    [`~trl.ModelConfig`] with the paper's LoRA (rank 128, alpha 256) and QLoRA's double quantization.
+
+    Parameters:
+        lora_r (`int`, *optional*, defaults to `128`):
+            Rank of LoRA.
+        lora_alpha (`int`, *optional*, defaults to `256`):
+            Alpha of LoRA.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `True`):
+            Whether the constants of 4-bit weights are quantized as well.
+    """
+
+    lora_r: int = field(default=128, metadata={"help": "Rank of LoRA."})
+    lora_alpha: int = field(default=256, metadata={"help": "Alpha of LoRA."})
+    use_bnb_nested_quant: bool = field(
+        default=True, metadata={"help": "Whether the constants of 4-bit weights are quantized as well."}
+    )
+
+
+@dataclass
+class ActionArguments:
+    """
+    What to do.
+
+    Parameters:
+        estimate_memory (`bool`, *optional*, defaults to `False`):
+            Print how much memory the run would need, and do not train.
+    """
+
+    estimate_memory: bool = field(
+        default=False, metadata={"help": "Print how much memory the run would need, and do not train."}
+    )
+
+
+def quantization_config(model: ModelConfig) -> BitsAndBytesConfig | None:
+    """Quantization that the settings of the model ask for. 4-bit weights are computed with in bfloat16, whatever the dtype
+    of the rest."""
+    quantization = get_quantization_config(model)
+    if model.load_in_4bit:
+        quantization.bnb_4bit_compute_dtype = torch.bfloat16
+    return quantization
+
+
+def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
+    """Memory that [`train`] would need. Of the model only its configuration is read."""
+    if model.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is not set: name the checkpoint to train.")
+    stored, _ = SugarConfig.get_config_dict(model.model_name_or_path, revision=model.model_revision)
+    if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
+        stored = {**stored, **_projector_settings(args)}
+    config = SugarConfig.from_dict(stored)
+    dtype = config.vlm_config.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype)
+    return estimate_memory(
+        config,
+        args,
+        get_peft_config(model),
+        quantization_config(model),
+        dtype=dtype or torch.float32,
+        attn_implementation=model.attn_implementation,
+    )
 
 
 def train(
@@ -43,6 +113,7 @@ def train(
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
+    args.on_bad_row = data.on_bad_row
     eval_dataset = None
     if data.eval_data is not None:
         eval_dataset = load_data(data.eval_data, "validation", on_bad_row=data.on_bad_row)
@@ -52,8 +123,10 @@ def train(
         train_dataset=load_data(data.train_data, seed=args.seed, on_bad_row=data.on_bad_row),
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
+        quantization_config=quantization_config(model),
     )
+    sources = data.train_data if isinstance(data.train_data, list) else [data.train_data]
+    trainer.dataset_names = [str(source["path"] if isinstance(source, dict) else source) for source in sources]
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if evaluation is not None and evaluation.any() and trainer.is_world_process_zero():
@@ -67,19 +140,25 @@ def train(
             args.output_dir,
             Path(args.output_dir).name,
             {"trained": results},
-            {"model": vars(model)},
+            {"model": vars(model), **vars(evaluation)},
         )
         print(table)
+        trainer.create_model_card()
     return trainer
 
 
 def main(argv: list[str]) -> None:
-    data, args, model, evaluation = parse(
+    if "--estimate-memory" in argv or "--estimate_memory" in argv:
+        argv = [*argv, "--use_cpu", "True"]  # the machine that asks need not be the one that trains
+    data, args, model, evaluation, action = parse(
         "train",
-        (DataArguments, SugarTrainingConfig, ModelConfig, EvaluationData),
+        (DataArguments, SugarTrainingConfig, ModelArguments, EvaluationData, ActionArguments),
         argv,
         "Train Sugar on a LLaVA checkpoint: supervised fine-tuning with the structure loss.",
     )
+    if action.estimate_memory:
+        print(estimate(args, model).table())
+        return
     trainer = train(data, args, model, evaluation)
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from trl import SFTConfig
 
@@ -56,6 +56,17 @@ class SugarTrainingConfig(SFTConfig):
             Size of the embeddings, when the retrieval projector is made new.
         retrieval_hidden_size (`int`, *optional*):
             Width of the hidden layer of a new retrieval projector. Defaults to the hidden size of the language model.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            QLoRA: load a model that is named by id with NF4 weights, double quantization and bfloat16 compute
+            (bitsandbytes). For anything else pass `quantization_config` to the trainer. On the command line it is a
+            setting of the model ([`~trl.ModelConfig`]), not of the training.
+
+        > Parameters that control the data
+
+        on_bad_row (`str`, *optional*, defaults to `"error"`):
+            What is done with a row that cannot be used (an unreadable image, too many tokens, a malformed conversation):
+            `"error"` stops and names it, `"skip"` leaves it out, logs the first few, and says at the end how many there
+            were. To find them, every image is opened once more. On the command line it is a setting of the data.
 
         > Parameters that control the evaluation
 
@@ -153,6 +164,10 @@ class SugarTrainingConfig(SFTConfig):
         },
     )
 
+    # Not a field: parsers that take this class together with `trl.ModelConfig` have `--load_in_4bit` from there.
+    load_in_4bit: InitVar[bool] = False
+    on_bad_row: InitVar[str] = "error"  # likewise, from `hf_sugar.cli.arguments.DataArguments`
+
     # Parameters that control the evaluation
     eval_retrieval_rows: int = field(
         default=512,
@@ -162,8 +177,12 @@ class SugarTrainingConfig(SFTConfig):
     # parsed from JSON on the command line, as transformers does for its own dict fields
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teachers"]
 
-    def __post_init__(self):
+    def __post_init__(self, load_in_4bit: bool, on_bad_row: str):
         super().__post_init__()
+        self.load_in_4bit = load_in_4bit
+        self.on_bad_row = on_bad_row
+        if on_bad_row not in ("error", "skip"):
+            raise ValueError(f"`on_bad_row` is {on_bad_row!r}; it must be error or skip.")
         if self.structure_weight < 0:
             raise ValueError(f"`structure_weight` is {self.structure_weight}; it must be 0 or more.")
         if self.delta <= 0:

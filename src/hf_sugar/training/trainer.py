@@ -1,3 +1,5 @@
+import copy
+import logging
 import re
 import types
 from collections.abc import Callable
@@ -10,8 +12,10 @@ import torch
 import torch.distributed.nn.functional as distributed
 from accelerate.utils import is_peft_model, pad_across_processes
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, get_config_model_id
 
@@ -24,9 +28,14 @@ from hf_sugar.models.modeling_sugar import ADAPTER_SUBFOLDER
 from hf_sugar.models.processing_sugar import fill_images
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 
-from .collator import SugarCollator
+from .card import CITATION, dataset_names, is_hub_id, run_facts, write_card
+from .collator import RowFilter, SugarCollator
 from .config import SugarTrainingConfig
+from .hub import push_checkpoint
 from .loss import StructureLoss
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,6 +83,17 @@ class _TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.collator.epoch = int(round(state.epoch or 0, 6))
+
+
+class _TellSkipped(TrainerCallback):
+    """Says at the end of the training how many rows were left out."""
+
+    def __init__(self, rows: RowFilter):
+        self.rows = rows
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.rows.skipped:
+            logger.warning("%d rows were skipped because of `on_bad_row='skip'`.", self.rows.skipped)
 
 
 class _ShuffledLengthGroups(LengthGroupedSampler):
@@ -124,8 +144,8 @@ class SugarTrainer(SFTTrainer):
             Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows in the conversational vision format: `messages` (or `prompt` and `completion`) and `images`; every
-            content part is one slice. Optional columns: `loss_on` (`"answers"`, `"captions"` or `"text"`) and `id`,
-            which error messages name.
+            content part is one slice. Optional columns: `loss_on` (`"answers"`, `"captions"` or `"text"`), `structure` (`False`
+            keeps a row out of the structure loss) and `id`, which error messages name.
         eval_dataset (same types, or `dict` of them, *optional*):
             Rows to evaluate on.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
@@ -133,7 +153,7 @@ class SugarTrainer(SFTTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration; `target_modules` defaults to the paper's `["q_proj", "v_proj"]`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Quantization used when the model is loaded from an id.
+            Quantization used when the model is loaded from an id. Defaults to what `args.load_in_4bit` says.
         kwargs:
             Other arguments of [`~trl.SFTTrainer`].
 
@@ -147,15 +167,7 @@ class SugarTrainer(SFTTrainer):
     _paper = {
         "title": "Unified Generative and Discriminative Training for Multi-modal Large Language Models",
         "id": "2411.00304",
-        "citation": (
-            "@inproceedings{chow2024unified,\n"
-            "    title     = {Unified Generative and Discriminative Training for Multi-modal Large Language Models},\n"
-            "    author    = {Wei Chow and Juncheng Li and Qifan Yu and Kaihang Pan and Hao Fei and Zhiqi Ge and "
-            "Shuai Yang and Siliang Tang and Hanwang Zhang and Qianru Sun},\n"
-            "    booktitle = {Advances in Neural Information Processing Systems},\n"
-            "    year      = 2024,\n"
-            "}"
-        ),
+        "citation": CITATION,
     }
 
     def __init__(
@@ -181,12 +193,28 @@ class SugarTrainer(SFTTrainer):
         if args.label_smoothing_factor > 0:
             raise ValueError("`label_smoothing_factor` needs a second forward pass; set it to 0 with `SugarTrainer`.")
 
+        if quantization_config is None and args.load_in_4bit:
+            quantization_config = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        if quantization_config is not None and not isinstance(model, str):
+            raise ValueError(
+                "`quantization_config` and `load_in_4bit` apply while a model is loaded, and this one is. Pass its Hub id or "
+                "directory, or pass the quantization to its `from_pretrained`."
+            )
+
         self._structure = args.structure_weight > 0
-        train_dataset = _prepared(train_dataset, "train_dataset")
+        validate = args.on_bad_row == "error"
+        train_dataset = _prepared(train_dataset, "train_dataset", validate)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {key: _prepared(value, f"eval_dataset[{key!r}]") for key, value in eval_dataset.items()}
+            eval_dataset = {
+                key: _prepared(value, f"eval_dataset[{key!r}]", validate) for key, value in eval_dataset.items()
+            }
         elif eval_dataset is not None:
-            eval_dataset = _prepared(eval_dataset, "eval_dataset")
+            eval_dataset = _prepared(eval_dataset, "eval_dataset", validate)
 
         set_seed(args.seed)  # of a new retrieval projector
         model_init_kwargs = dict(args.model_init_kwargs or {})
@@ -200,8 +228,8 @@ class SugarTrainer(SFTTrainer):
             stored, _ = SugarConfig.get_config_dict(model, revision=model_init_kwargs.get("revision"))
             if stored.get("backbone_name_or_path") is not None:
                 raise ValueError(
-                    f"{model} is an adapter repository. To train on, load it, `merge_and_unload` it and pass the model; or "
-                    "resume the run that made it (`resume_from_checkpoint`)."
+                    f"{model} is an adapter repository. To train on, load it, `merge_and_unload` it, save it with its "
+                    "processor and name that directory; or resume the run that made it (`resume_from_checkpoint`)."
                 )
             if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
                 model_init_kwargs = {**_projector_settings(args), **model_init_kwargs}
@@ -221,9 +249,33 @@ class SugarTrainer(SFTTrainer):
         if peft_config is not None:
             peft_config = _for_language_model(peft_config, base)
 
+        if args.push_to_hub and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"`hub_strategy={args.hub_strategy.value!r}` publishes optimizer states and training_args.bin, a pickle with the "
+                "paths and tokens of this machine. Set it to 'every_save' or 'end'."
+            )
+        adapter = peft_config is not None or is_peft_model(model)
+        if args.push_to_hub and adapter and not is_hub_id(base.config.name_or_path):
+            raise ValueError(
+                f"`push_to_hub`: the backbone {base.config.name_or_path} is not on the Hub, so nobody else could load an "
+                "adapter of it. Name the backbone by its Hub id, or push after training: `hf-sugar push` with `--base_model`."
+            )
+        # what the model card says about the run
+        self.teachers: dict[str, str] = {}
+        self.dataset_names = dataset_names(train_dataset) if train_dataset is not None else []
+
         # SFTTrainer would cut at `max_length`; the collator refuses longer rows instead.
         self._max_length = args.max_length or base.config.get_text_config().max_position_embeddings
         args.max_length = None
+        if args.on_bad_row == "skip":
+            good_rows = RowFilter(SugarCollator(processing_class, self._max_length))
+            train_dataset = good_rows.filter(train_dataset, "train_dataset")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {key: good_rows.filter(value, key) for key, value in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = good_rows.filter(eval_dataset, "eval_dataset")
+        projector = base.retrieval_projector
+        exact = copy.deepcopy([projector.linear_1, projector.linear_2])
         super().__init__(
             model=model,
             args=args,
@@ -234,6 +286,16 @@ class SugarTrainer(SFTTrainer):
             **kwargs,
         )
         args.max_length = self._max_length
+        if getattr(base, "is_quantized", False):
+            # TRL casts all that QLoRA trains to bfloat16; the projector stays as exact as it was
+            for layer, kept in zip([base.retrieval_projector.linear_1, base.retrieval_projector.linear_2], exact):
+                layer.to(kept.weight.dtype).load_state_dict(kept.state_dict())
+            _train_through_4bit(base)
+        if is_peft_model(self.model) and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            # Upstream lets gradients start at every embedding, so that the frozen vision tower would be kept and run
+            # backwards for nothing. Those of the tokens are enough, unless checkpointing is reentrant.
+            base.disable_input_require_grads()
+            base.enable_input_require_grads = base.vlm.get_decoder().enable_input_require_grads
         add_structure_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
 
         embed_slices = self._teacher_embeddings() if self._structure else None
@@ -241,6 +303,8 @@ class SugarTrainer(SFTTrainer):
             processing_class, self._max_length, embed_slices, self._structure and args.flip_captions, args.seed
         )
         self.add_callback(_TellEpoch(self.data_collator))
+        if args.on_bad_row == "skip":
+            self.add_callback(_TellSkipped(good_rows))
         self._eval_collator = SugarCollator(processing_class, self._max_length, embed_slices)
         self.structure_loss = StructureLoss(reduction=args.structure_reduction)
 
@@ -251,6 +315,7 @@ class SugarTrainer(SFTTrainer):
     def _teacher_embeddings(self) -> Callable[[list[Any]], torch.Tensor]:
         """What embeds slices for the collator."""
         encoder = TripleEncoder.from_teachers(self.args.teachers, device=self.args.device)
+        self.teachers = encoder.checkpoints
         if self.args.teacher_mode == "online":
             self._split = encoder.split
             return encoder.encode
@@ -269,18 +334,27 @@ class SugarTrainer(SFTTrainer):
         if not self._structure or self.args.teacher_mode == "online":
             return
         cache, encoder = self._teachers
-        with self.args.main_process_first(desc="teacher embeddings"):
-            for dataset in datasets:
-                if isinstance(dataset, IterableDataset):
-                    raise ValueError(
-                        "`teacher_mode='cache'` reads the whole dataset before training, which a streaming one does not "
-                        "allow: set `teacher_mode='online'`."
-                    )
+        for dataset in datasets:
+            if not isinstance(dataset, IterableDataset):
                 cache.fill(dataset, encoder)
+            elif not len(cache):
+                raise ValueError(
+                    f"A streaming dataset is not read before training, and the teacher cache {cache.directory} is empty: run "
+                    "`hf-sugar prepare` on it, or set `teacher_mode='online'`."
+                )
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = ["messages", "prompt", "completion", "image", "images", "loss_on", "id"]
+            self._signature_columns = [
+                "messages",
+                "prompt",
+                "completion",
+                "image",
+                "images",
+                "loss_on",
+                "structure",
+                "id",
+            ]
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -298,6 +372,14 @@ class SugarTrainer(SFTTrainer):
             lengths.append(1 << int(characters / 4 + images * int(image_tokens)).bit_length())
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return _ShuffledLengthGroups(batch_size, lengths=lengths)
+
+    def _get_eval_sampler(self, eval_dataset):
+        # Upstream groups evaluation rows by length too, and would have to collate them all to know theirs.
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
 
     def get_eval_dataloader(self, eval_dataset=None):
         # evaluation is the same every time: rows are not flipped
@@ -356,7 +438,12 @@ class SugarTrainer(SFTTrainer):
             modality = self.accelerator.gather(pad_across_processes(modality, dim=1, pad_index=-1))
             present = modality >= 0
 
-        offsets = torch.cat([present.new_zeros(1, dtype=torch.long), present.sum(dim=1).cumsum(0)])
+        # rows that stay out of the structure loss have no slices here, and the labels know only those that have
+        counts = present.sum(dim=1)
+        if not counts.any():
+            return embeddings, embeddings.new_zeros(0, 0), 0.0
+        prefixes[:, 0] = (counts > 0).cumsum(0)[prefixes[:, 0]] - 1
+        offsets = torch.cat([counts.new_zeros(1), counts[counts > 0].cumsum(0)])
         labels, clamped = label_matrix(
             teacher_embeddings[present],
             offsets,
@@ -409,12 +496,27 @@ class SugarTrainer(SFTTrainer):
     # Upstream restores nothing into a LLaVA resumed from full weights, because the names of the parameters in the file
     # are those of the older layout (huggingface/transformers#43701): load through the class, which converts them.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not self._load_full_weights(resume_from_checkpoint, model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._load_full_weights(resume_from_checkpoint, model):
+            return
+        model = self.model if model is None else model
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if self._saves_adapter(model):
+            resume_from_checkpoint = str(Path(resume_from_checkpoint) / ADAPTER_SUBFOLDER)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT turns what it loads to float32; a resumed QLoRA run goes on in bfloat16
+        for name, parameter in model.named_parameters():
+            if name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
 
     def _load_best_model(self):
-        if not self._load_full_weights(self.state.best_model_checkpoint, None):
+        checkpoint = self.state.best_model_checkpoint
+        if self._saves_adapter(self.model):
+            self.model.load_adapter(str(Path(checkpoint) / ADAPTER_SUBFOLDER), self.model.active_adapters[0])
+        elif not self._load_full_weights(checkpoint, None):
             super()._load_best_model()
+
+    def _saves_adapter(self, model) -> bool:
+        return is_peft_model(model) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
 
     def _load_full_weights(self, checkpoint: str, model) -> bool:
         model = self.model if model is None else model
@@ -424,37 +526,114 @@ class SugarTrainer(SFTTrainer):
         model.load_state_dict(loaded.state_dict())
         return True
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+    # Under PEFT every save, of a checkpoint too, is what `SugarForConditionalGeneration.from_pretrained` loads in one line:
+    # an adapter repository (configuration, code and processor, with the adapter and the projector in `adapter/`).
+    def _save(self, output_dir=None, state_dict=None):
+        if not is_peft_model(self.model):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            output_dir = output_dir or self.args.output_dir
+            self.model.get_base_model().save_pretrained(output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
+            torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+        if self.is_world_process_zero():
+            write_card(output_dir or self.args.output_dir, run_facts(self))
+
+    def create_model_card(self, model_name: str | None = None, dataset_name=None, tags=None):
         """
-        Save what [`SugarForConditionalGeneration.from_pretrained`] loads in one line: a full checkpoint, or under PEFT
-        an adapter repository (configuration and processor, with the adapter and the retrieval projector in `adapter/`).
+        Write the model card of what has been saved in `args.output_dir`. Saving and pushing do this by themselves.
 
         Args:
-            output_dir (`str`, *optional*):
-                Directory to write to. Defaults to `args.output_dir`.
+            model_name (`str`, *optional*):
+                Where the model is going to be on the Hub.
+            dataset_name (`str` or `list[str]`, *optional*):
+                Hub ids and paths of the training data. Defaults to `trainer.dataset_names`.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
         """
-        output_dir = output_dir or self.args.output_dir
-        if _internal_call or not is_peft_model(self.model):
-            super().save_model(output_dir, _internal_call)
-            return
-        super().save_model(str(Path(output_dir) / ADAPTER_SUBFOLDER), _internal_call=True)
-        if self.args.should_save:
-            config = self.model.get_base_model().config
-            if config.backbone_name_or_path is None:
-                config.backbone_name_or_path = config.name_or_path
-                config.backbone_revision = getattr(config, "_commit_hash", None)
-            config.save_pretrained(output_dir)
-            self.processing_class.save_pretrained(output_dir)
+        if dataset_name is not None:
+            self.dataset_names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
+        # TRL calls this before each checkpoint too, when there is no model in `output_dir` yet
+        if self.is_world_process_zero() and (Path(self.args.output_dir) / "config.json").is_file():
+            tags = [tags] if isinstance(tags, str) else tags
+            write_card(self.args.output_dir, run_facts(self), repo_id=model_name, tags=tags)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """
+        Save, and publish the result: see [`~training.hub.push_checkpoint`]. Optimizer states, training arguments and
+        everything else in `args.output_dir` stay where they are.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Title of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait for the upload.
+            token (`str`, *optional*):
+                Access token. Defaults to `args.hub_token`, else to the one of `hf auth login` or `HF_TOKEN`.
+            revision (`str`, *optional*):
+                Branch. Defaults to `args.hub_revision`.
+            private (`bool`, *optional*):
+                Whether a new repository is private. Defaults to `args.hub_private_repo`.
+            kwargs:
+                `base_model`, `license`, `tags` and `create_pr` of [`~training.hub.push_checkpoint`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or a `Future` of it if `blocking=False`; `None` on other processes.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return push_checkpoint(
+            self.args.output_dir,
+            self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            commit_message=commit_message,
+            blocking=blocking,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=self.args.hub_private_repo if private is None else private,
+            **kwargs,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # Upstream uploads all of `output_dir`, the pickled arguments with their paths and tokens among it. A checkpoint is
+        # a model that can be loaded, so it is published as such; this waits, because it may be deleted afterwards.
+        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            push_checkpoint(
+                checkpoint_folder,
+                self.hub_model_id,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+            )
 
 
-def _prepared(dataset, name: str):
+def _prepared(dataset, name: str, validate: bool = True):
     """Refuse a dataset that cannot be trained on; leave its images undecoded, so that the collator can say which row an
     unreadable one is in."""
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(f"`{name}` must be a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}.")
-    if isinstance(dataset, Dataset):
+    if validate and isinstance(dataset, Dataset):
         validate_rows(dataset, name)
     return undecoded(dataset)
+
+
+def _train_through_4bit(model: SugarForConditionalGeneration):
+    """At the first forward in evaluation mode bitsandbytes packs 4-bit weights for the CPU, and through packed weights no
+    gradient passes, with no more than a warning: unpack them and leave them so."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.state_dict()  # unpacks, but for a rounding of the constants
+            module.support_avx512bf16_for_cpu = False
 
 
 def _projector_settings(args: SugarTrainingConfig) -> dict[str, Any]:

@@ -1,0 +1,80 @@
+from dataclasses import dataclass, field
+
+from huggingface_hub import CommitInfo
+
+from hf_sugar.training.hub import push_checkpoint
+
+from .arguments import parse
+
+
+@dataclass
+class PushArguments:
+    """
+    Settings of `hf-sugar push`.
+
+    Parameters:
+        checkpoint_dir (`str`):
+            Full checkpoint or adapter directory. May be given without its name, as the first argument.
+        repo_id (`str`):
+            Where to, for example `me/my-sugar`. The repository is made if it is not there.
+        private (`bool`, *optional*, defaults to `False`):
+            Whether a new repository is private. Without it the setting of the account or organisation holds.
+        revision (`str`, *optional*):
+            Branch to commit to, made if it is not there.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Whether to open a pull request instead.
+        base_model (`str`, *optional*):
+            Hub id of the model that the training started from. Needed for an adapter of a local backbone.
+        license (`str`, *optional*):
+            Licence for the model card. Defaults to what the base model states, if it does.
+        commit_message (`str`, *optional*):
+            Title of the commit.
+    """
+
+    checkpoint_dir: str | None = field(
+        default=None, metadata={"help": "Full checkpoint or adapter directory; also the first argument by itself."}
+    )
+    repo_id: str | None = field(default=None, metadata={"help": "Where to, for example me/my-sugar."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch to commit to, made if it is not there. Defaults to main."}
+    )
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead."})
+    base_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id of the model that the training started from. Needed for an adapter of a local backbone."
+        },
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence for the card. Defaults to what the base model states, if it does."}
+    )
+    commit_message: str = field(default="Upload Sugar model with hf_sugar", metadata={"help": "Title of the commit."})
+
+
+def push(args: PushArguments) -> CommitInfo:
+    """
+    Publish a checkpoint directory, see [`~training.hub.push_checkpoint`].
+
+    Args:
+        args ([`PushArguments`]):
+            What and where to.
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`]
+    """
+    for name in ("checkpoint_dir", "repo_id"):
+        if getattr(args, name) is None:
+            raise ValueError(f"`{name}` is not set: hf-sugar push CHECKPOINT_DIR --repo_id me/my-sugar.")
+    settings = {**vars(args), "private": args.private or None}
+    return push_checkpoint(settings.pop("checkpoint_dir"), settings.pop("repo_id"), **settings)
+
+
+def main(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--checkpoint_dir", *argv]
+    (args,) = parse(
+        "push", (PushArguments,), argv, "Publish a checkpoint or an adapter on the Hub, with a model card."
+    )
+    commit = push(args)
+    print(commit.pr_url or commit.commit_url)

@@ -1,0 +1,205 @@
+"""Publishing a checkpoint directory: what goes to the Hub, and what stays on this machine."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+
+from hf_sugar import __version__
+from hf_sugar.models.modeling_sugar import ADAPTER_SUBFOLDER
+
+from .card import is_foreign, is_hub_id, model_card, public_name, read_json, writes_card
+
+
+# Named one by one, so that nothing else in a training directory is ever published: optimizer states, `training_args.bin`
+# (a pickle, with paths and tokens), logs, teacher caches, data.
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "processor_config.json",
+    "*preprocessor_config.json",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*_sugar.py",
+    "README.md",
+    "LICENSE*",
+    f"{ADAPTER_SUBFOLDER}/adapter_config.json",
+    f"{ADAPTER_SUBFOLDER}/*.safetensors",
+)
+
+
+def checkpoint_files(directory: str | Path) -> list[Path]:
+    """
+    The files of a Sugar checkpoint that are published.
+
+    Args:
+        directory (`str` or `Path`):
+            Full checkpoint or adapter directory, as [`SugarTrainer.save_model`] writes it.
+
+    Returns:
+        `list[Path]`: relative to the directory.
+
+    Raises:
+        `ValueError`: if the directory is not a Sugar checkpoint, or lacks its weights or its processor.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory: name the directory of a Sugar checkpoint.")
+    config = read_json(directory / "config.json")
+    if config.get("model_type") != "sugar":
+        found = f"holds a plain {config['model_type']!r} model" if "model_type" in config else "has no config.json"
+        raise ValueError(
+            f"{directory} is not a Sugar checkpoint: it {found}. `SugarTrainer.save_model` and "
+            "`SugarForConditionalGeneration.save_pretrained` write one."
+        )
+    needed = {"processor_config.json"}
+    if config.get("backbone_name_or_path") is not None:
+        needed |= {f"{ADAPTER_SUBFOLDER}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
+    else:
+        index = read_json(directory / "model.safetensors.index.json")
+        needed |= set(index.get("weight_map", {"": "model.safetensors"}).values())
+    files = {file.relative_to(directory) for pattern in _FILES for file in directory.glob(pattern) if file.is_file()}
+    if missing := needed - {file.as_posix() for file in files}:
+        raise ValueError(f"{directory} lacks {', '.join(sorted(missing))}: save the model and its processor there.")
+    return sorted(files)
+
+
+def public_configs(directory: str | Path, api: HfApi, base_model: str | None = None) -> dict[str, bytes]:
+    """
+    The configuration files that name the backbone of an adapter, without the names of this machine.
+
+    Args:
+        directory (`str` or `Path`):
+            Full checkpoint or adapter directory.
+        api ([`~huggingface_hub.HfApi`]):
+            Finds the commit of `base_model`.
+        base_model (`str`, *optional*):
+            Hub id of the backbone, to be written into them.
+
+    Returns:
+        `dict[str, bytes]`: contents by path in the repository; empty for a full checkpoint.
+
+    Raises:
+        `ValueError`: if the adapter was trained on a local directory and `base_model` does not say where others find it.
+    """
+    directory = Path(directory)
+    config = read_json(directory / "config.json")
+    backbone = config.get("backbone_name_or_path")
+    if backbone is None:
+        return {}
+    if base_model is None and not is_hub_id(backbone):
+        raise ValueError(
+            f"The adapter in {directory} was trained on the local directory {public_name(backbone)!r}, which nobody else "
+            "has. Push that backbone and name it (`--base_model me/backbone`, or `base_model=` in Python), or merge the "
+            "adapter and push the full checkpoint."
+        )
+    if base_model is not None:
+        config |= {"backbone_name_or_path": base_model, "backbone_revision": api.model_info(base_model).sha}
+    name = f"{ADAPTER_SUBFOLDER}/adapter_config.json"
+    adapter = read_json(directory / name)
+    adapter |= {"base_model_name_or_path": config["backbone_name_or_path"], "revision": config["backbone_revision"]}
+    contents = {"config.json": config, name: adapter}
+    return {path: (json.dumps(content, indent=2) + "\n").encode() for path, content in contents.items()}
+
+
+def push_checkpoint(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: list[str] | None = None,
+    commit_message: str = "Upload Sugar model with hf_sugar",
+    token: str | None = None,
+    blocking: bool = True,
+) -> CommitInfo:
+    """
+    Publish a checkpoint directory in one commit: weights, configuration, processor, code and model card, and nothing
+    else that is in the directory. A card is written unless somebody wrote one by hand.
+
+    Args:
+        directory (`str` or `Path`):
+            Full checkpoint or adapter directory.
+        repo_id (`str`):
+            Where to. The repository is made if it is not there.
+        private (`bool`, *optional*):
+            Whether a new repository is private. Defaults to the setting of the account or organisation.
+        revision (`str`, *optional*):
+            Branch to commit to, made if it is not there. Defaults to `"main"`.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Whether to open a pull request instead.
+        base_model (`str`, *optional*):
+            Hub id of the model that the training started from. Needed for an adapter of a local backbone.
+        license (`str`, *optional*):
+            Licence of this model, for the card. Defaults to what the base model states, if it does.
+        tags (`list[str]`, *optional*):
+            Further tags for the card.
+        commit_message (`str`, *optional*):
+            Title of the commit.
+        token (`str`, *optional*):
+            Access token. Defaults to the one of `hf auth login` or `HF_TOKEN`.
+        blocking (`bool`, *optional*, defaults to `True`):
+            Whether to wait for the upload.
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`], or a `Future` of it if `blocking=False`.
+
+    Raises:
+        `ValueError`: if the directory is not a complete Sugar checkpoint, is an adapter of a backbone that others do not
+            have, or its card has invalid metadata.
+        `HfHubHTTPError`: from the Hub.
+    """
+    directory = Path(directory)
+    files = checkpoint_files(directory)
+    api = HfApi(token=token, library_name="hf_sugar", library_version=__version__)
+    configs = public_configs(directory, api, base_model)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+    contents: dict[str, Path | bytes] = {file.as_posix(): directory / file for file in files}
+    contents |= configs
+    if writes_card(directory):
+        card = model_card(directory, repo_id, base_model=base_model, license=license, tags=tags, api=api)
+        contents["README.md"] = str(card).encode()
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()],
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+        run_as_future=not blocking,
+    )
+
+
+def complete_directory(directory: str | Path, repo_id: str, name_or_path: str) -> None:
+    """
+    Make ready what a model's own `push_to_hub` is about to upload: configurations without the names of this machine, and
+    a card in place of the empty one of transformers.
+
+    Args:
+        directory (`str` or `Path`):
+            Where the model was saved for this purpose.
+        repo_id (`str`):
+            Where it goes.
+        name_or_path (`str`):
+            Where the model was loaded from.
+    """
+    directory = Path(directory)
+    api = HfApi(library_name="hf_sugar", library_version=__version__)
+    for name, content in public_configs(directory, api).items():
+        (directory / name).write_bytes(content)
+    if is_foreign(directory):
+        base_model = name_or_path if is_hub_id(name_or_path) and name_or_path != repo_id else None
+        model_card(directory, repo_id, base_model=base_model, api=api).save(directory / "README.md")

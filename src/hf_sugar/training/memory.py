@@ -1,0 +1,298 @@
+import weakref
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import CustomDtype, compute_module_sizes
+from accelerate.utils.modeling import dtype_byte_size
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+from hf_sugar.models import SugarConfig, SugarForConditionalGeneration
+
+from .config import SugarTrainingConfig
+from .trainer import _for_language_model
+
+
+GIB = 2**30
+# What cannot be computed from the configuration: CUDA context, cuBLAS workspaces, gaps in the allocator.
+RESERVE = 1 * GIB
+
+
+@dataclass
+class MemoryEstimate:
+    """
+    What one process of a training run needs on its GPU. Computed, not measured.
+
+    Args:
+        parts (`dict[str, int]`):
+            Bytes by name.
+        parameters (`int`):
+            Parameters of the model, without adapters.
+        trained (`int`):
+            Parameters that are trained.
+        batch_size (`int`):
+            Samples in a step of one process.
+        length (`int`):
+            Tokens in a sample, those of its images included.
+    """
+
+    parts: dict[str, int]
+    parameters: int
+    trained: int
+    batch_size: int
+    length: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def table(self, cards: tuple[int, ...] = (12, 16, 24)) -> str:
+        """The parts, and which cards (sizes in GiB) they fit, in Markdown."""
+        lines = [
+            f"{self.parameters / 1e9:.2f} billion parameters, {self.trained / 1e6:.1f} million trained; "
+            f"{self.batch_size} x {self.length} tokens, image tokens included",
+            "",
+            "| part | GiB |",
+            "|---|---|",
+            *(f"| {name} | {size / GIB:.2f} |" for name, size in {**self.parts, "**total**": self.total}.items()),
+            "",
+            "| card | fits | GiB left |",
+            "|---|---|---|",
+        ]
+        for card in cards:
+            left = card - self.total / GIB
+            lines.append(f"| {card} GB | {'yes' if left >= 0 else 'no'} | {left:.2f} |")
+        return "\n".join([*lines, "", "An estimate, not measured on a GPU."])
+
+
+def estimate_memory(
+    config: SugarConfig,
+    args: SugarTrainingConfig,
+    peft_config: PeftConfig | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> MemoryEstimate:
+    """
+    Memory of a training run, from configurations alone: no weights are read or allocated.
+
+    The sizes of weights are accelerate's. Activations are those of a forward and a backward pass of the real language
+    model, adapters and activation checkpointing included, through tensors that have shapes but no data; the peak is
+    the most bytes that were alive at once. It is meant for LoRA and QLoRA: of a vision tower that is trained too, only
+    weights, gradients and optimizer states are counted.
+
+    Args:
+        config ([`SugarConfig`]):
+            Configuration of the model.
+        args ([`SugarTrainingConfig`]):
+            Batch size, longest sequence, precision, activation checkpointing, optimizer. Every sample is taken to be
+            as long as `max_length`, with a label at every token.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapters. Without it everything is trained.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of the backbone.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Of what is not quantized.
+        attn_implementation (`str`, *optional*):
+            `"eager"` keeps the attention weights; all others do not.
+
+    Returns:
+        [`MemoryEstimate`]: of one process. Sharding (FSDP, DeepSpeed) is not taken into account.
+    """
+    with init_empty_weights():
+        model = SugarForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation="eager" if attn_implementation == "eager" else "sdpa"
+        )
+        parameters = model.num_parameters()
+        if quantization_config is not None:
+            _mark_quantized(model, quantization_config)
+        trained = model if peft_config is None else get_peft_model(model, _for_language_model(peft_config, model))
+    if quantization_config is not None:
+        for name, parameter in trained.named_parameters():  # as TRL and SugarTrainer do
+            if parameter.requires_grad and "lora_" in name and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+    quantized = {name: module for name, module in trained.named_modules() if isinstance(module, _QuantizedLinear)}
+    # accelerate's name for half a byte
+    element = CustomDtype.INT4 if quantization_config is not None and quantization_config.load_in_4bit else torch.int8
+    total = compute_module_sizes(trained, special_dtypes={f"{name}.weight": element for name in quantized})[""]
+    in_blocks = sum(module.weight.numel() for module in quantized.values()) * dtype_byte_size(element)
+    learned = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    learned_bytes = sum(parameter.nbytes for parameter in learned)
+    parts = {
+        "backbone, quantized": in_blocks + sum(_constants(m, quantization_config) for m in quantized.values()),
+        "backbone and projector as loaded, not quantized": total - in_blocks - learned_bytes,
+        "trained weights (adapters, projector)": learned_bytes,
+        "gradients": learned_bytes,
+        f"optimizer states ({args.optim.value})": _optimizer_bytes(args.optim.value, learned),
+        "activations and working space, peak": _peak(trained, model, args),
+        "CUDA context and allocator (assumed)": RESERVE,
+    }
+    return MemoryEstimate(
+        {name: int(size) for name, size in parts.items() if size},
+        parameters,
+        sum(parameter.numel() for parameter in learned),
+        args.per_device_train_batch_size,
+        _length(config, args),
+    )
+
+
+def _length(config: SugarConfig, args: SugarTrainingConfig) -> int:
+    return args.max_length or config.get_text_config().max_position_embeddings
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """Keeps for the backward pass what bitsandbytes does, the quantized weight, and makes the same copies of it."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.weight = weight
+        return nn.functional.linear(inputs, torch.empty_like(weight).to(inputs.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ torch.empty_like(ctx.weight).to(gradient.dtype), None
+
+
+class _QuantizedLinear(nn.Linear):
+    """A linear layer that counts as quantized."""
+
+    def forward(self, inputs):
+        output = _QuantizedProduct.apply(inputs.to(self.compute_dtype), self.weight)
+        if self.bias is not None:
+            output = output + self.bias.to(self.compute_dtype)
+        return output.to(inputs.dtype)
+
+
+def _mark_quantized(model: SugarForConditionalGeneration, quantization_config: BitsAndBytesConfig):
+    quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+    skipped = quantizer.get_modules_to_not_convert(
+        model, quantization_config.llm_int8_skip_modules, model._keep_in_fp32_modules
+    )
+    in_4bit = quantization_config.load_in_4bit
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and should_convert_module(name, skipped):
+            module.__class__ = _QuantizedLinear
+            module.compute_dtype = quantization_config.bnb_4bit_compute_dtype if in_4bit else torch.float16
+            module.requires_grad_(False)
+
+
+def _constants(module: nn.Linear, quantization_config: BitsAndBytesConfig) -> int:
+    """Bytes of the constants that go with a quantized weight: a maximum of every 64 values and the table of the 16
+    levels; with double quantization the maxima are bytes, with a maximum of every 256 and a table of their own. In 8
+    bits, one maximum a row."""
+    if not quantization_config.load_in_4bit:
+        return 4 * module.out_features
+    blocks = -(-module.weight.numel() // 64)
+    if not quantization_config.bnb_4bit_use_double_quant:
+        return 4 * (blocks + 16)
+    return blocks + 4 * (-(-blocks // 256) + 16 + 256 + 1)
+
+
+def _optimizer_bytes(name: str, parameters: list[nn.Parameter]) -> int:
+    """Two states a parameter, as AdamW has them: more than most others need."""
+    if "sgd" in name:
+        return 0
+    if "8bit" in name:  # with one float32 a block of 256; small tensors stay in float32
+        return sum(int(p.numel() * 2 * (1 + 4 / 256)) if p.numel() >= 4096 else 8 * p.numel() for p in parameters)
+    return sum(2 * p.numel() * (4 if "32bit" in name else p.element_size()) for p in parameters)
+
+
+class LiveBytes(TorchDispatchMode):
+    """
+    Counts the bytes of the tensors that are made while it is entered.
+
+    Attributes:
+        now (`int`):
+            Of those that are alive.
+        peak (`int`):
+            The most that were.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):  # of what was there before, a view may come out
+                self._known[tensor.untyped_storage()] = True
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self._known:
+                storage = tensor.untyped_storage()
+                self._known[storage] = True
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage.nbytes())
+        return output
+
+    def _free(self, size: int):
+        self.now -= size
+
+
+def _peak(trained: nn.Module, model: SugarForConditionalGeneration, args: SugarTrainingConfig) -> int:
+    """Most bytes alive in one training step, beside weights, gradients and optimizer states."""
+    batch_size, length = args.per_device_train_batch_size, _length(model.config, args)
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    trained.train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    with FakeTensorMode():
+        for module in trained.modules():
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    fake = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.requires_grad)
+                    fake.grad = torch.empty_like(fake) if tensor.requires_grad else None
+                    module._parameters[name] = fake
+            for name, tensor in module._buffers.items():
+                if tensor is not None:
+                    module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        with LiveBytes() as live:
+            with torch.autocast("cpu", half, enabled=half is not None):
+                size, dtype = model.get_input_embeddings().weight.shape[1], model.get_input_embeddings().weight.dtype
+                hidden = torch.empty(batch_size, length, size, dtype=dtype)
+                hidden = model.vlm.get_decoder()(inputs_embeds=hidden, use_cache=False)[0]
+                embeddings = _structure(model, hidden, args) if args.structure_weight else None
+                labelled, gradient = _head(model, hidden, half or dtype)
+                del hidden
+            if embeddings is None:
+                torch.autograd.backward(labelled, gradient)
+            else:
+                torch.autograd.backward([labelled, embeddings], [gradient, torch.empty_like(embeddings)])
+    return live.peak
+
+
+def _structure(model: SugarForConditionalGeneration, hidden: torch.Tensor, args: SugarTrainingConfig):
+    """Embeddings, and for a moment the matrices of labels and cosines."""
+    batch_size, length, size = hidden.shape
+    slices = batch_size * args.positions_per_sample
+    pooled = torch.zeros(slices + batch_size, size)
+    pooled = pooled.index_add(0, torch.zeros(batch_size * length, dtype=torch.long), hidden.reshape(-1, size).float())
+    embeddings = nn.functional.normalize(model.retrieval_projector(pooled[batch_size:]).float(), dim=-1)
+    positions = slices * (args.world_size if args.gather_across_devices else 1)
+    torch.empty(4, positions, positions)
+    return embeddings
+
+
+def _head(model: SugarForConditionalGeneration, hidden: torch.Tensor, dtype: torch.dtype):
+    """What TRL's fused LM head holds at once: the positions with a label, a tile of their logits, the weights for that
+    tile, and the gradient."""
+    labelled = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    weight = model.get_output_embeddings().weight[:_CHUNKED_LOGPROB_CHUNK_SIZE]
+    tile = torch.empty(min(len(labelled), TOKEN_CHUNK_SIZE), _CHUNKED_LOGPROB_CHUNK_SIZE, dtype=dtype)
+    gradient = torch.empty_like(labelled, dtype=torch.float32)
+    weight = weight.to(dtype)
+    del tile
+    return labelled, gradient.to(labelled.dtype)

@@ -1,0 +1,467 @@
+"""Push, list, load by revision and fail, over real HTTP against the Hub of hub_server.py."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import tiny
+import torch
+from hub_server import HubServer
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    metadata_load,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft import LoraConfig
+from safetensors import SafetensorError
+from test_trainer import caption, config, conversation, rows
+
+from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer
+from hf_sugar.cli.main import main
+from hf_sugar.training.card import model_card
+
+
+# Whatever of this machine could be in a file: where the tests and their files are, who runs them, the token.
+USER = "jane-roe"
+SECRETS = [str(Path.home()), tempfile.gettempdir() + os.sep, str(Path(__file__).parents[1]), USER, HubServer.token]
+CODE = {"configuration_sugar.py", "modeling_sugar.py", "processing_sugar.py"}
+PROCESSOR = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+
+
+def secrets_in(content: bytes) -> list[str]:
+    return [secret for secret in SECRETS if secret.encode() in content]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A plain LLaVA and a teacher that state their licences, and what full and adapter training leave behind."""
+    path = tmp_path_factory.mktemp(f"home-of-{USER}")
+    tiny.llava().save_pretrained(path / "llava")
+    tiny.processor().save_pretrained(path / "llava")
+    (path / "llava" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A LLaVA\n")
+    teachers = tiny.teachers(path / "teachers")
+    (path / "teachers" / "cross" / "README.md").write_text("---\nlicense: mit\n---\n# A CLIP\n")
+    for name, peft_config in (("full", None), ("lora", LoraConfig(r=4))):
+        args = config(
+            path / name, teachers, max_steps=2, save_strategy="steps", save_steps=2, hub_token=HubServer.token
+        )
+        trainer = SugarTrainer(
+            str(path / "llava"), args, train_dataset=rows([conversation, caption], 8), peft_config=peft_config
+        )
+        trainer.dataset_names = [str(path / "captions.parquet"), "org/stories"]
+        trainer.train()
+        trainer.save_model()
+    return path
+
+
+@pytest.fixture
+def backbone(hub, place):
+    """The plain LLaVA, on the Hub."""
+    HfApi().create_repo("me/llava", exist_ok=True)
+    HfApi().upload_folder(repo_id="me/llava", folder_path=place / "llava")
+    return "me/llava"
+
+
+@pytest.fixture(scope="module")
+def items(place):
+    tiny.image(3).save(place / "photo.jpg")
+    return ["a red circle", str(place / "photo.jpg"), [str(place / "photo.jpg"), "what is this?"]]
+
+
+@torch.no_grad()
+def embed(name, items, **kwargs):
+    model = SugarForConditionalGeneration.from_pretrained(name, **kwargs)
+    return model.embed(**SugarProcessor.from_pretrained(name, **kwargs).embed_inputs(items))
+
+
+def pushed(hub, repo_id, revision="main") -> dict[str, bytes]:
+    """Files of a repository, none of which gives anything of this machine away."""
+    files = hub.files(repo_id, revision)
+    assert {name: secrets_in(content) for name, content in files.items() if secrets_in(content)} == {}
+    return files
+
+
+def metadata(files, tmp_path) -> dict:
+    (tmp_path / "card.md").write_bytes(files["README.md"])
+    return metadata_load(tmp_path / "card.md")
+
+
+def weights_path(repo_id) -> str:
+    """Where the server keeps the weights of a repository."""
+    return urlsplit(get_hf_file_metadata(hf_hub_url(repo_id, "model.safetensors")).location).path
+
+
+class TestPush:
+    def test_full_checkpoint(self, hub, place, items, tmp_path):
+        main(["push", str(place / "full"), "--repo_id", "full", "--private"])
+        files = pushed(hub, "me/full")
+        model = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+        assert set(files) == model | CODE | PROCESSOR
+        # the token and the paths are there to be found in what stayed behind
+        assert set(secrets_in((place / "full" / "training_args.bin").read_bytes())) >= {USER, HubServer.token}
+
+        info = HfApi().model_info("me/full")
+        assert info.private and info.pipeline_tag == "image-text-to-text" and info.library_name == "transformers"
+        assert {s.rfilename for s in info.siblings} == set(HfApi().list_repo_files("me/full")) == set(files)
+        assert torch.equal(embed("me/full", items), embed(place / "full", items))
+        # weights went as large files, the rest inside the commit
+        assert [entry.path for entry in HfApi().list_repo_tree("me/full") if entry.lfs] == ["model.safetensors"]
+
+    def test_every_part_of_the_run_is_in_the_card(self, hub, place, tmp_path):
+        main(["push", str(place / "full"), "--repo_id", "card", "--license", "cc-by-4.0", "--base_model", "org/llava"])
+        files = pushed(hub, "me/card")
+        data = metadata(files, tmp_path)
+        assert data["license"] == "cc-by-4.0" and data["datasets"] == ["org/stories"]
+        assert data["base_model"] == "org/llava" and data["base_model_relation"] == "finetune"
+        assert {"hf_sugar", "sugar"} <= set(data["tags"])
+        text = files["README.md"].decode()
+        for expected in (
+            "| `structure_weight` | 0.3 |",
+            "| `delta` | 1.0 |",
+            "| `learning_rate` | 0.01 |",
+            "| data | captions.parquet, org/stories; 8 rows |",
+            "| cross teacher | cross; licence mit |",
+            "| text teacher | text; licence not stated |",
+            "| steps | 2, on 1 process |",
+            'SugarForConditionalGeneration.from_pretrained("me/card")',
+            "2411.00304",
+            "hf-sugar evaluate",
+        ):
+            assert expected in text
+        ModelCard(text).validate()
+
+    def test_adapter(self, hub, backbone, place, items, tmp_path):
+        main(["push", str(place / "lora"), "--repo_id", "me/lora", "--base_model", backbone])
+        files = pushed(hub, "me/lora")
+        adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+        assert set(files) == {"README.md", "config.json"} | adapter | CODE | PROCESSOR
+        commit = HfApi().model_info(backbone).sha
+        stored = json.loads(files["config.json"])
+        assert (stored["backbone_name_or_path"], stored["backbone_revision"]) == (backbone, commit)
+        stored = json.loads(files["adapter/adapter_config.json"])
+        assert (stored["base_model_name_or_path"], stored["revision"]) == (backbone, commit)
+        data = metadata(files, tmp_path)
+        assert (data["base_model"], data["base_model_relation"]) == (backbone, "adapter")
+        assert data["license"] == "apache-2.0"
+        assert torch.equal(embed("me/lora", items), embed(place / "lora", items))
+
+    def test_branch_and_pull_request(self, hub, place):
+        main(["push", str(place / "full"), "--repo_id", "branches"])
+        main(["push", str(place / "full"), "--repo_id", "branches", "--revision", "try", "--license", "mit"])
+        main(["push", str(place / "full"), "--repo_id", "branches", "--create_pr", "--license", "bsd-3-clause"])
+        refs = HfApi().list_repo_refs("me/branches", include_pull_requests=True)
+        assert [ref.name for ref in refs.branches] == ["main", "try"]
+        assert [ref.name for ref in refs.pull_requests] == ["refs/pr/1"]
+        for revision, license in (("main", "apache-2.0"), ("try", "mit"), ("refs/pr/1", "bsd-3-clause")):
+            assert ModelCard(hub.files("me/branches", revision)["README.md"].decode()).data.license == license
+        # unchanged weights are not sent again
+        assert len(HfApi().list_repo_commits("me/branches")) == 2
+
+    def test_a_card_written_by_hand_stays(self, hub, place, tmp_path):
+        for name in ("config.json", "model.safetensors", "processor_config.json"):
+            (tmp_path / name).symlink_to(place / "full" / name)
+        for text, stays in (
+            ("# Mine\n", True),
+            ("It has been trained using [TRL](https://github.com/huggingface/trl).\n", False),
+        ):
+            (tmp_path / "README.md").write_text(text)
+            main(["push", str(tmp_path), "--repo_id", "mine"])
+            assert (hub.files("me/mine")["README.md"].decode() == text) == stays
+
+    def test_refuses_what_is_not_a_sugar_checkpoint(self, hub, place, tmp_path):
+        before = len(hub.requests)
+        with pytest.raises(ValueError, match="plain 'llava' model"):
+            main(["push", str(place / "llava"), "--repo_id", "x"])
+        with pytest.raises(ValueError, match="has no config.json"):
+            main(["push", str(tmp_path), "--repo_id", "x"])
+        with pytest.raises(ValueError, match="is not a directory"):
+            main(["push", str(tmp_path / "nothing"), "--repo_id", "x"])
+        with pytest.raises(ValueError, match="`repo_id` is not set"):
+            main(["push", str(place / "full")])
+        (tmp_path / "config.json").write_bytes((place / "full" / "config.json").read_bytes())
+        with pytest.raises(ValueError, match="lacks model.safetensors, processor_config.json"):
+            main(["push", str(tmp_path), "--repo_id", "x"])
+        # nobody else could load it
+        with pytest.raises(ValueError, match="local directory 'llava'.*--base_model"):
+            main(["push", str(place / "lora"), "--repo_id", "x"])
+        assert len(hub.requests) == before
+
+    def test_trainer(self, hub, backbone, place, tmp_path):
+        teachers = {name: str(place / "teachers" / name) for name in ("image", "text", "cross")}
+        args = config(
+            tmp_path / "out",
+            teachers,
+            max_steps=1,
+            push_to_hub=True,
+            hub_model_id="trained",
+            hub_private_repo=True,
+            hub_token=HubServer.token,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        trainer = SugarTrainer(backbone, args, train_dataset=rows([conversation], 4), peft_config=LoraConfig(r=4))
+        trainer.train()
+        saved = pushed(hub, "me/trained")
+        assert HfApi().list_repo_commits("me/trained")[0].title == "Training in progress, step 1"
+        (tmp_path / "out" / ".env").write_text("SECRET=1")
+        trainer.push_to_hub(tags=["mine"])
+        files = pushed(hub, "me/trained")
+        assert {name for name in files if "/" in name} == {
+            "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors",
+        }
+        assert set(files) == set(saved) and ".env" not in files and "training_args.bin" not in files
+        assert json.loads(files["config.json"])["backbone_revision"] == HfApi().model_info(backbone).sha
+        data = metadata(files, tmp_path)
+        # the licence is asked of the Hub
+        assert data["base_model"] == backbone and data["license"] == "apache-2.0" and "mine" in data["tags"]
+        assert HfApi().model_info("me/trained").private
+        assert (
+            trainer.push_to_hub(blocking=False, tags=["other"]).result(30).oid == HfApi().model_info("me/trained").sha
+        )
+
+    def test_trainer_says_before_training_what_cannot_be_pushed(self, hub, place, tmp_path):
+        data = rows([conversation], 4)
+        args = config(tmp_path, structure_weight=0.0, push_to_hub=True)
+        with pytest.raises(ValueError, match="llava is not on the Hub"):
+            SugarTrainer(str(place / "llava"), args, train_dataset=data, peft_config=LoraConfig(r=4))
+        args = config(tmp_path, structure_weight=0.0, push_to_hub=True, hub_strategy="all_checkpoints")
+        with pytest.raises(ValueError, match="training_args.bin"):
+            SugarTrainer(str(place / "llava"), args, train_dataset=data)
+
+    def test_model(self, hub, backbone, place, items, tmp_path):
+        model = SugarForConditionalGeneration.from_pretrained(place / "full")
+        model.push_to_hub("me/model")
+        SugarProcessor.from_pretrained(place / "full").push_to_hub("me/model")
+        files = pushed(hub, "me/model")
+        assert (
+            set(files)
+            == {"README.md", "config.json", "generation_config.json", "model.safetensors"} | CODE | PROCESSOR
+        )
+        assert ModelCard(files["README.md"].decode()).data.pipeline_tag == "image-text-to-text"
+        assert torch.equal(embed("me/model", items), embed(place / "full", items))
+        # a card that is there already is left alone, but for tags
+        HfApi().upload_file(repo_id="me/model", path_in_repo="README.md", path_or_fileobj=b"# By hand\n")
+        model.push_to_hub("me/model")
+        assert "# By hand" in hub.files("me/model")["README.md"].decode()
+
+        model = SugarForConditionalGeneration.from_pretrained(backbone, retrieval_dim=16)
+        model.push_to_hub("me/untrained")
+        assert metadata(pushed(hub, "me/untrained"), tmp_path)["base_model"] == backbone
+
+        with pytest.raises(ValueError, match="nobody else has"):
+            SugarForConditionalGeneration.from_pretrained(place / "lora").push_to_hub("me/local")
+
+    def test_token_is_not_sent_to_the_storage(self, hub, place):
+        main(["push", str(place / "full"), "--repo_id", "storage", "--private"])
+        hf_hub_download("me/storage", "model.safetensors")
+        stored = hub.took("GET", "/lfs/*")
+        assert stored and not any("authorization" in request["headers"] for request in stored)
+
+
+class TestLoad:
+    def test_snippets_of_the_cards_without_hf_sugar(self, hub, backbone, place, tmp_path):
+        """In a process that cannot import hf_sugar: the second snippet of both cards, at the commit that was pushed first."""
+        tiny.image(3).save(tmp_path / "photo.jpg")
+        commits, expected = {}, {}
+        for name, arguments in (("full", []), ("lora", ["--base_model", backbone])):
+            main(["push", str(place / name), "--repo_id", f"snippet-{name}", *arguments])
+            commits[name] = HfApi().model_info(f"me/snippet-{name}").sha
+            snippet = re.findall(
+                r"```python\n(.*?)```", hub.files(f"me/snippet-{name}")["README.md"].decode(), re.DOTALL
+            )
+            snippet = snippet[1].replace(
+                "trust_remote_code=True", f'trust_remote_code=True, revision="{commits[name]}"'
+            )
+            (tmp_path / f"{name}.py").write_text(snippet)
+            # what is there now cannot be loaded
+            HfApi().upload_file(repo_id=f"me/snippet-{name}", path_in_repo="config.json", path_or_fileobj=b"{}")
+            expected[name] = embed(place / name, ["a red circle", str(tmp_path / "photo.jpg")])
+        script = (
+            "import sys; sys.modules['hf_sugar'] = None\n"
+            "import json, torch; torch.set_num_threads(1); result = {}\n"
+            "for name in ('full', 'lora'):\n"
+            "    names = {}\n"
+            "    exec(open(f'{name}.py').read(), names)\n"
+            "    assert names['model'].config.backbone_revision == sys.argv[1] or name == 'full'\n"
+            "    result[name] = names['embeddings'].tolist()\n"
+            "json.dump(result, open('result.json', 'w'))\n"
+        )
+        environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+        environment |= {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1", **hub.environment}
+        run = subprocess.run(
+            [sys.executable, "-c", script, HfApi().model_info(backbone).sha],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        result = json.loads((tmp_path / "result.json").read_text())
+        for name, embeddings in result.items():
+            torch.testing.assert_close(torch.tensor(embeddings), expected[name], rtol=0, atol=1e-6)
+
+    def test_revision(self, hub, place, items, tmp_path):
+        main(["push", str(place / "full"), "--repo_id", "revisions"])
+        first = HfApi().model_info("me/revisions").sha
+        model = SugarForConditionalGeneration.from_pretrained(place / "full")
+        with torch.no_grad():
+            model.retrieval_projector.linear_2.weight.neg_()
+        model.push_to_hub("me/revisions")
+        old, new = embed("me/revisions", items, revision=first), embed("me/revisions", items)
+        assert torch.equal(old, embed(place / "full", items)) and torch.equal(new, -old)
+
+    def test_broken_download_goes_on_where_it_stopped(self, hub, place, monkeypatch):
+        main(["push", str(place / "full"), "--repo_id", "broken"])
+        path = weights_path("me/broken")
+        arrived = (place / "full" / "model.safetensors").stat().st_size // 2
+        hub.cut(f"GET {path}", at=0.5)
+        monkeypatch.setattr(
+            constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16
+        )  # what arrives is written in pieces of this size
+        before = len(hub.took("GET", path))
+        file = hf_hub_download("me/broken", "model.safetensors")
+        assert Path(file).read_bytes() == (place / "full" / "model.safetensors").read_bytes()
+        ranges = [request["headers"].get("range") for request in hub.took("GET", path)[before:]]
+        assert ranges == [None, f"bytes={arrived - arrived % (1 << 16)}-"]
+
+
+class TestErrors:
+    @pytest.fixture
+    def repo(self, hub, place):
+        if "me/errors" not in hub.repositories:
+            main(["push", str(place / "full"), "--repo_id", "errors", "--private"])
+        return "me/errors"
+
+    def test_401(self, repo, hub):
+        for token in (False, "hf_wrong"):
+            with pytest.raises(RepositoryNotFoundError, match="401") as error:
+                hf_hub_download(repo, "config.json", token=token)
+            assert error.value.response.status_code == 401
+        with pytest.raises(OSError, match="me/errors"):
+            SugarForConditionalGeneration.from_pretrained(repo, token=False)
+        hub.fail(401, "POST /api/repos/create")
+        with pytest.raises(HfHubHTTPError, match="401"):
+            HfApi().create_repo("new")
+
+    def test_404(self, repo):
+        with pytest.raises(RepositoryNotFoundError):
+            hf_hub_download("me/nothing", "config.json")
+        with pytest.raises(RevisionNotFoundError):
+            hf_hub_download(repo, "config.json", revision="nothing")
+        with pytest.raises(RemoteEntryNotFoundError):
+            hf_hub_download(repo, "nothing.json")
+        with pytest.raises(OSError, match="me/nothing"):
+            SugarForConditionalGeneration.from_pretrained("me/nothing")
+        with pytest.raises(OSError, match="nothing"):
+            SugarForConditionalGeneration.from_pretrained(repo, revision="nothing")
+
+    @pytest.mark.parametrize("status", [429, 500])
+    def test_push(self, repo, hub, place, status):
+        hub.fail(status, "POST /api/models/me/errors/commit/*")
+        before = HfApi().model_info(repo).sha
+        with pytest.raises(HfHubHTTPError, match=str(status)) as error:
+            main(["push", str(place / "full"), "--repo_id", repo, "--license", "mit"])
+        assert error.value.response.status_code == status
+        assert HfApi().model_info(repo).sha == before
+
+    @pytest.mark.parametrize("status", [429, 500])
+    def test_load(self, repo, hub, status, monkeypatch):
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between its tries
+        hub.fail(status, "HEAD /me/errors/*", times=1000)
+        with pytest.raises(OSError, match="me/errors|connect"):
+            SugarForConditionalGeneration.from_pretrained(repo)
+
+    def test_limit_that_passes_is_waited_for(self, repo, hub):
+        """One 429 while the weights are read: the download tries again by itself."""
+        hub.fail(429, f"GET {weights_path(repo)}")
+        assert Path(hf_hub_download(repo, "model.safetensors")).stat().st_size > 0
+
+    def test_truncated_in_the_storage(self, repo, hub, tmp_path):
+        hub.shorten(f"GET {weights_path(repo)}")
+        with pytest.raises(OSError, match="Consistency check failed"):
+            SugarForConditionalGeneration.from_pretrained(repo)
+        cache = tmp_path / "hub_cache" / "models--me--errors"
+        assert not list(cache.rglob("model.safetensors")) and not list(cache.rglob("*.incomplete"))
+
+    def test_truncated_before_it_was_pushed(self, hub, place, repo):
+        weights = (place / "full" / "model.safetensors").read_bytes()
+        main(["push", str(place / "full"), "--repo_id", "short"])
+        HfApi().upload_file(
+            repo_id="me/short", path_in_repo="model.safetensors", path_or_fileobj=weights[: len(weights) // 2]
+        )
+        with pytest.raises(SafetensorError, match="incomplete|header|Invalid"):
+            SugarForConditionalGeneration.from_pretrained("me/short")
+
+
+class TestCard:
+    def test_the_server_checks_metadata(self, hub, place):
+        """As the Hub does; so that the other tests can fail."""
+        for wrong in (
+            "base_model: /home/me/llava",
+            "tags: sugar",
+            "license: other",
+            "pipeline_tag: retrieving",
+            "a: [",
+        ):
+            HfApi().create_repo("metadata", exist_ok=True)
+            card = f"---\n{wrong}\n---\n".encode()
+            with pytest.raises(ValueError, match="Invalid metadata"):
+                HfApi().upload_file(repo_id="me/metadata", path_in_repo="README.md", path_or_fileobj=card)
+        model_card(place / "full").validate()
+
+    def test_figures_of_the_report(self, hub, place, tmp_path):
+        for name in ("config.json", "sugar_run.json"):
+            (tmp_path / name).write_bytes((place / "full" / name).read_bytes())
+        figure = {"value": 41.25, "low": 30.0, "high": 52.5, "n": 12}
+        report = {
+            "runs": {"trained": {"seen/image_to_text_recall@1": figure, "exact_match": figure, "pairs": 12}},
+            "settings": {
+                "image_text_data": {"seen": f"/home/{USER}/captions.parquet"},
+                "generation_data": ["org/questions"],
+                "split": "test",
+            },
+        }
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        card = model_card(tmp_path, "me/measured")
+        card.validate()
+        assert not secrets_in(str(card).encode())
+        results = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(str(card)).data.eval_results}
+        assert results == {
+            ("captions.parquet", "image_to_text_recall@1"): 41.25,
+            ("org/questions", "exact_match"): 41.25,
+        }
+        text = str(card)
+        assert "| seen/image_to_text_recall@1 | 41.2 [30.0, 52.5] |" in text
+        assert "hf-sugar evaluate --config evaluate.yaml --model_name_or_path me/measured" in text
+        assert "seen: captions.parquet" in text
+
+    def test_without_the_structure_loss_the_card_says_that_embeddings_mean_nothing(self, place, tmp_path):
+        run = json.loads((place / "full" / "sugar_run.json").read_text())
+        (tmp_path / "config.json").write_bytes((place / "full" / "config.json").read_bytes())
+        assert "The structure loss was off" not in str(model_card(place / "full"))
+        run["settings"]["structure_weight"] = 0.0
+        (tmp_path / "sugar_run.json").write_text(json.dumps(run))
+        assert "The structure loss was off" in str(model_card(tmp_path))
+
+    def test_of_a_directory_without_a_record(self, place, tmp_path):
+        (tmp_path / "config.json").write_bytes((place / "full" / "config.json").read_bytes())
+        text = str(model_card(tmp_path))
+        assert "How this checkpoint was trained is not recorded. Base model: not named; licence not stated." in text
