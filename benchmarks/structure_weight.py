@@ -56,6 +56,7 @@ def main():
                         "teachers": world_teachers(),
                         "teacher_cache_dir": str(args.output / "teacher_cache"),
                         "disable_tqdm": True,
+                        "logging_strategy": "no",
                     },
                 ),
                 train_dataset=rows,
