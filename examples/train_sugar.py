@@ -7,16 +7,18 @@ accelerate launch --config_file examples/accelerate/multi_gpu.yaml examples/trai
 Every setting of the YAML file can also be given, or overridden, on the command line.
 """
 
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import TrlParser, get_peft_config
 
 from hf_sugar import SugarTrainer, SugarTrainingConfig
 from hf_sugar.cli.arguments import DataArguments
+from hf_sugar.cli.train import ModelArguments, quantization_config
 from hf_sugar.data import load_data
 
 
 if __name__ == "__main__":
-    parser = TrlParser((DataArguments, SugarTrainingConfig, ModelConfig))
+    parser = TrlParser((DataArguments, SugarTrainingConfig, ModelArguments))
     data, args, model = parser.parse_args_and_config()
+    args.on_bad_row = data.on_bad_row
     args.model_init_kwargs = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
 
     trainer = SugarTrainer(
@@ -25,7 +27,7 @@ if __name__ == "__main__":
         train_dataset=load_data(data.train_data, seed=args.seed),
         eval_dataset=load_data(data.eval_data, "validation") if data.eval_data else None,
         peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
+        quantization_config=quantization_config(model),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

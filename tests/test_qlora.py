@@ -152,12 +152,23 @@ def test_trains(trained):
     assert all(norm > 0 for norm in gradients.norms.values()), gradients.norms
 
 
-def test_packed_weights_are_unpacked(backbone, teachers, tmp_path):
-    """A model that answered before it was given to the trainer."""
+@pytest.mark.parametrize("kind", [SugarForConditionalGeneration, LlavaForConditionalGeneration])
+def test_loaded_and_used_before(backbone, teachers, tmp_path, kind):
+    """A 4-bit model that answered, and so packed its weights, before it was given to the trainer."""
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = SugarForConditionalGeneration.from_backbone(backbone, quantization_config=quantization, retrieval_dim=16)
-    embeddings(model, SugarProcessor.from_pretrained(backbone).embed_inputs(["a red circle"]))
-    trainer = SugarTrainer(model, config(tmp_path, teachers), train_dataset=rows(ROWS), peft_config=LoraConfig(**LORA))
+    model = kind.from_pretrained(backbone, quantization_config=quantization)
+    processor = SugarProcessor.from_pretrained(backbone)
+    batch = processor.embed_inputs(["a red circle"])
+    del batch["slice_ids"]
+    with torch.no_grad():
+        model.eval()(**batch)
+    trainer = SugarTrainer(
+        model,
+        config(tmp_path, teachers),
+        train_dataset=rows(ROWS),
+        processing_class=processor,
+        peft_config=LoraConfig(**LORA),
+    )
     trainer.add_callback(gradients := Gradients())
     trainer.train()
     assert all(norm > 0 for norm in gradients.norms.values()), gradients.norms

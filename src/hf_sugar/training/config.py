@@ -132,7 +132,8 @@ class SugarTrainingConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Hub ids or directories of the frozen encoders: `image`, `text` and `cross`; `cross` alone is used "
-            "for everything."
+            "for everything. It may also hold `revisions`, `dtype`, `long_text` ('windows' or 'truncate') and "
+            "`batch_size`."
         },
     )
     teacher_mode: str = field(

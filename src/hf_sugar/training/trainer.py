@@ -286,7 +286,7 @@ class SugarTrainer(SFTTrainer):
             **kwargs,
         )
         args.max_length = self._max_length
-        if getattr(base, "is_quantized", False):
+        if any(getattr(part, "is_quantized", False) for part in (base, base.vlm)):  # whichever was loaded
             # TRL casts all that QLoRA trains to bfloat16; the projector stays as exact as it was
             for layer, kept in zip([base.retrieval_projector.linear_1, base.retrieval_projector.linear_2], exact):
                 layer.to(kept.weight.dtype).load_state_dict(kept.state_dict())
