@@ -5,7 +5,7 @@ Time and memory of the alignment kernel: compiled, PyTorch, and what else there 
 
 One table. A row is `samples x slices x dim` with ragged lengths (uniform from 2 to the number of slices), two
 modalities and `normalize="self+count"`; every figure is the median of `--repeats` runs that alternate between the
-implementations (of 3 runs, after the others, where one takes more than 5 s). "bare Gram" is the BLAS time of the inner products alone, with the same halves and the same symmetry;
+implementations (of 3 runs where one takes more than 5 s). "bare Gram" is the BLAS time of the inner products alone, with the same halves and the same symmetry;
 nothing that computes them can be faster. Run it on a machine that does nothing else.
 """
 
@@ -64,19 +64,27 @@ def gram_products(inputs: dict) -> dict[str, Callable[[], None]]:
 
 
 def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Medians in milliseconds. What took more than `SLOW` seconds to warm up is run last, and `SLOW_REPEATS` times."""
-    times = {name: [] for name in functions}
+    """
+    Medians in milliseconds. A timed call follows one of the same function that is not timed, so that none finds the
+    caches as another left them. What takes more than `SLOW` seconds is only called `SLOW_REPEATS` times.
+    """
 
     def run(name):
         start = time.perf_counter()
         functions[name]()
-        return time.perf_counter() - start
+        return 1e3 * (time.perf_counter() - start)
 
-    slow = [name for name in functions if run(name) > SLOW]
-    for names, count in (([name for name in functions if name not in slow], repeats), (slow, SLOW_REPEATS)):
-        for _ in range(count):
-            for name in names:
-                times[name].append(1e3 * run(name))
+    times = {name: [run(name)] for name in functions}
+    slow = [name for name in functions if times[name][0] > 1e3 * SLOW]
+    for name in slow:
+        times[name] += [run(name) for _ in range(SLOW_REPEATS - 1)]
+    fast = [name for name in functions if name not in slow]
+    for name in fast:
+        times[name].clear()
+    for _ in range(repeats):
+        for name in fast:
+            run(name)
+            times[name].append(run(name))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
