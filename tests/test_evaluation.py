@@ -159,6 +159,11 @@ def test_figure_and_table():
         "| duplicates | 3 |  |",
         "| other |  | 63.1 [58.9, 67.2] |",
     ]
+    published = {"other": 40.0}
+    assert report_table({"paper": published, "b": {"exact_match": figure, "other": figure}}).splitlines()[2:] == [
+        "| exact_match |  | 63.1 [58.9, 67.2] |",
+        "| other | 40.0 | 63.1 [58.9, 67.2] |",
+    ]
 
 
 # tasks

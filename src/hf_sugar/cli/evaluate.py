@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from hf_sugar.evaluation import embedder, generator
+from hf_sugar.evaluation import embedder, generator, load_benchmarks, plot_curves
 from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_report
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 
@@ -31,6 +31,11 @@ class EvaluateArguments:
             Longest generated answer.
         untrained (`bool`, *optional*, defaults to `False`):
             Whether to leave out the retrieval projector and compare pooled hidden states: for a plain backbone.
+        benchmarks (`dict`, *optional*):
+            For each published benchmark, by its name in [`~evaluation.benchmarks.BENCHMARKS`], where its files are:
+            the arguments of its class. In YAML; examples/paper_table.yaml has them all.
+        tasks (`list[str]`, *optional*):
+            Names of the benchmarks to run. By default all that `benchmarks` has.
     """
 
     model_name_or_path: str | None = field(
@@ -43,6 +48,12 @@ class EvaluateArguments:
     max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer."})
     untrained: bool = field(
         default=False, metadata={"help": "Compare pooled hidden states, without the retrieval projector."}
+    )
+    benchmarks: dict | str | None = field(
+        default=None, metadata={"help": "In YAML: where the files of published benchmarks are, by their names."}
+    )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Names of the benchmarks to run; by default all that `benchmarks` has."}
     )
 
 
@@ -61,22 +72,39 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
     """
     if args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint to evaluate.")
-    if not data.any():
+    if not (data.any() or args.benchmarks or args.tasks):
         raise ValueError(
-            "No data: set at least one of image_text_data, interleaved_data, generation_data, winoground_data."
+            "No data: set at least one of image_text_data, interleaved_data, generation_data, winoground_data, benchmarks."
         )
+    # what is wrong with their files shows before the model is loaded
+    benchmarks = load_benchmarks(args.benchmarks or {}, args.tasks)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = SugarForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=dtype)
     model.to(PartialState().device)
     processor = SugarProcessor.from_pretrained(args.model_name_or_path)
-    results = evaluate_tasks(
-        data,
-        embedder(model, processor, args.batch_size, project=not args.untrained, progress=True),
-        generator(model, processor, args.batch_size, args.max_new_tokens, progress=True),
-        args.split,
-    )
-    name = Path(args.model_name_or_path).name
-    print(write_report(args.output_dir, f"Evaluation of {name}", {name: results}, {**vars(args), **vars(data)}))
+    embed = embedder(model, processor, args.batch_size, project=not args.untrained, progress=True)
+    generate = generator(model, processor, args.batch_size, args.max_new_tokens, progress=True)
+    results = evaluate_tasks(data, embed, generate, args.split)
+    paper: dict[str, float] = {}
+    pictures = []
+    title = Path(args.model_name_or_path).name
+
+    def report() -> str:
+        runs = {**({"paper (7B)": paper} if paper else {}), title: results}
+        settings = {**vars(args), **vars(data)}
+        return write_report(args.output_dir, f"Evaluation of {title}", runs, settings, pictures=pictures)
+
+    table = report()
+    for name, benchmark in benchmarks.items():
+        print(f"{name} ...")
+        found = benchmark.run(embed, generate)
+        results |= {f"{name}/{metric}": value for metric, value in found.items()}
+        paper |= {f"{name}/{metric}": value for metric, value in benchmark.paper.items()}
+        if benchmark.axis:
+            plot_curves(found, Path(args.output_dir) / f"{name}.png", benchmark.axis, benchmark.paper)
+            pictures.append((f"{name}.png", f"{name}: results by {benchmark.axis}, with 95% intervals."))
+        table = report()  # each may take hours: what is done is kept if the next one fails
+    print(table)
     return results
 
 

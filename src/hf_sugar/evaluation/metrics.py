@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 
 
+BOOTSTRAP = {"confidence": 0.95, "resamples": 2000, "seed": 0}
+
+
 @dataclass(frozen=True)
 class Figure:
     """
@@ -141,9 +144,9 @@ def recall_at_k(
 
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    confidence: float = BOOTSTRAP["confidence"],
+    resamples: int = BOOTSTRAP["resamples"],
+    seed: int = BOOTSTRAP["seed"],
     groups: Sequence[int] | np.ndarray | None = None,
 ) -> tuple[float, float]:
     """
@@ -203,12 +206,13 @@ def to_dict(results: dict[str, Any]) -> dict[str, Any]:
 
 def report_table(runs: dict[str, dict[str, Any]]) -> str:
     """
-    Markdown table of the results of one or several runs: a line for each metric, a column for each run.
+    Markdown table of the results of one or several runs: a line for each metric, in the order of the run that has most,
+    and a column for each run.
 
     Args:
         runs (`dict[str, dict[str, Any]]`):
             For each run (a model, a checkpoint, a setting) the results of one task, or of several merged into one
-            `dict`. Figures and counts are shown; anything longer, such as the list of misses, is left out.
+            `dict`. Figures, numbers and counts are shown; anything longer, such as the list of misses, is left out.
 
     Returns:
         `str`: the table, without a line break at its end.
@@ -223,9 +227,11 @@ def report_table(runs: dict[str, dict[str, Any]]) -> str:
     ```
     """
     shown = {
-        run: {m: v for m, v in results.items() if isinstance(v, Figure | int | str)} for run, results in runs.items()
+        run: {m: v for m, v in results.items() if isinstance(v, Figure | int | float | str)}
+        for run, results in runs.items()
     }
-    metrics = list(dict.fromkeys(metric for results in shown.values() for metric in results))
+    longest_first = sorted(shown.values(), key=len, reverse=True)
+    metrics = list(dict.fromkeys(metric for results in longest_first for metric in results))
     lines = [["metric", *shown], ["---"] * (len(shown) + 1)]
     lines += [[metric, *(str(results.get(metric, "")) for results in shown.values())] for metric in metrics]
     header, rule, *body = lines

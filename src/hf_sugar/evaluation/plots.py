@@ -77,6 +77,51 @@ def plot_losses(
     _write(figure, path)
 
 
+def plot_curves(
+    results: dict[str, Any], path: str | os.PathLike, axis: str = "k", reference: dict[str, float] | None = None
+) -> None:
+    """
+    Results that depend on a number, such as recall@k, as curves with their intervals.
+
+    Args:
+        results (`dict[str, Any]`):
+            Results by name. Those named `<curve>@<number>` are drawn, a curve for each name; the others are not.
+        path (`str` or `os.PathLike`):
+            PNG file to write.
+        axis (`str`, *optional*, defaults to `"k"`):
+            What the number counts.
+        reference (`dict[str, float]`, *optional*):
+            Published values under the same names, drawn dashed.
+
+    Raises:
+        `ValueError`: if no result has such a name.
+    """
+    curves: dict[str, list[tuple[int, Any]]] = {}
+    for name, value in results.items():
+        curve, at, number = name.rpartition("@")
+        if at and number.isdecimal():
+            curves.setdefault(curve, []).append((int(number), value))
+    if not curves:
+        raise ValueError(f"There is nothing to draw: none of {', '.join(results)} is named <curve>@<number>.")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    for (curve, points), color in zip(sorted(curves.items()), itertools.cycle(COLORS), strict=False):
+        numbers, values = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+        ax.plot(numbers, [v.value for v in values], color=color, marker="o", markersize=4, label=curve)
+        ax.fill_between(numbers, [v.low for v in values], [v.high for v in values], color=color, alpha=0.15)
+        published = [(n, reference[f"{curve}@{n}"]) for n in numbers if f"{curve}@{n}" in (reference or {})]
+        if published:
+            ax.plot(*zip(*published, strict=True), color=color, linestyle="--", label=f"{curve} (paper)")
+    ax.set_xlabel(axis)
+    ax.set_ylabel("percent")
+    ax.set_ylim(0, 100)
+    ax.set_xticks(sorted({number for points in curves.values() for number, _ in points}))
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9)
+    _write(figure, path)
+
+
 def plot_similarities(labels: np.ndarray, predicted: np.ndarray, path: str | os.PathLike) -> None:
     """
     Label similarities and predicted cosines of one batch as two heat maps on one colour scale.

@@ -17,7 +17,7 @@ from ..alignment import expected_alignment, label_matrix
 from ..data.readers import load_data, load_table
 from ..data.rows import answer_to_image, load_image, row_name, row_slices
 from ..retrieval.index import SugarIndex
-from .metrics import report_table, to_dict
+from .metrics import BOOTSTRAP, report_table, to_dict
 from .plots import plot_alignment, plot_gallery, plot_losses, plot_similarities
 from .tasks import (
     EmbedFunction,
@@ -171,6 +171,7 @@ def write_report(
         "title": title,
         "runs": {name: to_dict(results) for name, results in runs.items()},
         "settings": settings,
+        "bootstrap": BOOTSTRAP,
         "notes": list(notes),
         "environment": environment(),
     }

@@ -1,0 +1,35 @@
+import os
+from typing import Any, ClassVar
+
+from ...data.readers import load_table
+from ..metrics import Figure
+from ..tasks import EmbedFunction, GenerateFunction, winoground
+
+
+class Winoground:
+    """
+    Winoground, see [`~evaluation.tasks.winoground`].
+
+    Args:
+        path (`str` or `os.PathLike` or `dict`, *optional*, defaults to `"facebook/winoground"`):
+            The dataset, as [`hf_sugar.data.load_table`] takes it. The one on the Hub asks for an agreement.
+        split (`str`, *optional*, defaults to `"test"`):
+            Split, where there are several.
+
+    Raises:
+        `ValueError`: if a column is missing.
+    """
+
+    paper: ClassVar[dict[str, float]] = {"text_score": 40.0, "image_score": 36.3, "group_score": 27.0}
+    axis: ClassVar[str] = ""
+
+    def __init__(self, path: str | os.PathLike | dict[str, Any] = "facebook/winoground", split: str = "test"):
+        self.rows = load_table(path, split)
+        missing = {"image_0", "image_1", "caption_0", "caption_1"} - set(self.rows.column_names)
+        if missing:
+            raise ValueError(
+                f"{path} has no column {', '.join(sorted(missing))}, but {', '.join(self.rows.column_names)}. Rename them."
+            )
+
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Figure | int]:
+        return winoground(embed, self.rows)
