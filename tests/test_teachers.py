@@ -1,4 +1,5 @@
 import ast
+import gc
 import json
 import logging
 import os
@@ -6,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -203,6 +205,16 @@ def test_clip_alone_has_no_split(clip_only, encoder):
     slices = [picture(0), *TEXTS, picture(1)]
     assert (clip_only.split, clip_only.dim) == (None, 20)
     torch.testing.assert_close(clip_only.encode(slices), encoder.encode(slices)[:, 24:], atol=1e-6, rtol=0)
+
+
+def test_unloaded_weights_are_freed_and_come_back(checkpoints):
+    encoder = TripleEncoder(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
+    expected = encoder.encode(TEXTS)
+    weights = [weakref.ref(teacher.model) for teacher in encoder._teachers]
+    encoder.unload()
+    gc.collect()
+    assert len(weights) == 3 and all(weight() is None for weight in weights)
+    assert torch.equal(encoder.encode(TEXTS), expected)
 
 
 @settings(max_examples=15, deadline=None)

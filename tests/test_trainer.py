@@ -163,7 +163,8 @@ class TestStructureLoss:
             images = iter(row["images"])
             parts = [part for message in row["messages"] for part in message["content"]]
             documents.append([next(images) if part["type"] == "image" else part["text"] for part in parts])
-        cache, _ = trainer._teachers
+        cache, encoder = trainer._teachers
+        assert all("model" not in vars(teacher) for teacher in encoder._teachers)  # their memory is the training's
         embeddings, prefixes = [], []
         for d, (row, document) in enumerate(zip(data, documents)):
             filled = [{"role": m["role"], "content": [dict(part) for part in m["content"]]} for m in row["messages"]]

@@ -4,8 +4,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import yaml
+from transformers import TrainingArguments
 from trl import TrlParser
 
 
@@ -39,7 +41,13 @@ class DataArguments:
 
 
 def parse(command: str, types: Sequence[type], argv: list[str], description: str) -> tuple[Any, ...]:
-    """Settings of a command from its arguments and, with `--config FILE`, from YAML."""
+    """
+    Settings of a command from its arguments and, with `--config FILE`, from YAML. A mapping can be an argument too, as
+    YAML or JSON.
+
+    Raises:
+        `ValueError`: if the text given for a mapping is not one.
+    """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("hf_sugar").setLevel(logging.INFO)
     parser = TrlParser(
@@ -48,4 +56,18 @@ def parse(command: str, types: Sequence[type], argv: list[str], description: str
         description=description,
         epilog="--config FILE reads any of these from YAML; arguments override it.",
     )
-    return parser.parse_args_and_config(argv)
+    parsed = parser.parse_args_and_config(argv)
+    for settings in parsed:
+        if isinstance(settings, TrainingArguments):  # reads its own; some of them may be the path of a file instead
+            continue
+        for name, hint in get_type_hints(type(settings)).items():
+            value = getattr(settings, name)
+            if isinstance(value, str) and dict in get_args(hint):
+                try:
+                    mapping = yaml.safe_load(value)
+                except yaml.YAMLError:
+                    mapping = None
+                if not isinstance(mapping, dict):
+                    raise ValueError(f"`{name}` is {value!r}. Give a mapping in YAML or JSON, as {{name: value}}.")
+                setattr(settings, name, mapping)
+    return parsed

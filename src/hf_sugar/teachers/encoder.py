@@ -518,6 +518,11 @@ class TripleEncoder:
             long_texts.update(counts)
         return embeddings
 
+    def unload(self) -> None:
+        """Free the memory of the weights. They are loaded again when something is encoded."""
+        for teacher in self._teachers:
+            vars(teacher).pop("model", None)
+
     def report_long_texts(self, long_texts: Counter, texts: int) -> None:
         """
         Log in one warning how many texts are longer than a teacher takes, if any, and what was done with them.

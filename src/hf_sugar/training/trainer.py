@@ -342,6 +342,7 @@ class SugarTrainer(SFTTrainer):
                     f"A streaming dataset is not read before training, and the teacher cache {cache.directory} is empty: run "
                     "`hf-sugar prepare` on it, or set `teacher_mode='online'`."
                 )
+        encoder.unload()
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:

