@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -84,6 +87,32 @@ def test_prepare_train_evaluate(place, capsys):
     again = json.loads((place / "evaluated" / "report.json").read_text())
     # what was saved is what was trained
     assert again["runs"]["out"] == report["runs"]["trained"]
+
+
+def test_prepare_under_accelerate_launch(place, tmp_path):
+    turns = [[{"from": "human", "value": f"say {i}"}, {"from": "gpt", "value": f"it is {i}"}] for i in range(1100)]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": str(i), "conversations": t} for i, t in enumerate(turns)]))
+    teachers = yaml.safe_load((place / "train.yaml").read_text())["teachers"]
+    command = ["prepare", "--train_data", str(tmp_path / "rows.json"), "--teachers", json.dumps(teachers)]
+    main([*command, "--teacher_cache_dir", str(tmp_path / "one")])
+
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hf_sugar.cli.main"]
+    done = subprocess.run(
+        [sys.executable, *launch, *command, "--teacher_cache_dir", str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("2200 encoded") == 1
+    one, two = ({file.name: file.read_bytes() for file in (tmp_path / n).glob("shard-*")} for n in ("one", "two"))
+    assert one == two and len(one) == 3
+
+
+def test_mappings_are_arguments_too(place, tmp_path):
+    command = ["prepare", "--train_data", str(place / "llava.json"), "--teacher_cache_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="`teachers` is 'clip'. Give a mapping"):
+        main([*command, "--teachers", "clip"])
 
 
 def test_check(place, capsys):
