@@ -416,12 +416,12 @@ def test_generators_and_ranks(tmp_path, monkeypatch):
 
 RANKS = """
 import sys, json
-from hf_sugar.retrieval.documents import process_state
+from hf_sugar.distributed import distributed_state
 from test_retrieval import TEXTS, letters
 from hf_sugar.retrieval import SugarIndex
 seen = []
 index = SugarIndex.build(TEXTS, lambda x: seen.extend(x) or letters(x), fingerprint="m", directory=sys.argv[1], shard_size=8)
-open(f"{sys.argv[1]}/../rank{process_state().process_index}.json", "w").write(json.dumps([seen, index.metadata]))
+open(f"{sys.argv[1]}/../rank{distributed_state().process_index}.json", "w").write(json.dumps([seen, index.metadata]))
 """
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from peft import LoraConfig
 
 from hf_sugar.data import load_data
+from hf_sugar.distributed import distributed_state
 from hf_sugar.evaluation import embedder, exact_match, generator
 from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_pictures, write_report
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
@@ -119,7 +119,7 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
     if data.eval_data is not None:
         eval_dataset = load_data(data.eval_data, "validation", on_bad_row=data.on_bad_row)
     processor = SugarProcessor.from_pretrained(model_path)
-    device = PartialState().device
+    device = distributed_state().device
 
     print("2/5 the untouched checkpoint and the teachers")
     columns: dict[str, list[dict[str, Any]]] = {}

@@ -8,9 +8,9 @@ import torch
 from safetensors.numpy import save_file
 
 from hf_sugar.data import load_data
+from hf_sugar.distributed import distributed_state
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.retrieval import SugarEmbedder, SugarIndex, find_files
-from hf_sugar.retrieval.documents import process_state
 
 from .arguments import parse
 
@@ -39,7 +39,7 @@ class ModelArguments:
             raise ValueError("`model_name_or_path` is not set: name the checkpoint.")
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         model = SugarForConditionalGeneration.from_pretrained(self.model_name_or_path, dtype=dtype)
-        return model.to(process_state().device).eval(), SugarProcessor.from_pretrained(self.model_name_or_path)
+        return model.to(distributed_state().device).eval(), SugarProcessor.from_pretrained(self.model_name_or_path)
 
 
 @dataclass

@@ -2,8 +2,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
+from hf_sugar.distributed import distributed_state
 from hf_sugar.evaluation import embedder, generator, load_benchmarks, plot_curves
 from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_report
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
@@ -80,7 +80,7 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
     benchmarks = load_benchmarks(args.benchmarks or {}, args.tasks)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = SugarForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=dtype)
-    model.to(PartialState().device)
+    model.to(distributed_state().device)
     processor = SugarProcessor.from_pretrained(args.model_name_or_path)
     embed = embedder(model, processor, args.batch_size, project=not args.untrained, progress=True)
     generate = generator(model, processor, args.batch_size, args.max_new_tokens, progress=True)

@@ -1,8 +1,8 @@
 from dataclasses import dataclass, field
 
 from hf_sugar.data import load_data
+from hf_sugar.distributed import distributed_state
 from hf_sugar.teachers import TeacherCache, TripleEncoder
-from hf_sugar.teachers.cache import distributed_state
 
 from .arguments import DataArguments, parse
 

@@ -12,8 +12,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from PIL import Image
 
 from ..data.rows import load_image, undecoded
@@ -110,11 +108,6 @@ def blocks(items: Iterable[Any], size: int, rank: int = 0, ranks: int = 1) -> It
         if number % ranks == rank:
             yield number, block
         number += 1
-
-
-def process_state() -> PartialState:
-    """The processes of this run. Without a GPU accelerate looks for others only if it is told to use the CPU."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 class Block:

@@ -16,7 +16,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .documents import Block, blocks, checked_embedder, process_state, to_table
+from ..distributed import distributed_state
+from .documents import Block, blocks, checked_embedder, to_table
 
 
 FORMAT_VERSION = 2
@@ -276,7 +277,7 @@ class SugarIndex:
             raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`.")
         if metadata is not None and len(metadata) != len(items):
             raise ValueError(f"{len(metadata)} `metadata` for {len(items)} items. Give one for each item.")
-        state = process_state() if self.directory is not None else None
+        state = distributed_state() if self.directory is not None else None
         rank, ranks = (0, 1) if state is None else (state.process_index, state.num_processes)
         total = len(items) if hasattr(items, "__len__") else None
         done: list[tuple[int, Any]] = []
@@ -430,9 +431,9 @@ class SugarIndex:
             raise ValueError("The index is empty. Add documents before you save it.")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if process_state().is_main_process:
+        if distributed_state().is_main_process:
             self._save(directory)
-        process_state().wait_for_everyone()
+        distributed_state().wait_for_everyone()
         self.directory = directory
 
     def _save(self, directory: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from .documents import IMAGE_TYPE, Block, blocks, checked_embedder, process_state
+from ..distributed import distributed_state
+from .documents import IMAGE_TYPE, Block, blocks, checked_embedder
 from .index import Hit, check_fingerprint, checked, embedded_queries, stored_row
 
 
@@ -96,7 +97,7 @@ class LanceIndex:
             start (`int`, *optional*, defaults to `0`):
                 Number of the first document. To put others behind those in the table, give a number above all of theirs.
         """
-        state = process_state()
+        state = distributed_state()
         if self._table is None:
             # the width is known when something is embedded
             width = np.asarray(self.embed(["a"])).shape[1]

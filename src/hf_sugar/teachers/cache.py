@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from hf_sugar.data.rows import conversation_row, load_image, row_name, undecoded
+from hf_sugar.distributed import distributed_state
 from hf_sugar.models.processing_sugar import fill_images
 
 from .encoder import TripleEncoder
@@ -513,11 +513,6 @@ class TeacherCache:
         for path in self.directory.glob(".*.tmp"):
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink(missing_ok=True)
-
-
-def distributed_state() -> PartialState:
-    """The processes of this run. On its own `PartialState` does not see a launch of CPU processes."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def _present(sorted_keys: np.ndarray, keys: list[bytes]) -> np.ndarray:
