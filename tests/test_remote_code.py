@@ -572,6 +572,17 @@ class TestWrongAdapter:
         with pytest.raises(ValueError, match=message):
             model.load_sugar_adapter(place / "adapter")
 
+    def test_another_backbone_of_the_same_shapes(self, place, tmp_path):
+        tiny.llava(seed=1).save_pretrained(tmp_path / "other")
+        message = r"another backbone.*trained on '.*llava'.*this is '.*other'"
+        model = SugarForConditionalGeneration.from_backbone(tmp_path / "other", retrieval_dim=16)
+        with pytest.raises(ValueError, match=message):
+            model.load_sugar_adapter(place / "adapter")
+        assert not hasattr(model, "peft_config")
+        # another precision is the same backbone
+        model = SugarForConditionalGeneration.from_backbone(place / "llava", retrieval_dim=16, dtype=torch.bfloat16)
+        model.load_sugar_adapter(place / "adapter")
+
     def test_backbone_that_lacks_weights(self, place, tmp_path):
         key = "language_model.lm_head.weight"
         broken = changed(place, "llava", tmp_path, "model.safetensors", lambda weights: weights.pop(key))

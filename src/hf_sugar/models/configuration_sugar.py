@@ -37,6 +37,9 @@ class SugarConfig(PreTrainedConfig):
             Set in an adapter repository: where the backbone's weights are.
         backbone_revision (`str`, *optional*):
             Set in an adapter repository: commit of the backbone that the adapter was trained on.
+        backbone_sample (`list[float]`, *optional*):
+            Set in an adapter repository: some numbers of the backbone's input embeddings, by which another backbone of
+            the same shapes is recognised.
     """
 
     model_type = "sugar"
@@ -51,6 +54,7 @@ class SugarConfig(PreTrainedConfig):
     initializer_range: float | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
+    backbone_sample: list[float] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -492,6 +492,13 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
                 f"The adapter in {pretrained_model_name_or_path} does not fit this backbone ({listing}). Load it on the "
                 "backbone that it was trained on, which its config.json names."
             )
+        theirs, ours = config.backbone_sample, _backbone_sample(self)
+        if theirs and ours and not torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=2**-6, atol=1e-6):
+            raise ValueError(
+                f"The adapter in {pretrained_model_name_or_path} was trained on another backbone than this one: the shapes "
+                f"are the same, the input embeddings are not. It was trained on {config.backbone_name_or_path!r} (revision "
+                f"{config.backbone_revision}); this is {self.config.name_or_path!r}."
+            )
         peft.inject_adapter_in_model(peft_config, self, adapter_name)
         peft.set_peft_model_state_dict(self, state_dict, adapter_name)
         self._hf_peft_config_loaded = True
@@ -523,7 +530,7 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
                 self.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
         self._hf_peft_config_loaded = False
         del self.peft_config
-        self.config.backbone_name_or_path = self.config.backbone_revision = None
+        self.config.backbone_name_or_path = self.config.backbone_revision = self.config.backbone_sample = None
         # no longer the weights of any place: an adapter trained on them must not name the old one
         self.config.name_or_path = self.name_or_path = ""
         for parameter in self.parameters():
@@ -566,7 +573,7 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
         """
         adapter = self._active_adapter()
         if adapter is None:
-            self.config.backbone_name_or_path = self.config.backbone_revision = None
+            self.config.backbone_name_or_path = self.config.backbone_revision = self.config.backbone_sample = None
             return super().save_pretrained(
                 save_directory,
                 is_main_process=is_main_process,
@@ -589,6 +596,7 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
                 "The backbone has no name, so the adapter's config.json cannot say where it is: it has to be loaded "
                 "with `backbone_name_or_path`."
             )
+        config.backbone_sample = _backbone_sample(self)
         # The backbone's own weights are not quantized: whoever loads the adapter chooses.
         vars(config).pop("quantization_config", None)
         config.save_pretrained(save_directory)
@@ -702,6 +710,25 @@ def _require_same_backbone(adapter, expected: SugarConfig, found: SugarConfig):
             f"The adapter in {adapter} was trained on another backbone than this one: {_first(wrong)}. Its config.json "
             "names the one it was trained on."
         )
+
+
+def _backbone_sample(model) -> list[float] | None:
+    """
+    Numbers that tell backbones of the same shapes apart: input embeddings of early tokens, which neither quantization nor
+    LoRA on linear layers changes, nor new tokens at the end. `None` where they are not at hand: sharded, or trained too.
+    """
+    embeddings = model.get_input_embeddings()
+    weight = embeddings.weight
+    if (
+        type(embeddings) is not torch.nn.Embedding
+        or type(weight) is not torch.nn.Parameter
+        or weight.device.type == "meta"
+    ):
+        return None
+    if weight.ndim != 2 or not weight.is_floating_point():
+        return None
+    rows = torch.linspace(0, min(len(weight), 1000) - 1, 16).long()
+    return weight[rows.to(weight.device), 0].float().tolist()
 
 
 def _differences(expected: dict, found: dict, prefix: str):
