@@ -1,10 +1,15 @@
 import pickle
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor
@@ -246,6 +251,22 @@ class TestProcessor:
         batch = processor.embed_inputs([tiny.image(9), path, str(path), [str(path)], row])
         assert all(torch.equal(batch["input_ids"][0], ids) for ids in batch["input_ids"])
         assert all(torch.equal(batch["pixel_values"][0], pixels) for pixels in batch["pixel_values"])
+
+    def test_an_image_at_a_web_address_is_that_of_the_file(self, processor, tmp_path, monkeypatch):
+        clear = tiny.image(1).convert("RGBA")
+        clear.putalpha(0)
+        clear.save(tmp_path / "clear.png")
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/clear.png"
+        with pytest.raises(OfflineModeIsEnabled):
+            processor.embed_inputs([address])
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        found = processor.embed_inputs([address])["pixel_values"]
+        with pytest.raises(Exception, match="404"):
+            processor.embed_inputs([address.replace("clear", "none")])
+        server.shutdown()
+        assert torch.equal(found, processor.embed_inputs([tmp_path / "clear.png"])["pixel_values"])
 
     def test_transparent_images_are_laid_over_white(self, processor):
         clear = tiny.image(1).convert("RGBA")

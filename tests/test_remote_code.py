@@ -210,6 +210,7 @@ class TestFullCheckpoint:
     def test_code_needs_only_transformers_and_what_that_needs(self, module):
         assert set(get_imports(module.__file__)) - set(sys.stdlib_module_names) <= {
             "PIL",
+            "huggingface_hub",
             "numpy",
             "safetensors",
             "torch",

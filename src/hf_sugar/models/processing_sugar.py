@@ -1,4 +1,5 @@
 import copy
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import get_session
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.utils import is_torchvision_available, logging
 
@@ -77,6 +78,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def open_image(source: str | Path) -> Image.Image:
+    """
+    [`to_rgb`] of an image file, or of what is at a web address.
+
+    Args:
+        source (`str` or `Path`):
+            Path or URL. It is downloaded unless `HF_HUB_OFFLINE` is set.
+
+    Returns:
+        `PIL.Image.Image`: image of mode `"RGB"`.
+    """
+    if str(source).startswith(("http://", "https://")):
+        response = get_session().get(str(source), timeout=60)
+        response.raise_for_status()
+        source = io.BytesIO(response.content)
+    return to_rgb(Image.open(source))
+
+
 def _image_or_text(item: Any, where: str) -> dict[str, Any]:
     if isinstance(item, Image.Image):
         return {"type": "image", "image": to_rgb(item)}
@@ -91,9 +110,8 @@ def _image_or_text(item: Any, where: str) -> dict[str, Any]:
     if isinstance(item, Path):
         if not item.is_file():
             raise ValueError(f"{where} names the image file {str(item)!r}, which does not exist.")
-        return {"type": "image", "image": to_rgb(Image.open(item))}
-    if isinstance(item, str):
-        return {"type": "image", "image": load_image(item)}
+    if isinstance(item, str | Path):
+        return {"type": "image", "image": open_image(item)}
     raise ValueError(
         f"{where} is a {type(item).__name__}; give a text, a PIL image, a path or URL, or a list of those."
     )

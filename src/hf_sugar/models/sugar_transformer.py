@@ -9,7 +9,7 @@ from PIL import Image
 from sentence_transformers.sentence_transformer.modules import Transformer
 from transformers.image_utils import load_image
 
-from .processing_sugar import SugarProcessor
+from .processing_sugar import SugarProcessor, open_image
 
 
 class SugarTransformer(Transformer):
@@ -75,8 +75,10 @@ def _images(messages: list[dict[str, Any]]) -> list[Image.Image]:
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] == "image":
                 image = next((part[name] for name in ("image", "url", "path", "base64") if name in part), None)
-                if isinstance(image, str | Path):
-                    image = Image.open(image) if Path(image).is_file() else load_image(str(image))
+                if isinstance(image, str) and ("base64" in part or image.startswith("data:")):
+                    image = load_image(image)
+                elif isinstance(image, str | Path):
+                    image = open_image(image)
                 if not isinstance(image, Image.Image):
                     raise ValueError(
                         f"An image part holds {type(image).__name__}. Give a PIL image, or a path or URL of one."
