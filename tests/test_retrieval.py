@@ -368,7 +368,9 @@ def test_a_full_disk_leaves_the_old_index(saved, monkeypatch):
 def test_damaged_files(saved):
     shard = sorted(saved.glob("shard-*"))[0]
     whole = shard.read_bytes()
-    for damage in (whole[: len(whole) // 2], b"", b"x" * 5000):
+    embedding = next(place for text in TEXTS if (place := whole.find(letters([text])[0].tobytes())) >= 0)
+    flipped = whole[:embedding] + bytes([whole[embedding] ^ 1]) + whole[embedding + 1 :]
+    for damage in (whole[: len(whole) // 2], b"", b"x" * 5000, flipped):
         shard.write_bytes(damage)
         with pytest.raises(ValueError, match=f"{shard.name} cannot be read.*Delete this file"):
             SugarIndex.load(saved, "m")

@@ -1,5 +1,6 @@
 """Search by cosine among embedded documents, exact or approximate, on one machine."""
 
+import hashlib
 import json
 import os
 import uuid
@@ -61,21 +62,37 @@ class _Shard:
         self.metadata = table["metadata"].chunk(0)
 
     @classmethod
-    def read(cls, file: Path) -> "_Shard":
+    def read(cls, file: Path, verify: bool = True) -> "_Shard":
         try:
-            return cls(pa.ipc.open_file(pa.memory_map(str(file))).read_all(), file)
+            shard = cls(pa.ipc.open_file(pa.memory_map(str(file))).read_all(), file)
+            if verify and (shard.table.schema.metadata or {}).get(b"sha256") != _digest(shard.table):
+                raise OSError("its content is not what was written")
+            return shard
         except FileNotFoundError:
             raise ValueError(f"{file} is missing. Build the index again with the same data.") from None
         except (pa.ArrowException, OSError, KeyError, IndexError) as error:
             raise ValueError(f"{file} cannot be read ({error}). {REBUILD}") from error
 
     def write(self, file: Path) -> None:
+        table = self.table.replace_schema_metadata(
+            {**(self.table.schema.metadata or {}), b"sha256": _digest(self.table)}
+        )
+
         def write(path: Path) -> None:
-            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, self.table.schema) as writer:
-                writer.write_table(self.table)
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
 
         _write_atomically(file, write)
         self.file = file
+
+
+def _digest(table: pa.Table) -> bytes:
+    """Of what is searched. The documents, which may be large, are read when they are asked for."""
+    sink = pa.BufferOutputStream()
+    table = table.select(["embeddings", "metadata"]).replace_schema_metadata(None)
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return hashlib.sha256(sink.getvalue()).hexdigest().encode()
 
 
 class SugarIndex:
@@ -483,7 +500,8 @@ class SugarIndex:
             embed (`Callable`, *optional*):
                 Embedding function of that model.
             memory_map (`bool`, *optional*, defaults to `False`):
-                Whether to leave the embeddings on the disk. Rows and metadata stay there in any case.
+                Whether to leave the embeddings on the disk. Rows and metadata stay there in any case. What is left there
+                is not compared with its checksum.
 
         Returns:
             [`SugarIndex`]
@@ -510,7 +528,7 @@ class SugarIndex:
         check_fingerprint(file, content["fingerprint"], index.fingerprint)
         index.directory, index._memory_map = directory, memory_map
         for name, documents, items in content["shards"]:
-            shard = _Shard.read(directory / name)
+            shard = _Shard.read(directory / name, verify=not memory_map)
             if (len(shard.metadata), *shard.embeddings.shape) != (documents, items, content["dim"]):
                 raise ValueError(f"{shard.file} does not hold what {file.name} says. {REBUILD}")
             index._shards.append(shard)
