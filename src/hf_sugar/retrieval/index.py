@@ -21,7 +21,7 @@ from ..distributed import distributed_state
 from .documents import Block, blocks, checked_embedder, to_table
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REBUILD = "Delete this file and build the index again with the same data: only this shard is embedded anew."
 
 
