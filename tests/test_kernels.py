@@ -357,10 +357,19 @@ def test_cuda_compiles(tmp_path):
 
 @pytest.mark.extras
 @pytest.mark.parametrize("part", ["interpreter", "compile"])
-def test_triton(part):
+def test_triton(part, tmp_path):
     """Two processes: the interpreter and the compiler of Triton exclude each other."""
     pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if part == "interpreter" else "0"}
+    pytest.importorskip("kernels", reason="the Triton kernel is loaded with the `kernels` package")
+    import build_local
+
+    for backend in ("cpu", "cuda"):
+        build_local.build("gak-triton", backend, tmp_path)
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1" if part == "interpreter" else "0",
+        "GAK_TRITON_BUILD": str(tmp_path / "gak-triton"),
+    }
     folder = KERNELS / "gak-triton" / "tests" / f"test_{part}.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(folder)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
