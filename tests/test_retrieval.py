@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import tiny
 import torch
+from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -26,7 +27,7 @@ from hf_sugar.retrieval import (
     LanceIndex,
     SugarEmbedder,
     SugarIndex,
-    answer_with_retrieval,
+    find_examples,
     find_files,
     question_slices,
     rag_generator,
@@ -205,7 +206,7 @@ def knowledge():
         colors = np.array([item[0].getpixel((0, 0)) for item in items], dtype=np.float32) + 1
         return colors / np.linalg.norm(colors, axis=1, keepdims=True)
 
-    return rows, embed, SugarIndex.build([question_slices(row) for row in rows], embed)
+    return rows, SugarIndex.build(rows, embed, by="question", fingerprint="colors")
 
 
 def echo(conversations):
@@ -215,35 +216,28 @@ def echo(conversations):
     ]
 
 
-def test_answer_with_retrieval(knowledge):
-    rows, embed, index = knowledge
-    query = row((10, 20, 200), "And this?", "secret", id="test:0")
-    answer, used = answer_with_retrieval(echo, index, embed, query, rows)
-    assert answer == "What is this? | the sea | And this? | 2"
-    assert used == ["kb:1"]
-
-    # the most similar one stands next to the question, and is named first
-    answer, used = answer_with_retrieval(echo, index, embed, query, rows, k=2)
-    assert answer == "What is this? | a leaf | What is this? | the sea | And this? | 3"
-    assert used == ["kb:1", 2]
-
-    without_answer = {**query, "messages": query["messages"][:1]}
-    assert answer_with_retrieval(echo, index, embed, without_answer, rows, k=2) == (answer, used)
-    follow_up = {**query, "messages": [*query["messages"], message("user", "why?")]}
-    answer, _ = answer_with_retrieval(echo, index, embed, follow_up, rows)
-    assert answer == "What is this? | the sea | And this? | secret | why? | 2"
+def test_rag_generator(knowledge):
+    rows, index = knowledge
+    query = row((10, 20, 200), "And this?", "", id="test:0")
+    query["messages"].pop()
+    assert rag_generator(echo, index)([query]) == ["What is this? | the sea | And this? | 2"]
+    # the most similar one stands next to the question
+    follow_up = {**query, "messages": [*query["messages"], message("assistant", "blue"), message("user", "why?")]}
+    assert rag_generator(echo, index, k=2)([follow_up, query]) == [
+        "What is this? | a leaf | What is this? | the sea | And this? | blue | why? | 3",
+        "What is this? | a leaf | What is this? | the sea | And this? | 3",
+    ]
 
 
 def test_a_row_is_never_its_own_example(knowledge):
-    rows, embed, index = knowledge
-    _, used = answer_with_retrieval(echo, index, embed, rows[1], rows)
-    assert used in (["kb:0"], [2])
-    _, used = answer_with_retrieval(echo, index, embed, rows[1], rows, k=3)
-    assert sorted(map(str, used)) == ["2", "kb:0"]
+    rows, index = knowledge
+    for k, expected in ((1, {0, 2}), (3, {0, 2})):
+        [hits] = find_examples(index, [rows[1]], k)
+        assert {hit.index for hit in hits} <= expected and len(hits) == min(k, 2)
 
 
 def test_rag_generator_in_exact_match(knowledge):
-    rows, embed, index = knowledge
+    rows, index = knowledge
 
     def copy_the_example(conversations):
         return [c["messages"][-2]["content"][0]["text"] for c in conversations]
@@ -252,11 +246,9 @@ def test_rag_generator_in_exact_match(knowledge):
         row((200, 10, 0), "What is this?", "A tomato", id="t:0"),
         row((0, 0, 90), "What is this?", "a lake", id="t:1"),
     ]
-    results = exact_match(rag_generator(copy_the_example, index, embed, rows), test)
+    results = exact_match(rag_generator(copy_the_example, index), test)
     assert results["exact_match"].value == 50
     assert results["misses"] == [{"row": "row 1 (t:1)", "expected": "a lake", "generated": "the sea"}]
-    with pytest.raises(ValueError, match="3 items but `rows` has 2"):
-        answer_with_retrieval(echo, index, embed, test[0], rows[:2])
 
 
 def letters(items):
@@ -624,10 +616,26 @@ def adapter(checkpoint, corpus):
     return path / "adapter"
 
 
-@pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_cli(kind, checkpoint, corpus, request, tmp_path, capsys, monkeypatch):
-    place = request.getfixturevalue("adapter") if kind == "adapter" else checkpoint[0] / "full"
-    model = ["--model_name_or_path", str(place)]
+@pytest.fixture(params=["full", "adapter", "full on the Hub", "adapter on the Hub"])
+def name(request, checkpoint):
+    """What a user calls a trained model: a directory or a Hub id."""
+    kind, _, on_the_hub = request.param.partition(" ")
+    directory = request.getfixturevalue("adapter") if kind == "adapter" else checkpoint[0] / "full"
+    if not on_the_hub:
+        return str(directory)
+    request.getfixturevalue("hub")
+    base = []
+    if kind == "adapter":
+        HfApi().create_repo("me/llava", exist_ok=True)
+        HfApi().upload_folder(repo_id="me/llava", folder_path=checkpoint[0] / "llava")
+        base = ["--base_model", "me/llava"]
+    main(["push", str(directory), "--repo_id", f"me/cli-{kind}", *base])
+    return f"me/cli-{kind}"
+
+
+def test_cli(name, corpus, tmp_path, capsys, monkeypatch):
+    capsys.readouterr()
+    model = ["--model_name_or_path", name]
     index = ["--index", str(tmp_path / "index")]
     data = ["--data", str(corpus / "data.json")]
     main(["embed", *model, *data, "--output", str(tmp_path / "e.safetensors")])
@@ -646,7 +654,7 @@ def test_cli(kind, checkpoint, corpus, request, tmp_path, capsys, monkeypatch):
     hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(hits) == 3 and hits[0]["metadata"] == {"path": str(corpus / "note.txt")}
 
-    (tmp_path / "chat.yaml").write_text(f"model_name_or_path: {place}\nmax_new_tokens: 4\nk: 2\n")
+    (tmp_path / "chat.yaml").write_text(f"model_name_or_path: {name}\nmax_new_tokens: 4\nk: 2\n")
     typed = f"/image {corpus}/1.png\nwhat is this?\nand why?\n/image missing.png\n/help\n/clear\nhm\n/quit\nx\n"
     for extra, cited in (([], False), (index, True)):
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
@@ -654,6 +662,12 @@ def test_cli(kind, checkpoint, corpus, request, tmp_path, capsys, monkeypatch):
         said = capsys.readouterr()
         assert ("[2]" in said.err) == cited and ("data.json:2" in said.err) == cited
         assert "'missing.png' does not exist" in said.err and "/clear begins anew" in said.err
+
+    benchmark = {"rag": {"questions": str(corpus / "data.json"), "knowledge": str(corpus / "data.json")}}
+    evaluation = ["--benchmarks", json.dumps(benchmark), "--max_new_tokens", "4", "--output_dir", str(tmp_path)]
+    main(["evaluate", *model, "--image_text_data", str(corpus / "data.json"), *evaluation])
+    table = capsys.readouterr().out
+    assert "| image_to_text_recall@1 |" in table and "| rag/knowledge_rows | 4 |" in table
 
 
 def test_cli_errors(checkpoint):

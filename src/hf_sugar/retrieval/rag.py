@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
@@ -83,12 +82,34 @@ def rag_messages(
     return [*messages[:start], *turns, *messages[start:]], [*example_images, *images]
 
 
+def find_examples(index: SugarIndex, questions: Sequence[dict[str, Any]], k: int) -> list[list[Hit]]:
+    """
+    The answered questions that are most similar to each question.
+
+    Args:
+        index ([`SugarIndex`]):
+            Index of answered questions, built by `"question"` with its embedding function.
+        questions (`Sequence[dict]`):
+            Rows in the conversational vision format. A row with an `id` is never its own example.
+        k (`int`):
+            Examples for each question.
+
+    Returns:
+        `list[list[Hit]]`: at most `k` documents for each question, most similar first.
+    """
+    found = index.search([question_slices(question) for question in questions], k + 1)
+    result = []
+    for question, hits in zip(questions, found, strict=True):
+        documents: dict[int, Hit] = {}  # an index of every slice may find one at several places
+        for hit in hits:
+            if question.get("id") is None or hit.metadata.get("id") != question["id"]:
+                documents.setdefault(hit.index, hit)
+        result.append(list(documents.values())[:k])
+    return result
+
+
 def rag_generator(
-    generate: Callable[[Sequence[dict[str, Any]]], list[str]],
-    index: SugarIndex,
-    embed: Callable[[Sequence[Any]], np.ndarray],
-    rows: Sequence[dict[str, Any]],
-    k: int = 1,
+    generate: Callable[[Sequence[dict[str, Any]]], list[str]], index: SugarIndex, k: int = 1
 ) -> Callable[[Sequence[dict[str, Any]]], list[str]]:
     """
     Generating function that looks up examples first. It takes the place of `generate` in
@@ -98,11 +119,7 @@ def rag_generator(
         generate (`Callable`):
             Generating function, see [`hf_sugar.evaluation.generator`].
         index ([`SugarIndex`]):
-            Index of the questions of `rows`, each item a row's [`question_slices`], in the order of `rows`.
-        embed (`Callable`):
-            Embedding function of the model the index was built with.
-        rows (`Sequence[dict]`):
-            The knowledge base: answered questions.
+            Index of answered questions, built by `"question"` with its embedding function.
         k (`int`, *optional*, defaults to `1`):
             Examples for each question. The most similar one stands last, next to the question.
 
@@ -111,76 +128,14 @@ def rag_generator(
     """
 
     def generate_with_examples(conversations: Sequence[dict[str, Any]]) -> list[str]:
-        return generate([prompt for prompt, _ in _with_examples(index, embed, conversations, rows, k)])
+        prompts = []
+        for row, hits in zip(conversations, find_examples(index, conversations, k), strict=True):
+            examples = [index.documents[hit.index] for hit in reversed(hits)]
+            messages, images = rag_messages(row["messages"], row["images"], examples)
+            prompts.append({**row, "messages": messages, "images": images})
+        return generate(prompts)
 
     return generate_with_examples
-
-
-def answer_with_retrieval(
-    generate: Callable[[Sequence[dict[str, Any]]], list[str]],
-    index: SugarIndex,
-    embed: Callable[[Sequence[Any]], np.ndarray],
-    row: dict[str, Any],
-    rows: Sequence[dict[str, Any]],
-    k: int = 1,
-) -> tuple[str, list[Any]]:
-    """
-    Answer one question with the help of the most similar answered questions.
-
-    If the row ends with an answer already, that is taken off first. A row with the same `id` is never its own example.
-
-    Args:
-        generate (`Callable`):
-            Generating function, see [`hf_sugar.evaluation.generator`].
-        index ([`SugarIndex`]):
-            Index of the questions of `rows`, each item a row's [`question_slices`], in the order of `rows`.
-        embed (`Callable`):
-            Embedding function of the model the index was built with.
-        row (`dict`):
-            The question, in the conversational vision format.
-        rows (`Sequence[dict]`):
-            The knowledge base: answered questions.
-        k (`int`, *optional*, defaults to `1`):
-            Examples. The most similar one stands last, next to the question.
-
-    Returns:
-        `tuple[str, list]`: the answer, and for each example, most similar first, its `id`, or its position in `rows` where
-        it has none.
-
-    Raises:
-        `ValueError`: if index and rows differ in length.
-    """
-    question = split_answer(row)[0] if row["messages"][-1]["role"] == "assistant" else row
-    [(prompt, used)] = _with_examples(index, embed, [question], rows, k)
-    return generate([prompt])[0], used
-
-
-def _with_examples(
-    index: SugarIndex,
-    embed: Callable[[Sequence[Any]], np.ndarray],
-    questions: Sequence[dict[str, Any]],
-    rows: Sequence[dict[str, Any]],
-    k: int,
-) -> list[tuple[dict[str, Any], list[Any]]]:
-    if len(index) != len(rows):
-        raise ValueError(
-            f"The index has {len(index)} items but `rows` has {len(rows)}. Index the questions of these rows."
-        )
-    result = []
-    found = index.search(embed([question_slices(question) for question in questions]), k + 1)
-    for question, hits in zip(questions, found, strict=True):
-        examples, used = [], []
-        for hit in hits:
-            if len(examples) == k:
-                break
-            example = rows[hit.index]
-            name = example.get("id")
-            if name is None or name != question.get("id"):
-                examples.append(example)
-                used.append(hit.index if name is None else name)
-        messages, images = rag_messages(question["messages"], question["images"], examples[::-1])
-        result.append(({**question, "messages": messages, "images": images}, used))
-    return result
 
 
 @dataclass(frozen=True)
@@ -227,6 +182,9 @@ class RAG:
 
     Questions are searched among questions; the found image, question and answer are put before the user's question, the
     most similar one last. Where that is more than the context holds, the farthest examples are left out.
+
+    The pass that embeds the question cannot be reused for the answer: the examples it finds stand before the question, and
+    causal attention makes every hidden state of the question depend on them.
 
     Args:
         model ([`SugarForConditionalGeneration`]):
@@ -291,13 +249,7 @@ class RAG:
             raise ValueError(f"The last turn of the question is the {own[-1]['role']}'s; there is nothing to answer.")
         hits: list[Hit] = []
         if self.index is not None:
-            # every_slice may find a document at several places
-            found = {}
-            [places] = self.index.search([question_slices(question)], self.k + 1)
-            for hit in places:
-                if question["id"] is None or hit.metadata.get("id") != question["id"]:
-                    found.setdefault(hit.index, hit)
-            hits = list(found.values())[: self.k]
+            [hits] = find_examples(self.index, [question], self.k)
         room = self.max_length - self.generation_kwargs["max_new_tokens"]
         for used in range(len(hits), -1, -1):
             rows = [self.index.documents[hit.index] for hit in hits[:used]][::-1]

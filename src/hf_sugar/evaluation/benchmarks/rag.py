@@ -42,7 +42,7 @@ class RagGain:
 
     def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Figure | int]:
         index = SugarIndex.build(self.knowledge, embed, by="question", progress=True)
-        retrieve = rag_generator(generate, index, embed, self.knowledge, self.k)
+        retrieve = rag_generator(generate, index, self.k)
         results, hits = {}, {}
         for name, answer in (("without", generate), ("with", retrieve)):
             found = exact_match(answer, self.questions)
