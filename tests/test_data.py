@@ -1,5 +1,6 @@
 import gzip
 import io
+import itertools
 import json
 import logging
 import re
@@ -203,6 +204,27 @@ class TestLlava:
         (root / "cut.json").write_text(json.dumps([llava(), llava()])[:-20])
         with pytest.raises(ValueError, match=r"cut\.json is not valid JSON.*Repair"):
             read_llava(root / "cut.json", on_bad_row="skip")
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_half_a_surrogate_pair(self, root, streaming):
+        """JSON can name characters that no text has; documents of the web do."""
+        system = {"role": "system", "content": "x\ud83d"}
+        bad = [
+            (llava(), llava(gpt="x\ud83d"), "conversations[1].value"),
+            (llava(), llava("\ud83d.png"), "image"),
+            (mmc4(), mmc4(["one", "\udc00"]), "text_list[1]"),
+            (chat(0), {"messages": [system, *chat(0)["messages"]]}, "messages[0].content[0].text"),
+            (chat(0), chat(0, id="\ud83d"), "id"),
+        ]
+        for good, record, field in bad:
+            path = write(root / "a.jsonl", [good, record])
+            with pytest.raises(
+                ValueError, match=re.escape(f"a.jsonl, row 2, `{field}`: has half of a surrogate pair")
+            ):
+                list(load_data(path, streaming=streaming))
+            assert len(list(load_data(path, streaming=streaming, on_bad_row="skip"))) == 1
+        path = write(root / "a.jsonl", [llava(gpt="\U0001f600")])  # a whole pair in the file
+        assert [row["messages"][1]["content"][0]["text"] for row in load_data(path)] == ["\U0001f600"]
 
     def test_skip_reports(self, root, caplog):
         records = [llava(), *(llava(f"lost{n}.png") for n in range(7)), llava()]
@@ -959,6 +981,9 @@ class TestSourceRules:
             assert "skipped" not in caplog.text
             assert [row["id"] for row in rows] == ["a.json:1", "a.json:3"]
             assert "skipped 1 of 3 rows" in caplog.text
+            caplog.clear()
+            assert len(list(itertools.islice(rows, 2))) == 2  # training stops when it has its steps
+            assert "skipped 1 of 3 rows" in caplog.text
 
     def test_streaming_mixture(self, root):
         sources = [{**source, "weight": weight} for source, weight in zip(self.sources(root), (1, 2, 1), strict=True)]
@@ -1301,6 +1326,14 @@ class TestCheckCommand:
             assert line in out
         assert main(["check", str(path), "--model_name_or_path", str(model), "--max_length", "4096"]) == 1
         assert "too long: 0" in capsys.readouterr().out
+
+    def test_weights_repeat_no_row(self, root, capsys, tmp_path):
+        many = write(root / "many.json", [llava(gpt=f"{n}") for n in range(9)])
+        sources = [{"path": str(many), "weight": 1}, {"path": str(write(root / "one.json", [llava()])), "weight": 9}]
+        (tmp_path / "check.yaml").write_text(json.dumps({"train_data": sources}))
+        assert main(["check", "--config", str(tmp_path / "check.yaml")]) == 0
+        out = capsys.readouterr().out
+        assert "10 rows (" in out and "0 rows repeat an earlier one" in out
 
     def test_nothing_to_read(self, root, capsys):
         assert main(["check", str(write(root / "a.json", [llava("lost.png")]))]) == 1

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ from hf_sugar.retrieval import (
     rag_messages,
     split_answer,
 )
+from hf_sugar.world import write_world
 
 
 def vectors(n, dim=16, seed=0):
@@ -668,6 +670,26 @@ def test_cli(name, corpus, tmp_path, capsys, monkeypatch):
     main(["evaluate", *model, "--image_text_data", str(corpus / "data.json"), *evaluation])
     table = capsys.readouterr().out
     assert "| image_to_text_recall@1 |" in table and "| rag/knowledge_rows | 4 |" in table
+
+
+@pytest.mark.parametrize("place", ["clip art", "world"])
+def test_cli_on_real_files(place, checkpoint, tmp_path, capsys, monkeypatch):
+    if place == "clip art":
+        data = Path(__file__).parents[1] / "examples" / "clipart" / "llava_val.json"
+    else:
+        data = write_world(tmp_path, {"conversations": {"test": 20}})["conversations"]["test"]
+    rows = load_data(str(data))
+    rows[3]["images"][0].save(tmp_path / "query.png")
+    question = rows[3]["messages"][0]["content"][1]["text"]
+    common = ["--model_name_or_path", str(checkpoint[0] / "full"), "--index", str(tmp_path / "index")]
+    main(["index", *common, "--data", str(data)])
+    assert f"{len(rows)} documents" in capsys.readouterr().out
+    main(["search", *common, "--query", str(tmp_path / "query.png"), question, "--json", "true"])
+    best = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert best["metadata"] == {"id": rows[3]["id"]} and best["score"] == pytest.approx(1, abs=1e-4)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {tmp_path / 'query.png'}\n{question}\n"))
+    main(["chat", *common, "--max_new_tokens", "4"])
+    assert rows[3]["id"] in capsys.readouterr().err
 
 
 def test_cli_errors(checkpoint):

@@ -727,6 +727,11 @@ def test_damaged_caches(encoder, tmp_path):
         shard.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"{shard.name}.*damaged.*Delete this file"):
             open_cache(tmp_path, encoder)
+    header = (tmp_path / "cache.json").read_bytes()
+    for damaged in (b"", header[:30], b"[]", b"{}", header.replace(b"dim", b"dam"), header.replace(b"d", b"\xe9")):
+        (tmp_path / "cache.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="cache.json of the teacher cache is damaged"):
+            open_cache(tmp_path, encoder)
     (tmp_path / "cache.json").unlink()
     with pytest.raises(ValueError, match="no cache.json"):
         open_cache(tmp_path, encoder)
@@ -772,6 +777,16 @@ def test_a_damaged_index_is_made_again(encoder, tmp_path):
         assert "star" in open_cache(tmp_path, encoder) and "left" in open_cache(tmp_path, encoder)
     index.write_bytes(content[:-5])
     assert "star" in open_cache(tmp_path, encoder)
+
+
+def test_damaged_records_of_blocks_are_left_out(encoder, tmp_path):
+    rows = stories().select(range(4))
+    expected = open_cache(tmp_path, encoder).fill(rows, encoder, rows_per_shard=2)
+    blocks = tmp_path / "blocks.jsonl"
+    content = blocks.read_bytes()
+    for damaged in (b"\xff", b"5", b"[]", b"{}", b'{"block": "x"}', content.replace(b"rows", b"rovs")):
+        blocks.write_bytes(damaged)
+        assert open_cache(tmp_path, encoder).fill(rows, encoder, rows_per_shard=2) == expected | {"encoded": 0}
 
 
 def test_a_write_that_fails_leaves_nothing(encoder, tmp_path, monkeypatch):

@@ -38,10 +38,11 @@ from hf_sugar.world.checkpoints import (
     train_clip,
     train_dinov2,
 )
+from hf_sugar.world.dataset import FACT
 from hf_sugar.world.scenes import COLORS, NUMBERS, SPLITS, UNSEEN_PAIRS, scenes
 
 
-ROW_KINDS = ("captions", "conversations", "stories")
+ROW_KINDS = ("captions", "conversations", "stories", "facts")
 SIZE = 160  # large enough for every shape to be told by a few measures
 NUMBER = {word: n for n, word in enumerate(NUMBERS)}
 
@@ -295,6 +296,22 @@ def test_stories_follow_from_their_sentences(split):
     assert lengths == {3, 4, 5, 6}
 
 
+def test_facts_are_on_the_back():
+    backs = []
+    for row in load_world("facts", "test", 400, image_size=SIZE, seed=7):
+        first, second = row["images"]
+        assert first.tobytes() != second.tobytes()
+        shown = [sorted(thing[:3] for thing in see(image)) for image in row["images"]]
+        assert shown[0] == shown[1]
+        texts = [message["content"][-1]["text"] for message in row["messages"]]
+        assert texts[0] == texts[2] == FACT and texts[1] == texts[3]
+        backs.append((texts[1], texts[1] in {thing[1] for thing in shown[0]}))
+    counts = np.array([sum(back == color for back, _ in backs) for color in COLORS])
+    assert ((counts - 50) ** 2 / 50).sum() < 24.3  # chi-square with 7 degrees of freedom, p = 0.001
+    # a scene shows one colour or two of eight: what is in the picture tells nothing of its back
+    assert 0.1 < np.mean([visible for _, visible in backs]) < 0.3
+
+
 @pytest.mark.parametrize("split", ("test", "test_unseen"))
 def test_winoground_same_words_other_order(split):
     for row in load_world("winoground", split, 60, image_size=SIZE):
@@ -309,9 +326,9 @@ def test_winoground_same_words_other_order(split):
 def test_kinds_share_their_features():
     kinds = [load_world(kind, size=5) for kind in ROW_KINDS]
     rows = concatenate_datasets(kinds)
-    assert rows.features == kinds[0].features and len(rows) == 15
-    assert rows["loss_on"] == ["captions"] * 5 + ["answers"] * 5 + ["text"] * 5
-    assert len(set(rows["id"])) == 15 and rows[7]["id"] == "world/conversations/train:2"
+    assert rows.features == kinds[0].features and len(rows) == 20
+    assert rows["loss_on"] == ["captions"] * 5 + ["answers"] * 5 + ["text"] * 5 + ["answers"] * 5
+    assert len(set(rows["id"])) == 20 and rows[7]["id"] == "world/conversations/train:2"
     for row in rows:
         parts = [part for message in row["messages"] for part in message["content"]]
         assert sum(part["type"] == "image" for part in parts) == len(row["images"])

@@ -40,6 +40,22 @@ class DataArguments:
     )
 
 
+@dataclass
+class StreamedDataArguments(DataArguments):
+    """
+    [`DataArguments`], of which the training data may be streamed.
+
+    Parameters:
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read the training data while they are used instead of loading them first.
+    """
+
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the training data while they are used instead of loading them first."},
+    )
+
+
 def parse(command: str, types: Sequence[type], argv: list[str], description: str) -> tuple[Any, ...]:
     """
     Settings of a command from its arguments and, with `--config FILE`, from YAML. A mapping can be an argument too, as

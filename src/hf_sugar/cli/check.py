@@ -41,10 +41,15 @@ def main(argv: list[str]) -> int:
         if max_length is None:
             config = SugarConfig.from_pretrained(args.model_name_or_path)
             max_length = config.get_text_config().max_position_embeddings
+    # every row once: a mixture by weights repeats those of small sources
+    sources = [
+        {**source, "weight": None} if isinstance(source, dict) else source
+        for source in (data.train_data if isinstance(data.train_data, list) else [data.train_data])
+    ]
     bad_rows: list[Problem] = []
     try:
         # every bad row is of interest here, not the first alone
-        dataset = load_data(data.train_data, args.split, on_bad_row="skip", bad_rows=bad_rows)
+        dataset = load_data(sources, args.split, on_bad_row="skip", bad_rows=bad_rows)
     except (FileNotFoundError, ValueError) as error:
         print(error)
         return 1

@@ -1,4 +1,3 @@
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,15 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from hf_sugar.data import load_data
 from hf_sugar.distributed import distributed_state
-from hf_sugar.evaluation import embedder, exact_match, generator
+from hf_sugar.evaluation import embedder, generator
+from hf_sugar.evaluation.benchmarks import load_benchmarks
+from hf_sugar.evaluation.plots import plot_curves
 from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_pictures, write_report
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
-from hf_sugar.retrieval import SugarIndex
-from hf_sugar.retrieval.rag import answer_with_retrieval, question_slices
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
 from hf_sugar.world import DESCRIBE, checkpoint, write_world
@@ -65,6 +65,9 @@ class DemoArguments:
             Fields of [`SugarTrainingConfig`], the same for both runs (but the weight of the structure loss).
         lora (`dict`, *optional*):
             Fields of [`~peft.LoraConfig`].
+        benchmarks (`dict`, *optional*):
+            What Sugar is measured on besides, as in `hf-sugar evaluate`. Defaults to the gain of retrieval on the world's
+            facts where the world is used.
         seeds (`list[int]`, *optional*, defaults to `[0]`):
             Both runs are repeated with each seed; figures are then means over the seeds.
         title (`str`, *optional*):
@@ -85,6 +88,9 @@ class DemoArguments:
         default=None, metadata={"help": "Fields of SugarTrainingConfig, the same for both runs."}
     )
     lora: dict | str | None = field(default=None, metadata={"help": "Fields of peft.LoraConfig."})
+    benchmarks: dict | str | None = field(
+        default=None, metadata={"help": "What Sugar is measured on besides, as in `hf-sugar evaluate`."}
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Repeat both runs with each seed."})
     title: str = field(default="Sugar on the rendered world", metadata={"help": "Heading of the report."})
     note: str | None = field(default=None, metadata={"help": "A paragraph for the report."})
@@ -113,7 +119,8 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
     teachers = args.teachers or world_teachers()
     if data.train_data is None:
         print("1/5 rendering the world")
-        render_world(output_dir / "world", data, evaluation)
+        args.benchmarks = {**render_world(output_dir / "world", data, evaluation), **(args.benchmarks or {})}
+    benchmarks = load_benchmarks(args.benchmarks or {})
     train_dataset = load_data(data.train_data, on_bad_row=data.on_bad_row)
     eval_dataset = None
     if data.eval_data is not None:
@@ -162,12 +169,13 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
                     columns.setdefault(f"SFT ({pooling})", []).append(results)
             else:
                 embed = embedder(trained, processor, progress=True)
-                results = evaluate_tasks(evaluation, embed, generator(trained, processor, progress=True))
+                generate = generator(trained, processor, progress=True)
+                results = evaluate_tasks(evaluation, embed, generate)
+                for name, benchmark in benchmarks.items():
+                    results |= {f"{name}/{metric}": value for metric, value in benchmark.run(embed, generate).items()}
                 columns.setdefault("Sugar", []).append(results)
 
-    print("5/5 an example of retrieval-augmented generation, and the report")
-    notes = [args.note] if args.note else []
-    notes.append(_rag_example(trained, processor, embed, train_dataset, evaluation, output_dir))
+    print("5/5 the report")
     cache = TeacherCache.for_encoder(output_dir / "teacher_cache", encoder)
 
     def embed_teachers(slices):
@@ -186,6 +194,9 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
         logs,
         delta=trainer.args.delta,
     )
+    if any("@" in name for name in results):
+        plot_curves(results, output_dir / "recall.png")
+        pictures.append(("recall.png", "Recall at k of Sugar, with 95% intervals."))
     seconds = round(time.monotonic() - started)
     runs = {name: _mean(results) for name, results in columns.items()}
     table = write_report(
@@ -201,14 +212,14 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
             "train_rows": len(train_dataset),
             "seconds": seconds,
         },
-        notes,
+        [args.note] if args.note else [],
         pictures,
     )
     print(f"\n{table}\n\n{seconds} s. Report, plots and checkpoints: {output_dir / 'report.md'}")
     return runs
 
 
-def render_world(directory: Path, data: DataArguments, evaluation: EvaluationData) -> None:
+def render_world(directory: Path, data: DataArguments, evaluation: EvaluationData) -> dict[str, dict[str, str]]:
     """
     Write the world and name its files as the data of a run.
 
@@ -219,16 +230,20 @@ def render_world(directory: Path, data: DataArguments, evaluation: EvaluationDat
             Gets `train_data` and `eval_data`.
         evaluation ([`EvaluationData`]):
             Gets all of its fields.
+
+    Returns:
+        `dict[str, dict]`: settings of [`~evaluation.benchmarks.load_benchmarks`].
     """
     held_out = {"test": 320, "test_unseen": 320}
     sizes = {
         "captions": {"train": 4800, "validation": 200, **held_out},
         "conversations": {"train": 3500, "test": 1000, "test_unseen": 640},
         "stories": {"train": 500, "test": 100},
+        "facts": {"train": 800, "test": 300},
         "winoground": {"test": 300},
     }
     files = write_world(directory, sizes)
-    data.train_data = [str(files[kind]["train"]) for kind in ("captions", "conversations", "stories")]
+    data.train_data = [str(files[kind]["train"]) for kind in ("captions", "conversations", "stories", "facts")]
     data.eval_data = [str(files["captions"]["validation"])]
     evaluation.image_text_data = {split: str(files["captions"][split]) for split in held_out}
     evaluation.interleaved_data = [str(files["stories"]["test"])]
@@ -243,6 +258,23 @@ def render_world(directory: Path, data: DataArguments, evaluation: EvaluationDat
             path = directory / "conversations" / f"{split}_{name}.parquet"
             rows.select([i for i, value in enumerate(describes) if value == wanted]).to_parquet(path)
             evaluation.generation_data[name if split == "test" else f"{split}_{name}"] = str(path)
+
+    # the knowledge base holds the first question about a scene and its answer; the second is asked
+    facts = load_data(str(files["facts"]["test"]))
+    sources = {}
+    for place, name in enumerate(("knowledge", "questions")):
+        rows = [
+            {
+                **row,
+                "messages": row["messages"][2 * place :][:2],
+                "images": [row["images"][place]],
+                "id": f"{name}:{n}",
+            }
+            for n, row in enumerate(facts)
+        ]
+        sources[name] = str(directory / "facts" / f"{name}.parquet")
+        Dataset.from_list(rows, features=facts.features).to_parquet(sources[name])
+    return {"rag": sources}
 
 
 def _untrained(model, processor, evaluation: EvaluationData) -> dict[str, dict[str, Any]]:
@@ -277,34 +309,6 @@ def _prefix_embedder(model, processor):
         return [row[present.bool()].float().cpu().numpy() for row, present in zip(embeddings, mask)]
 
     return embed
-
-
-def _rag_example(model, processor, embed, train_dataset, evaluation: EvaluationData, output_dir: Path) -> str:
-    """Answer a test question with the most similar training question and its answer in the context; say what came out."""
-    source = evaluation.generation_data
-    if isinstance(source, dict) and "path" not in source:
-        source = next(iter(source.values()))
-    questions = load_data(source, "test")
-    knowledge = train_dataset.filter(
-        lambda kinds: [kind == "answers" for kind in kinds], batched=True, input_columns="loss_on"
-    )
-    knowledge = knowledge.select(range(min(500, len(knowledge))))
-    index = SugarIndex.build([question_slices(row) for row in knowledge], embed)
-    generate = generator(model, processor)
-    row = questions[0]
-    answer, used = answer_with_retrieval(generate, index, embed, row, knowledge, k=1)
-    alone = exact_match(generate, [row])
-    without = alone["misses"][0]["generated"] if alone["misses"] else row["messages"][-1]["content"][0]["text"]
-    question = " ".join(p["text"] for m in row["messages"][:-1] for p in m["content"] if p["type"] == "text")
-    example = {
-        "question": question,
-        "truth": row["messages"][-1]["content"][-1]["text"],
-        "without retrieval": without,
-        "with retrieval": answer,
-        "retrieved": used,
-    }
-    (output_dir / "rag.json").write_text(json.dumps(example, indent=2), encoding="utf-8")
-    return "Retrieval-augmented generation, one example: " + "; ".join(f"{k}: {v}" for k, v in example.items()) + "."
 
 
 def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from hf_sugar.data import load_data
 from hf_sugar.distributed import distributed_state
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 
-from .arguments import DataArguments, parse
+from .arguments import StreamedDataArguments, parse
 
 
 @dataclass
@@ -19,8 +19,9 @@ class PrepareArguments:
             Where the embeddings are written; `hf-sugar train` takes the same setting.
         split (`str`, *optional*, defaults to `"train"`):
             Split of datasets that have several.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Read the data while they are embedded instead of loading them first.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the mixture of several sources. With the seed of the training, whose default is the same, training
+            meets the blocks of rows that are done and need not open their images again.
     """
 
     teachers: dict | str | None = field(
@@ -28,18 +29,16 @@ class PrepareArguments:
     )
     teacher_cache_dir: str = field(default="teacher_cache", metadata={"help": "Where the embeddings are written."})
     split: str = field(default="train", metadata={"help": "Split of datasets that have several."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the data while they are embedded instead of loading them first."}
-    )
+    seed: int = field(default=42, metadata={"help": "Seed of the mixture of several sources, as in training."})
 
 
-def prepare(data: DataArguments, args: PrepareArguments) -> dict[str, int]:
+def prepare(data: StreamedDataArguments, args: PrepareArguments) -> dict[str, int]:
     """
     Put the teacher embeddings of `data.train_data` and `data.eval_data` into the cache. Under `accelerate launch -m
     hf_sugar.cli.main prepare` the work is divided over the processes.
 
     Args:
-        data ([`DataArguments`]):
+        data ([`StreamedDataArguments`]):
             The data.
         args ([`PrepareArguments`]):
             The teachers and the place.
@@ -56,7 +55,7 @@ def prepare(data: DataArguments, args: PrepareArguments) -> dict[str, int]:
     cache = TeacherCache.for_encoder(args.teacher_cache_dir, encoder)
     total: dict[str, int] = {}
     for source, split in sources:
-        rows = load_data(source, split, on_bad_row=data.on_bad_row, streaming=args.streaming)
+        rows = load_data(source, split, seed=args.seed, on_bad_row=data.on_bad_row, streaming=data.streaming)
         counts = cache.fill(rows, encoder, data.on_bad_row)
         total = {name: total.get(name, 0) + count for name, count in counts.items()}
     return total
@@ -64,7 +63,10 @@ def prepare(data: DataArguments, args: PrepareArguments) -> dict[str, int]:
 
 def main(argv: list[str]) -> None:
     data, args = parse(
-        "prepare", (DataArguments, PrepareArguments), argv, "Compute the teacher embeddings of a dataset, once."
+        "prepare",
+        (StreamedDataArguments, PrepareArguments),
+        argv,
+        "Compute the teacher embeddings of a dataset, once.",
     )
     counts = prepare(data, args)
     distributed_state().print(

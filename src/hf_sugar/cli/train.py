@@ -14,7 +14,7 @@ from hf_sugar.training import SugarTrainer, SugarTrainingConfig
 from hf_sugar.training.memory import MemoryEstimate, estimate_memory
 from hf_sugar.training.trainer import _projector_settings
 
-from .arguments import DataArguments, parse
+from .arguments import StreamedDataArguments, parse
 
 
 @dataclass
@@ -82,7 +82,7 @@ def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
 
 
 def train(
-    data: DataArguments,
+    data: StreamedDataArguments,
     args: SugarTrainingConfig,
     model: ModelConfig,
     evaluation: EvaluationData | None = None,
@@ -91,7 +91,7 @@ def train(
     Train, save, and where there is evaluation data measure the result and write a report into `args.output_dir`.
 
     Args:
-        data ([`DataArguments`]):
+        data ([`StreamedDataArguments`]):
             What to train on.
         args ([`SugarTrainingConfig`]):
             How.
@@ -116,11 +116,14 @@ def train(
     args.on_bad_row = data.on_bad_row
     eval_dataset = None
     if data.eval_data is not None:
-        eval_dataset = load_data(data.eval_data, "validation", on_bad_row=data.on_bad_row)
+        eval_dataset = load_data(data.eval_data, "validation", seed=args.seed, on_bad_row=data.on_bad_row)
+    train_dataset = load_data(data.train_data, seed=args.seed, on_bad_row=data.on_bad_row, streaming=data.streaming)
+    if data.streaming:  # what is read ahead is shuffled; other data are shuffled by the sampler
+        train_dataset = train_dataset.shuffle(seed=args.seed)
     trainer = SugarTrainer(
         model=model.model_name_or_path,
         args=args,
-        train_dataset=load_data(data.train_data, seed=args.seed, on_bad_row=data.on_bad_row),
+        train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model),
         quantization_config=quantization_config(model),
@@ -152,7 +155,7 @@ def main(argv: list[str]) -> None:
         argv = [*argv, "--use_cpu", "True"]  # the machine that asks need not be the one that trains
     data, args, model, evaluation, action = parse(
         "train",
-        (DataArguments, SugarTrainingConfig, ModelArguments, EvaluationData, ActionArguments),
+        (StreamedDataArguments, SugarTrainingConfig, ModelArguments, EvaluationData, ActionArguments),
         argv,
         "Train Sugar on a LLaVA checkpoint: supervised fine-tuning with the structure loss.",
     )

@@ -389,10 +389,12 @@ class _Reading:
         )
 
     def rows(self, parts: list[str | IterableDataset], names: list[str]) -> Iterator[dict[str, Any]]:
-        for _, row in self.numbered_rows(parts, names):
-            yield row
-        if self.problems:
-            logger.warning(self.report())
+        try:
+            for _, row in self.numbered_rows(parts, names):
+                yield row
+        finally:  # training may stop before the end
+            if self.problems:
+                logger.warning(self.report())
 
     def collect(self, parts: list[str | Dataset]) -> Dataset:
         rows = iter(tqdm(self.rows(parts, [self.path] * len(parts)), desc=f"reading {self.path}", unit=" rows"))
@@ -590,7 +592,7 @@ def _image(value: Any, root: str, field: str) -> Any:
         raise _BadRow(field, f"is {value!r}, not a path. Give the image's path relative to {root}.", "image")
     if value.startswith(("http://", "https://")):
         raise _BadRow(field, f"{value} is a web address. Download the images and give their local paths.", "image")
-    path = os.path.join(root, value)
+    path = os.path.join(root, _encodable(value, field))
     # photographs of VIST are named by their number alone
     for suffix in ("", *IMAGE_SUFFIXES) if not os.path.splitext(value)[1] else ("",):
         if os.path.isfile(path + suffix):
@@ -598,12 +600,22 @@ def _image(value: Any, root: str, field: str) -> Any:
     raise _BadRow(field, f"the image file {path} does not exist. Correct the path or set `image_root`.", "image")
 
 
+def _encodable(value: str, field: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can say it, Arrow and files cannot
+        raise _BadRow(
+            field, f"has half of a surrogate pair at character {error.start + 1}. Write the whole character."
+        ) from error
+    return value
+
+
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise _BadRow(field, f"is {value!r}, not a string. Write the text.")
     if not value.strip():
         raise _BadRow(field, "is empty. Write the text or remove it.", "empty")
-    return value.strip()
+    return _encodable(value.strip(), field)
 
 
 def _text_part(text: str) -> dict[str, str]:
@@ -627,10 +639,13 @@ def _conversational_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "role": message["role"],
             "content": [
-                _text_part(part["text"]) if part["type"] == "text" else _image_part() for part in message["content"]
+                _text_part(_encodable(part["text"], f"messages[{m}].content[{c}].text"))
+                if part["type"] == "text"
+                else _image_part()
+                for c, part in enumerate(message["content"])
             ],
         }
-        for message in fill_images(record["messages"], [None] * len(images), "the row")
+        for m, message in enumerate(fill_images(record["messages"], [None] * len(images), "the row"))
     ]
     row = {
         "messages": messages,
@@ -638,7 +653,7 @@ def _conversational_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
         "loss_on": record.get("loss_on") or "answers",
         "structure": record.get("structure") is not False,
     }
-    return [row if record.get("id") is None else {**row, "id": str(record["id"])}]
+    return [row if record.get("id") is None else {**row, "id": _encodable(str(record["id"]), "id")}]
 
 
 def _llava_rows(record: dict[str, Any]) -> list[dict[str, Any]]:

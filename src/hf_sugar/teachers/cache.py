@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 # Every mapped file holds a file descriptor.
 _MAX_OPEN_SHARDS = 256
+_COUNTS = ("rows", "skipped", "slices")
 _ROW_COLUMNS = ("messages", "prompt", "completion", "image", "images", "loss_on", "structure", "id")
 
 
@@ -163,13 +164,19 @@ class TeacherCache:
 
     @staticmethod
     def _read_header(directory: Path) -> dict[str, Any]:
-        header = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
-        if header["format_version"] != FORMAT_VERSION:
+        try:
+            header = json.loads((directory / "cache.json").read_bytes())
+            if header["format_version"] == FORMAT_VERSION:
+                return {name: header[name] for name in ("fingerprint", "description", "dim", "split")}
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"The teacher cache {directory} has format version {header['format_version']}, this release reads "
-                f"{FORMAT_VERSION}. Use another directory or delete this one."
-            )
-        return header
+                f"{directory / 'cache.json'} of the teacher cache is damaged ({type(error).__name__}: {error}). Use another "
+                "directory or delete this one."
+            ) from error
+        raise ValueError(
+            f"The teacher cache {directory} has format version {header['format_version']}, this release reads "
+            f"{FORMAT_VERSION}. Use another directory or delete this one."
+        )
 
     def _check(self, header: dict[str, Any]) -> None:
         if (header["fingerprint"], header["dim"], header["split"]) != (self.fingerprint, self.dim, self.split):
@@ -452,7 +459,7 @@ class TeacherCache:
                         block = _block_rows(turn[rank], features)
                         found, record = _find_slices(block, first, on_row_error, counts["skipped"])
                         record["block"] = digest
-                    counts.update({name: record[name] for name in ("rows", "skipped", "slices")})
+                    counts.update({name: record[name] for name in _COUNTS})
                 everyones_keys = gather_object([list(found)])
                 # Now all processes have written their shards of the turn before.
                 self._mark_finished(unmarked)
@@ -491,12 +498,12 @@ class TeacherCache:
         """Records of `blocks.jsonl` by digest; none where shards they rely on are gone."""
         path = self.directory / "blocks.jsonl"
         finished = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 record = json.loads(line)
-            except ValueError:  # cut off by a kill
+                finished[record["block"]] = {**record, **{name: int(record[name]) for name in _COUNTS}}
+            except (ValueError, KeyError, TypeError):  # cut off by a kill, or damaged
                 continue
-            finished[record["block"]] = record
         if not {record.get("shard") for record in finished.values()} <= {None, *self._shards}:
             path.unlink(missing_ok=True)
             return {}
@@ -565,7 +572,7 @@ def _find_slices(
 ) -> tuple[dict[bytes, Any], dict[str, Any]]:
     """The slices of a block by their keys, with images as they came (decoded ones would fill the memory), and counts."""
     found: dict[bytes, Any] = {}
-    record = {"rows": 0, "skipped": 0, "slices": 0}
+    record = dict.fromkeys(_COUNTS, 0)
     for index, row in enumerate(rows, first):
         record["rows"] += 1
         try:

@@ -10,11 +10,12 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from .scenes import SPLITS, Scene, render, scenes, story
+from .scenes import COLORS, SPLITS, Scene, render, scenes, story
 
 
-KINDS = ("captions", "conversations", "stories", "winoground")
+KINDS = ("captions", "conversations", "stories", "facts", "winoground")
 DESCRIBE = "Describe the image."
+FACT = "What color is the back of the picture?"
 
 ROW_FEATURES = Features(
     {
@@ -51,6 +52,9 @@ def load_world(
             - `"conversations"`: half of the rows ask to describe the image and answer with the caption, the others ask
               one to three questions about it (`loss_on="answers"`).
             - `"stories"`: documents of three to six sentences, each followed by its image (`loss_on="text"`).
+            - `"facts"`: two pictures of one scene, the colour of whose back is asked and answered after each
+              (`loss_on="answers"`). No picture shows it: the second answer is known from the first, and the first from
+              nowhere.
             - `"winoground"`: pairs of images and of captions made of the same words in another order.
         split (`str`, *optional*, defaults to `"train"`):
             `"train"`, `"validation"`, `"test"` (scenes of the same kind that are in neither) or `"test_unseen"` (scenes
@@ -85,7 +89,13 @@ def load_world(
     if split not in SPLITS:
         raise ValueError(f"split={split!r} does not exist: choose from {', '.join(SPLITS)}.")
     rng = random.Random(f"{seed}/{kind}/{split}")
-    make = {"captions": _captions, "conversations": _conversations, "stories": _stories, "winoground": _winoground}
+    make = {
+        "captions": _captions,
+        "conversations": _conversations,
+        "stories": _stories,
+        "facts": _facts,
+        "winoground": _winoground,
+    }
     rows = make[kind](split, image_size, rng)
     rows = [
         {**next(rows), "id": f"world/{kind}/{split}:{i}"}
@@ -109,7 +119,7 @@ def write_world(
             Where to write. Files of the same name are replaced.
         sizes (`Mapping[str, Mapping[str, int]]`, *optional*):
             Rows by kind and split, such as `{"captions": {"train": 10000, "test": 500}}`. Left out, a world for
-            training and evaluation of about 25,000 rows is written.
+            training and evaluation of about 27,000 rows is written.
         image_size (`int`, *optional*, defaults to 32):
             Width and height of the images in pixels.
         seed (`int`, *optional*, defaults to 0):
@@ -124,6 +134,7 @@ def write_world(
             "captions": {"train": 8000, **held_out},
             "conversations": {"train": 8000, **held_out},
             "stories": {"train": 4000, **held_out},
+            "facts": {"train": 1500, **held_out},
             "winoground": {"test": 400, "test_unseen": 400},
         }
     written = {}
@@ -186,6 +197,17 @@ def _stories(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
         steps = story(split, rng)
         parts = [part for sentence, _ in steps for part in (_text(sentence), _IMAGE)]
         yield document(parts, [_png(render(placed, rng, image_size)) for _, placed in steps], "text")
+
+
+def _facts(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
+    for scene in _shuffled(split, rng):
+        color = rng.choice(list(COLORS))
+        turns = [
+            {"role": "user", "content": [_IMAGE, _text(FACT)]},
+            {"role": "assistant", "content": [_text(color)]},
+        ]
+        images = [_png(scene.render(rng, image_size)) for _ in range(2)]
+        yield {"messages": turns * 2, "images": images, "loss_on": "answers"}
 
 
 def _winoground(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
