@@ -22,7 +22,7 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-extras: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e ".[test,test-extras,qlora,kernels,sentence-transformers,lancedb]"
+	$(PIP) install -c constraints.txt -e ".[test,test-extras,qlora,kernels,sentence-transformers,lancedb,app]"
 	touch $@
 
 demo: $(VENV)/.installed

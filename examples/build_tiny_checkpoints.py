@@ -124,7 +124,7 @@ def learn_facts(directory: Path, args: BuildArguments) -> list[float]:
         )
         trainer = SugarTrainer(str(directory), config, train_dataset=world_rows(args, 12000, shares))
         trainer.train()
-    save_checkpoint(trainer.model.vlm, AutoProcessor.from_pretrained(directory), directory)
+    trainer.model.vlm.half().save_pretrained(directory)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

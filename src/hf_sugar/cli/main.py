@@ -15,6 +15,7 @@ COMMANDS = {
     "index": "build a search index of a dataset or of files, go on with one, or add to one",
     "search": "search an index by text, image or both",
     "chat": "talk with a model, with or without an index",
+    "app": "search and ask in the browser",
     "evaluate": "retrieval and generation metrics of a checkpoint",
     "export": "write a checkpoint for sentence-transformers, or the plain backbone",
     "push": "publish a checkpoint or an adapter on the Hub, with a model card",

@@ -1,0 +1,60 @@
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_sugar.retrieval import RAG, SugarEmbedder, SugarIndex
+
+from .arguments import parse
+from .embed import ModelArguments
+
+
+@dataclass
+class AppArguments:
+    """
+    Settings of `hf-sugar app`.
+
+    Parameters:
+        index (`str`, *optional*, defaults to `"index"`):
+            Directory of the index.
+        k (`int`, *optional*, defaults to `4`):
+            Documents shown, and put before a question, unless the user sets another number.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest answer.
+        server_name (`str`, *optional*, defaults to `"127.0.0.1"`):
+            Address to listen on. With the default only this machine can open the page.
+        server_port (`int`, *optional*):
+            Port. By default the first free one from 7860.
+        max_file_size (`str`, *optional*, defaults to `"10mb"`):
+            Largest picture that is accepted.
+    """
+
+    index: str = field(default="index", metadata={"help": "Directory of the index."})
+    k: int = field(default=4, metadata={"help": "Documents shown, and put before a question."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
+    server_name: str = field(
+        default="127.0.0.1",
+        metadata={"help": "Address to listen on; with the default only this machine can open the page."},
+    )
+    server_port: int | None = field(default=None, metadata={"help": "Port; by default the first free one from 7860."})
+    max_file_size: str = field(default="10mb", metadata={"help": "Largest picture that is accepted."})
+
+
+def main(argv: list[str]) -> None:
+    model_args, args = parse("app", (ModelArguments, AppArguments), argv, "Search and ask in the browser.")
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError('`hf-sugar app` needs Gradio: pip install "hf_sugar[app]".')
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+    from hf_sugar.retrieval.app import build_page, launch
+
+    model, processor = model_args.load()
+    index = SugarIndex.load(args.index, embed=SugarEmbedder(model, processor, model_args.batch_size))
+    rag = RAG(model, processor, index, args.k, args.max_new_tokens)
+    if args.server_name not in ("127.0.0.1", "localhost", "::1"):
+        print(f"Whoever reaches {args.server_name} can search this index and use this model.")
+    launch(
+        build_page(rag, Path(model_args.model_name_or_path).name),
+        args.server_name,
+        args.server_port,
+        args.max_file_size,
+    )

@@ -1,0 +1,200 @@
+"""The page of `hf-sugar app`: search an index and ask questions in the browser."""
+
+import base64
+import io
+import tempfile
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from ..alignment import expected_alignment
+from ..data.rows import load_image, row_slices
+from ..evaluation.plots import plot_alignment
+from .index import Hit
+from .rag import RAG
+
+
+CSS = """
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 12px; }
+.card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 8px; font-size: 13px; }
+.card img { width: 100%; height: 120px; object-fit: contain; background: #fff; border-radius: 4px; }
+.card .score { float: right; font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); }
+.card p { margin: 4px 0 0; overflow-wrap: anywhere; }
+"""
+_NO_QUERY = "There is no query yet: write a text, choose a picture, or both."
+
+
+def build_page(rag: RAG, title: str) -> gr.Blocks:
+    """
+    The page over a model and its index.
+
+    Args:
+        rag ([`RAG`]):
+            Answers questions; its index is searched.
+        title (`str`):
+            Heading.
+
+    Returns:
+        `gradio.Blocks`: to be launched by [`launch`]. What the user uploads stays in the folder of temporary files of
+        Gradio; found images are sent in the page itself, so no file of the index is served.
+    """
+    index = rag.index
+
+    def query(text: str | None, image: str | None) -> list[str | Image.Image]:
+        parts: list[str | Image.Image] = []
+        if image:
+            try:
+                parts.append(load_image(Path(image), "the picture"))
+            except (ValueError, OSError) as error:
+                # not the path, which is the server's
+                raise gr.Error(
+                    f"The picture cannot be read: it is no image, or damaged ({type(error).__name__})."
+                ) from error
+        if text and text.strip():
+            parts.append(text.strip())
+        return parts
+
+    def search(text: str | None, image: str | None, k: int) -> tuple[str, list[dict], Any]:
+        parts = query(text, image)
+        if not parts:
+            raise gr.Error(_NO_QUERY)
+        [hits] = _or_error(index.search, [parts], int(k))
+        return _cards(index, hits), [vars(hit) for hit in hits], _choice(hits)
+
+    def ask(text: str | None, image: str | None, k: int) -> Iterator[tuple[str, str, list[dict], Any]]:
+        parts = query(text, image)
+        if not parts:
+            raise gr.Error(_NO_QUERY)
+        rag.k = int(k)
+        prompt = _or_error(rag.prompt, parts)
+        hits = prompt.citations
+        cards = _cards(index, hits)
+        answer = f"*{prompt.note}*\n\n" if prompt.note else ""
+        yield answer or "...", cards, [vars(hit) for hit in hits], _choice(hits)
+        for piece in rag.stream(prompt):
+            answer += escape(piece)
+            yield answer, gr.skip(), gr.skip(), gr.skip()
+
+    def align(text: str | None, image: str | None, hits: list[dict], rank: int | None) -> Image.Image | None:
+        parts = query(text, image)
+        if not parts or rank is None or rank >= len(hits):
+            return None
+        document = row_slices(index.documents[hits[rank]["index"]], "the document")
+        vectors = torch.from_numpy(index.embed([*parts, *document]))
+        expected = expected_alignment(vectors[: len(parts)], vectors[len(parts) :])
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "alignment.png"
+            plot_alignment(expected.numpy(), parts, document, path)
+            return Image.open(io.BytesIO(path.read_bytes()))
+
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.Markdown(f"# {escape(title)}\n{len(index)} documents. Search by text, picture or both, or ask.")
+        hits = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                text = gr.Textbox(label="Text", lines=2, elem_id="text")
+                image = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=220)
+                k = gr.Slider(1, 20, value=rag.k, step=1, label="Documents")
+                with gr.Row():
+                    search_button = gr.Button("Search", elem_id="search")
+                    ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
+            with gr.Column(scale=3):
+                answer = gr.Markdown(label="Answer", show_label=True, elem_id="answer", container=True, min_height=60)
+                cards = gr.HTML(elem_id="cards")
+                rank = gr.Dropdown([], label="Alignment of the query with", elem_id="rank")
+                heat_map = gr.Image(label="Expected alignment", interactive=False, elem_id="alignment", buttons=[])
+        # one model: one pass at a time
+        one = {"concurrency_limit": 1, "concurrency_id": "model"}
+        found = [cards, hits, rank]
+        to_align = {"fn": align, "inputs": [text, image, hits, rank], "outputs": heat_map, **one}
+        gr.on([search_button.click, text.submit], search, [text, image, k], found, api_name="search", **one).success(
+            lambda: "", outputs=answer, api_name=False
+        ).then(**to_align, api_name=False)
+        ask_button.click(ask, [text, image, k], [answer, *found], api_name="ask", **one).then(
+            **to_align, api_name=False
+        )
+        rank.input(**to_align, api_name="align")
+    return page
+
+
+def launch(page: gr.Blocks, server_name: str, server_port: int | None, max_file_size: str, **kwargs: Any) -> Any:
+    """
+    Serve a page, without anything from another host.
+
+    Args:
+        page (`gradio.Blocks`):
+            Page of [`build_page`].
+        server_name (`str`):
+            Address to listen on.
+        server_port (`int`, *optional*):
+            Port; by default the first free one from 7860.
+        max_file_size (`str`):
+            Largest upload, such as `"10mb"`.
+        kwargs:
+            Passed on to `launch` of Gradio.
+
+    Returns:
+        What `launch` of Gradio returns.
+    """
+    return page.queue(default_concurrency_limit=1).launch(
+        server_name=server_name,
+        server_port=server_port,
+        max_file_size=max_file_size,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+        footer_links=[],
+        share=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        **kwargs,
+    )
+
+
+def _or_error(function: Any, *args: Any) -> Any:
+    """What is wrong with a query is shown on the page."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise gr.Error(str(error)) from error
+
+
+def _name(hit: Hit) -> str:
+    return str(hit.metadata.get("id") or Path(hit.metadata.get("path", "")).name or f"#{hit.index}")
+
+
+def _choice(hits: list[Hit]) -> Any:
+    choices = [(f"{n}. {_name(hit)}", n - 1) for n, hit in enumerate(hits, 1)]
+    return gr.Dropdown(choices, value=0 if hits else None)
+
+
+def _cards(index: Any, hits: list[Hit]) -> str:
+    cards = []
+    for number, hit in enumerate(hits, 1):
+        row = index.documents[hit.index]
+        texts = [
+            content if isinstance(content, str) else " ".join(part.get("text") or "" for part in content)
+            for content in (message["content"] for message in row["messages"])
+        ]
+        said = "".join(f"<p>{escape(text.strip()[:300])}</p>" for text in texts if text.strip())
+        pictures = "".join(_thumbnail(image, n) for n, image in enumerate(row["images"][:1]))
+        more = f"<p>and {len(row['images']) - 1} more pictures</p>" if len(row["images"]) > 1 else ""
+        place = "" if hit.slice is None else f" up to slice {hit.slice}"
+        cards.append(
+            f'<div class="card"><span class="score">{hit.score:.4f}</span><b>{number}. {escape(_name(hit))}</b>{place}'
+            f"{pictures}{more}{said}</div>"
+        )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _thumbnail(image: Any, number: int) -> str:
+    image = load_image(image, f"images[{number}]").copy()
+    image.thumbnail((320, 320))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
