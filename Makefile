@@ -46,7 +46,12 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not extras"
 
-test-extras: $(VENV)/.installed-extras
+# the tests that transformers runs on its own classes are in its source distribution alone
+.cache/transformers-tests: constraints.txt $(VENV)/.installed-extras
+	$(PIP) download -q --no-deps --no-binary transformers -c constraints.txt -d .cache transformers
+	touch $@
+
+test-extras: $(VENV)/.installed-extras .cache/transformers-tests
 	$(BIN)/python -m pytest -m extras
 
 quality: $(VENV)/.installed

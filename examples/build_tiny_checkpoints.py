@@ -124,7 +124,9 @@ def learn_facts(directory: Path, args: BuildArguments) -> list[float]:
         )
         trainer = SugarTrainer(str(directory), config, train_dataset=world_rows(args, 12000, shares))
         trainer.train()
-    trainer.model.vlm.half().save_pretrained(directory)
+    model = AutoModelForImageTextToText.from_pretrained(directory)  # with its settings of generation
+    model.load_state_dict(trainer.model.vlm.state_dict())
+    model.half().save_pretrained(directory)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

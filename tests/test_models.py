@@ -10,7 +10,7 @@ import tiny
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
 from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.models.modeling_sugar import pool_slices
@@ -180,6 +180,18 @@ class TestProcessor:
         assert type(stock.from_pretrained(tmp_path)) is stock
         copy = pickle.loads(pickle.dumps(processor))
         assert torch.equal(copy.embed_inputs(ITEMS)["input_ids"], processor.embed_inputs(ITEMS)["input_ids"])
+
+    def test_saved_and_loaded_by_the_class_of_an_instance(self, raw_dir, tmp_path):
+        processor = SugarProcessor.from_pretrained(raw_dir)
+        before = processor.to_dict()
+        for name in ("first", "second"):
+            processor.chat_template = "{# mine, which drops all images #}"
+            processor.save_pretrained(tmp_path / name)
+            processor = type(processor).from_pretrained(tmp_path / name)
+            assert processor.to_dict() == before
+            assert processor.chat_template == "{# mine, which drops all images #}"
+        again = AutoImageProcessor.from_pretrained(tmp_path / "second")
+        assert repr(again) == repr(processor.image_processor)  # no code is named in the parts
 
     def test_template_that_reorders_is_replaced_and_one_that_does_not_is_kept(self, raw_dir):
         assert SugarProcessor.from_pretrained(raw_dir).chat_template == SLICE_TEMPLATE

@@ -1,5 +1,6 @@
 import json
 import time
+from functools import partial
 
 import pytest
 import tiny
@@ -8,12 +9,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from test_trainer import caption, config, conversation, history, rows, story
 from transformers import (
     BitsAndBytesConfig,
-    CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     TrainerCallback,
-    set_seed,
 )
 from trl import ModelConfig, TrlParser
 
@@ -39,31 +37,8 @@ ROWS = [conversation, caption, story]
 LORA = dict(r=4, lora_alpha=8, lora_dropout=0.0)
 
 
-def llava(layers=2):
-    """Every dimension a multiple of 64, a block of bitsandbytes."""
-    set_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text, vision_config=vision, image_token_index=4, image_seq_length=4)
-    )
+# every dimension a multiple of 64, a block of bitsandbytes
+llava = partial(tiny.llava, hidden_size=64, vision_hidden_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +189,24 @@ def test_reloads(trained):
     assert full.retrieval_projector.linear_1.weight.dtype == torch.float32
     cosines = (embeddings(full, batch) * expected).sum(-1)
     assert cosines.min() > 0.95 and cosines.max() < 1 - 1e-7
+
+
+def test_merges_in_full_precision_only(trained, tmp_path):
+    """Rounded to 4 bits again, the sum would give other embeddings."""
+    directory, batch = trained[0].args.output_dir, inputs(trained[0])
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = SugarForConditionalGeneration.from_pretrained(directory, quantization_config=quantization)
+    expected = embeddings(model, batch)
+    for merge in (model.merge_and_unload, lambda: model.export_backbone(tmp_path / "plain", merge=True)):
+        with pytest.raises(ValueError, match="quantized.*without `quantization_config`"):
+            merge()
+    assert torch.equal(embeddings(model, batch), expected) and not (tmp_path / "plain").exists()
+
+    full = SugarForConditionalGeneration.from_pretrained(directory)
+    expected = embeddings(full, batch)
+    full.export_backbone(tmp_path / "plain", merge=True)
+    torch.testing.assert_close(embeddings(full, batch), expected, atol=1e-5, rtol=0)
+    LlavaForConditionalGeneration.from_pretrained(tmp_path / "plain")
 
 
 def test_bfloat16_backbone_keeps_the_projector_exact(backbone):

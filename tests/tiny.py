@@ -26,7 +26,8 @@ LLAVA_TEMPLATE = (
 )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
+    """With more special tokens, and those that a processor asks for by name: without any, LLaVA's."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -36,14 +37,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(
         ["USER: what is this? ASSISTANT: a red circle", "a blue square left of a star"] * 4, trainer
     )
-    return PreTrainedTokenizerFast(
+    result = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=named or {"image_token": "<image>"},
     )
+    result.add_tokens(list(special), special_tokens=True)
+    return result
 
 
 def processor(size: int = 28, chat_template: str | None = LLAVA_TEMPLATE) -> LlavaProcessor:
@@ -59,12 +62,17 @@ def processor(size: int = 28, chat_template: str | None = LLAVA_TEMPLATE) -> Lla
 
 
 def llava(
-    seed: int = 0, hidden_size: int = 32, size: int = 28, max_positions: int = 512
+    seed: int = 0,
+    hidden_size: int = 32,
+    vision_hidden_size: int = 32,
+    layers: int = 2,
+    size: int = 28,
+    max_positions: int = 512,
 ) -> LlavaForConditionalGeneration:
     set_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=vision_hidden_size,
+        intermediate_size=2 * vision_hidden_size,
         num_hidden_layers=3,
         num_attention_heads=2,
         image_size=size,
@@ -74,7 +82,7 @@ def llava(
         vocab_size=384,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=max_positions,
         pad_token_id=0,

@@ -6,7 +6,8 @@ from importlib import import_module
 
 import tiny
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast, ProcessorMixin, set_seed
+from tiny import tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, ProcessorMixin, set_seed
 
 
 # Chat templates as the families publish them, cut down to users and assistants with images and texts.
@@ -41,21 +42,6 @@ AYA_TEMPLATE = (
 )
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
-
-
-def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of `tiny`, more special tokens, and those that the family's processor asks for by name."""
-    plain = tiny.tokenizer()
-    more = PreTrainedTokenizerFast(
-        tokenizer_object=plain.backend_tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=named,
-    )
-    more.add_tokens(list(special), special_tokens=True)
-    return more
 
 
 def text(model_type: str, **kwargs) -> dict:

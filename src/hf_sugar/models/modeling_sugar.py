@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import CONFIG_NAME, ModelOutput, cached_file, is_peft_available, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import CONFIG_NAME, ModelOutput, TransformersKwargs, cached_file, is_peft_available, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_sugar import SugarConfig
@@ -135,6 +136,12 @@ class SugarPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # In custom code, transformers takes modules without weights of their own for initialised, and so leaves out what
+        # a backbone does there to those of their children (CLIP's attention). Nothing in this class needs that.
+        return False
+
 
 class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
     """
@@ -188,6 +195,7 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
         self.vlm.set_output_embeddings(new_embeddings)
 
     def get_image_features(self, *args, **kwargs):
+        kwargs.setdefault("return_dict", self.config.return_dict)
         return self.vlm.get_image_features(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
@@ -206,9 +214,10 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         slice_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SugarOutput | tuple:
         """
         Args:
@@ -223,6 +232,8 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
             slice_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Which slice of its sample each token represents, -1 outside, as [`SugarProcessor`] gives it. When
                 passed, the output has `embeddings`.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*):
+                In place of `input_ids`.
             kwargs:
                 Anything else that the backbone's forward takes.
 
@@ -239,6 +250,7 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
         outputs = self.vlm(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             labels=labels,
             # [-1] keeps the last layer only
             output_hidden_states=output_hidden_states or ([-1] if slice_ids is not None else False),
@@ -520,8 +532,12 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
 
         Returns:
             [`SugarForConditionalGeneration`]: the model itself.
+
+        Raises:
+            `ValueError`: if the weights are quantized, because the sum would be rounded to the few bits of the backbone.
         """
         peft = _peft()
+        self._require_full_precision("merge its adapter")
         for name, module in list(self.named_modules()):
             if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
                 module.merge()
@@ -537,6 +553,13 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
         return self
+
+    def _require_full_precision(self, purpose: str):
+        if hasattr(self.config, "quantization_config"):
+            raise ValueError(
+                f"The weights are quantized. To {purpose}, load the model without `quantization_config`; save an adapter "
+                "that is not saved yet first (`save_pretrained`)."
+            )
 
     def _active_adapter(self) -> str | None:
         """Name of the adapter that is on, whoever put it there: this class, transformers or a `PeftModel` around it."""
@@ -670,8 +693,7 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
         Raises:
             `ValueError`: if an adapter is attached and `merge` is not set, or if the weights are quantized.
         """
-        if hasattr(self.config, "quantization_config"):
-            raise ValueError("The weights are quantized. Load the model without quantization to export its backbone.")
+        self._require_full_precision("export its backbone")
         if self._active_adapter() is not None:
             if not merge:
                 raise ValueError(

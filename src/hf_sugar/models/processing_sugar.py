@@ -10,12 +10,14 @@ import torch
 from huggingface_hub import get_session
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.utils import is_torchvision_available, logging
 
 
 logger = logging.get_logger(__name__)
 
+AUTO_MAP = {"AutoProcessor": "processing_sugar.SugarProcessor"}
 ROLES = ("system", "user", "assistant")
 LOSS_ON = ("answers", "captions", "text")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -138,8 +140,6 @@ class SugarProcessor(ProcessorMixin):
     ```
     """
 
-    _auto_class = "AutoProcessor"  # saved with its code
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SugarProcessor":
         """
@@ -170,6 +170,8 @@ class SugarProcessor(ProcessorMixin):
                 f"The processor of {pretrained_model_name_or_path} needs torchvision, because this family takes videos "
                 "too or resizes its images with it. Run `pip install torchvision`."
             ) from error
+        if "backbone_processor_class" in stored:  # its template is the one that it was trained with
+            return _with_slices(processor)
         return cls.from_processor(processor)
 
     @classmethod
@@ -181,10 +183,9 @@ class SugarProcessor(ProcessorMixin):
             processor (`ProcessorMixin`):
                 The backbone's processor.
         """
-        if isinstance(processor, cls):
+        if isinstance(processor, SugarProcessor):
             return processor
-        backbone_class = type(processor)
-        processor.__class__ = type(cls.__name__, (cls, backbone_class), {})
+        processor = _with_slices(processor)
         if not processor._keeps_order():
             logger.info("The chat template does not keep the order of images and texts; it is replaced.")
             processor.chat_template = SLICE_TEMPLATE.replace("<image>", processor.image_token)
@@ -194,14 +195,18 @@ class SugarProcessor(ProcessorMixin):
         """The processor as the backbone's own class again, for [`~SugarForConditionalGeneration.export_backbone`]."""
         processor = copy.deepcopy(self)
         processor.__class__ = type(self).__mro__[2]
-        parts = [processor, *(getattr(processor, name) for name in processor.get_attributes())]
-        # a part may be absent: the video processor, where torchvision is
-        for settings in (*(vars(part) for part in parts if part is not None), processor.tokenizer.init_kwargs):
-            settings.pop("auto_map", None)
         return processor
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As [`~transformers.ProcessorMixin.save_pretrained`], with the code."""
+        # not by `_auto_class`, with which transformers names the code in every part too, and leaves it there
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        custom_object_save(self, save_directory)
+        return super().save_pretrained(save_directory, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "backbone_processor_class": type(self).__mro__[2].__name__}
+        backbone_class = type(self).__mro__[2].__name__
+        return {**super().to_dict(), "auto_map": AUTO_MAP, "backbone_processor_class": backbone_class}
 
     def __reduce__(self):
         return _restore_processor, (type(self).__mro__[2], self.__dict__.copy())
@@ -451,10 +456,15 @@ class SugarProcessor(ProcessorMixin):
         return text, result
 
 
+def _with_slices(processor: ProcessorMixin) -> SugarProcessor:
+    processor.__class__ = type("SugarProcessor", (SugarProcessor, type(processor)), {})
+    return processor
+
+
 def _restore_processor(backbone_class: type, state: dict[str, Any]) -> SugarProcessor:
     processor = backbone_class.__new__(backbone_class)
     processor.__dict__.update(state)
-    return SugarProcessor.from_processor(processor)
+    return _with_slices(processor)
 
 
 def _no_loss_message(name: str, loss_on: str) -> str:
