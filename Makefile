@@ -22,7 +22,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-extras: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e ".[test,test-extras,qlora,kernels,sentence-transformers,lancedb,app]"
+	$(PIP) install -c constraints.txt -e ".[test,test-extras,qlora,kernels,sentence-transformers,lancedb,app,mteb,lmms-eval]"
+	$(PIP) install -c constraints.txt --no-deps lmms-eval
 	touch $@
 
 demo: $(VENV)/.installed

@@ -1,0 +1,82 @@
+"""A Sugar model in mteb: https://github.com/embeddings-benchmark/mteb."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+from ..retrieval.embedding import SugarEmbedder
+
+
+class MTEBModel(AbsEncoder):
+    """
+    Model for `mteb.evaluate`. A text, an image, and an image with a text are one item each; instructions are not used.
+
+    Its metadata declare that it takes images. Of a model that does not, mteb would evaluate the texts alone.
+
+    Args:
+        model ([`SugarForConditionalGeneration`]):
+            Model.
+        processor ([`SugarProcessor`]):
+            Processor of the model.
+        name (`str`, *optional*):
+            `organization/model` under which mteb files the results. By default what the model was loaded from, as far as
+            mteb takes that, under the organization `local`.
+
+    Example:
+
+    ```python
+    >>> import mteb
+    >>> from hf_sugar.evaluation.mteb import MTEBModel
+
+    >>> mteb.evaluate(MTEBModel(model, processor), mteb.get_tasks(tasks=["Flickr30kT2IRetrieval"]))
+    ```
+    """
+
+    def __init__(self, model: torch.nn.Module, processor: Any, name: str | None = None):
+        self.embedder = SugarEmbedder(model, processor)
+        self.mteb_model_meta = ModelMeta.create_empty(
+            overwrites={
+                "name": name or f"local/{model.name_or_path.rstrip('/').split('/')[-1] or 'sugar'}",
+                "revision": self.embedder.fingerprint,
+                "modalities": ["text", "image"],
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "use_instructions": False,
+                "framework": ["PyTorch", "Transformers"],
+                "embed_dim": model.config.retrieval_dim,
+                "max_tokens": model.config.get_text_config().max_position_embeddings,
+                "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            }
+        )
+
+    def encode(self, inputs: Any, *, batch_size: int = 32, **kwargs: Any) -> np.ndarray:
+        """
+        Embeddings of the items that mteb gives.
+
+        Args:
+            inputs (`torch.utils.data.DataLoader`):
+                Batches with `text`, `image` or both.
+            batch_size (`int`, *optional*, defaults to `32`):
+                Items in one forward pass.
+            kwargs:
+                What mteb says about the task. It changes nothing.
+
+        Returns:
+            `np.ndarray` of shape `(items, dim)`: float32, L2-normalised.
+
+        Raises:
+            `ValueError`: if a batch has neither texts nor images.
+        """
+        self.embedder.batch_size = batch_size
+        embeddings = []
+        for batch in inputs:
+            columns = [batch[name] for name in ("image", "text") if name in batch]
+            if not columns:
+                raise ValueError(f"A Sugar model embeds texts and images, but the task gives {', '.join(batch)}.")
+            items = [
+                [part for part in parts if part is not None and part != ""] for parts in zip(*columns, strict=True)
+            ]
+            embeddings.append(self.embedder(items))
+        return np.concatenate(embeddings)
