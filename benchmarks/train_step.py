@@ -8,6 +8,7 @@ python benchmarks/train_step.py --hidden 64 --layers 2 --batch 2 --steps 2 --ima
 """
 
 import argparse
+import gc
 import multiprocessing
 import statistics
 import tempfile
@@ -172,6 +173,7 @@ def main():
             trainers["Sugar"].data_collator.embed_slices(slices)
             lookup.append(time.perf_counter() - started)
         del trainers
+        gc.collect()  # a trainer refers to itself, and both models would stay while the next processes load theirs
         print(f"{args.steps} pairs of steps and what they need, {time.perf_counter() - began:.0f} s", flush=True)
 
         memory = {}
