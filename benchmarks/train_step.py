@@ -8,7 +8,6 @@ python benchmarks/train_step.py --hidden 64 --layers 2 --batch 2 --steps 2 --ima
 """
 
 import argparse
-import gc
 import multiprocessing
 import statistics
 import tempfile
@@ -129,6 +128,12 @@ def step(trainer: SFTTrainer, rows: list[dict]) -> tuple[float, float]:
     return collated - started, time.perf_counter() - collated
 
 
+def fill_cache(directory: Path, data: Dataset, batch: int):
+    """What `hf-sugar prepare` does, so that no process that is measured loads a teacher."""
+    logging.set_verbosity_error()
+    trainer("Sugar", directory, data, batch)
+
+
 def peak(name: str, directory: Path, data: Dataset, batch: int) -> float:
     """GiB at most of a process that makes this trainer and takes two steps."""
     logging.set_verbosity_error()
@@ -158,7 +163,15 @@ def main():
         data = rows(args.images, args.image_size)
         llava(args, directory / "llava")
         full_teachers(directory / "teachers", layers=1)  # the width of an embedding counts here, not its content
-        trainers = {name: trainer(name, directory, data, args.batch) for name in ("SFT", "Sugar")}
+
+        def apart(function, *arguments):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                return process.submit(function, *arguments, directory, data, args.batch).result()
+
+        apart(fill_cache)
+        memory = {name: apart(peak, name) for name in ("SFT", "Sugar")}  # while nothing else fills the machine
+        print(f"memory measured, {time.perf_counter() - began:.0f} s", flush=True)
+        trainers = {name: trainer(name, directory, data, args.batch) for name in memory}
         times = {name: [] for name in trainers}
         lookup = []
         for n in range(args.steps + 1):
@@ -172,15 +185,6 @@ def main():
             started = time.perf_counter()
             trainers["Sugar"].data_collator.embed_slices(slices)
             lookup.append(time.perf_counter() - started)
-        del trainers
-        gc.collect()  # a trainer refers to itself, and both models would stay while the next processes load theirs
-        print(f"{args.steps} pairs of steps and what they need, {time.perf_counter() - began:.0f} s", flush=True)
-
-        memory = {}
-        for name in times:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                memory[name] = process.submit(peak, name, directory, data, args.batch).result()
-
     print(
         f"\n| batch {args.batch} | collate (s) | forward, backward, update (s) | together (s) | peak memory (GiB) |"
         "\n|---|---|---|---|---|"

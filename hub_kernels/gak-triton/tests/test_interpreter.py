@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from common import compare, distances, gen_inputs, log_kernel, reference
+from common import alignment_and_gradient, compare, distances, gen_inputs, log_kernel, reference
 
 
 MODES = (None, "self", "count", "self+count")
@@ -47,6 +47,53 @@ def test_lengths_and_bandwidths(gak, device, delta):
             compare(value[i, j - 1], torch.tensor(expected), 1e-5)
 
 
+@pytest.mark.parametrize("triple", [False, True])
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("normalize", MODES)
+def test_gradient(gak, device, normalize, other, triple):
+    inputs = gen_inputs(4, 4, 6, 2, shortest=1, triple=triple, dtype=torch.float64, device=device)
+    # no order by sample
+    inputs["prefixes"] = inputs["prefixes"].flip(0)[[1, 0, 3, 2, 5, 4, 7, 6]]
+    inputs["other_prefixes"] = inputs["prefixes"][[4, 1, 6]] if other else None
+    x = inputs.pop("embeddings")
+    generator = torch.Generator().manual_seed(0)
+    x.requires_grad_()
+    value = gak.packed_alignment_kernel(x, **inputs, delta=0.7, normalize=normalize, log=True)
+    weights = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    (value * weights.to(device)).sum().backward()
+    again = torch.autograd.grad(
+        (
+            gak.packed_alignment_kernel(x, **inputs, delta=0.7, normalize=normalize, log=True) * weights.to(device)
+        ).sum(),
+        x,
+    )[0]
+    assert torch.equal(x.grad, again)
+
+    def weighted(moved):
+        return float((reference(moved, **inputs, delta=0.7, normalize=normalize) * weights).sum())
+
+    for _ in range(4):
+        step = torch.randn(x.shape, generator=generator, dtype=torch.float64) * 1e-4
+        truth = weighted(x.detach().cpu() + step) - weighted(x.detach().cpu() - step)
+        along = 2 * float((x.grad.cpu() * step).sum())
+        assert abs(along - truth) <= 1e-5 * float(x.grad.norm() * step.norm())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first = torch.autograd.grad(
+            gak.packed_alignment_kernel(x, **inputs, normalize=None).sum(), x, create_graph=True
+        )[0]
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("delta", [0.1, 1.0])
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 5), (7, 3), (33, 18)])
+def test_expected_alignment(gak, device, lengths, delta):
+    x = torch.randn(sum(lengths), 5, generator=torch.Generator().manual_seed(0))
+    phi = distances(x, None, None)[: lengths[0], lengths[0] :]
+    value = gak.expected_alignment(x[: lengths[0]].to(device), x[lengths[0] :].to(device), delta=delta)
+    truth = torch.from_numpy(alignment_and_gradient(phi, sum(lengths), delta)[0])
+    torch.testing.assert_close(value.cpu().double(), truth, rtol=0, atol=2e-5)
+
+
 def test_refuses(gak, device):
     x = torch.randn(5, 4, device=device)
     offsets, prefixes = torch.tensor([0, 2, 5]), torch.tensor([[0, 2], [1, 3]])
@@ -63,5 +110,3 @@ def test_refuses(gak, device):
     ]:
         with pytest.raises(ValueError, match=message):
             gak.packed_alignment_kernel(*arguments, **options)
-    with pytest.raises(NotImplementedError):
-        gak.packed_alignment_kernel(x.requires_grad_(), offsets, prefixes)

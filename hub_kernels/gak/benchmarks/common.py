@@ -62,11 +62,11 @@ def distances(embeddings: torch.Tensor, modality: torch.Tensor | None, split: in
     return np.where(codes[:, None] == codes, squares(x[:, :split]), squares(x[:, split:]))
 
 
-def log_kernel(phi: np.ndarray, total: int, delta: float) -> float:
-    """Theorem 1 cell by cell in float64, every row rescaled in log space."""
+def log_prefixes(phi: np.ndarray, total: int, delta: float) -> np.ndarray:
+    """Theorem 1 cell by cell in float64, in log space: `log K` of all prefixes of the two sequences."""
     exponent = phi / (delta**2 * total)
     local = -exponent - np.log(2 - np.exp(-exponent))
-    previous = [0.0] + [-math.inf] * phi.shape[1]
+    rows, previous = [], [0.0] + [-math.inf] * phi.shape[1]
     for row in local.tolist():
         current = [-math.inf]
         for j, cell in enumerate(row):
@@ -76,8 +76,27 @@ def log_kernel(phi: np.ndarray, total: int, delta: float) -> float:
                 + largest
                 + math.log(sum(math.exp(x - largest) for x in (current[j], previous[j], previous[j + 1])))
             )
+        rows.append(current[1:])
         previous = current
-    return previous[-1]
+    return np.array(rows)
+
+
+def log_kernel(phi: np.ndarray, total: int, delta: float) -> float:
+    return float(log_prefixes(phi, total, delta)[-1, -1])
+
+
+def alignment_and_gradient(phi: np.ndarray, total: int, delta: float) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Share of the kernel that passes through each cell, and the gradient of `log K` by `phi`, in float64.
+
+    From the kernels that lead to a cell and those that lead on from it: no backward pass.
+    """
+    exponent = phi / (delta**2 * total)
+    local = -exponent - np.log(2 - np.exp(-exponent))
+    before = log_prefixes(phi, total, delta)
+    after = log_prefixes(phi[::-1, ::-1], total, delta)[::-1, ::-1]
+    expected = np.exp(before + after - local - before[-1, -1])
+    return expected, -expected * 2 / (2 - np.exp(-exponent)) / (delta**2 * total)
 
 
 def log_count(n: int, m: int) -> float:

@@ -22,6 +22,17 @@ struct Cell {
   int exponent;
 };
 
+// What a cell keeps for the way back: the shares of its kernel that came from the left, from above and from the corner,
+// and the derivative of log k by x.
+struct Kept {
+  float left, up, corner, slope;
+};
+
+// What the last cell of a lane sends on, on the way back. `held` came from the lane below for the next cell.
+struct Flow {
+  float left, up, corner, held;
+};
+
 GAK_DEVICE Cell nothing() {
   return {0.0f, kNever};
 }
@@ -35,13 +46,18 @@ GAK_DEVICE float aligned(Cell cell, int exponent) {
 }
 
 // (left + up + corner) * k with k = s / (2 - s), s = exp(-x).
-GAK_DEVICE Cell next(Cell left, Cell up, Cell corner, float x) {
+GAK_DEVICE Cell next(Cell left, Cell up, Cell corner, float x, Kept* kept = nullptr) {
   const float power = -x * 1.4426950408889634f;
   const float whole = floorf(power + 0.5f);
   const float fraction = exp2f(power - whole);
   const float s = fraction * ldexpf(1.0f, larger(int(whole), -126));
   const int exponent = larger(larger(left.exponent, up.exponent), corner.exponent);
-  const float sum = (aligned(left, exponent) + aligned(up, exponent)) + aligned(corner, exponent);
+  const float from_left = aligned(left, exponent), from_up = aligned(up, exponent);
+  const float from_corner = aligned(corner, exponent);
+  const float sum = (from_left + from_up) + from_corner;
+  if (kept) {
+    *kept = {from_left / sum, from_up / sum, from_corner / sum, -2.0f / (2.0f - s)};
+  }
   const float value = sum * (fraction / (2.0f - s));
   int own;
   const float mantissa = frexpf(value, &own);
@@ -59,10 +75,32 @@ GAK_DEVICE Cell from_border(const Cell* border, int first, int column, int m) {
   return column >= 0 && column < m ? border[column] : nothing();
 }
 
+// Strips and steps are taken in the opposite order on the way back, so that a lane finds what it kept at the same place.
+GAK_DEVICE int64_t kept_cells(int n, int m) {
+  return int64_t((n + kLanes - 1) / kLanes) * (m + kLanes - 1) * kLanes;
+}
+
+GAK_DEVICE int64_t kept_place(int first, int t, int lane, int m) {
+  return (int64_t(first / kLanes) * (m + kLanes - 1) + t) * kLanes + lane;
+}
+
+// What the first row of the strip below sent to the last row of this one.
+GAK_DEVICE float from_below(const float* border, int first, int column, int n, int m) {
+  return first + kLanes < n && column >= 0 && column < m ? border[column] : 0.0f;
+}
+
+// The share of the kernel that passes through a cell. `below` and `beside` are what the lane below sent up and to the
+// corner; a cell outside the grid has kept zeros.
+GAK_DEVICE float back(Flow& flow, float below, float beside, bool end, Kept kept) {
+  const float expected = ((flow.left + below) + flow.held) + (end ? 1.0f : 0.0f);
+  flow = {expected * kept.left, expected * kept.up, expected * kept.corner, beside};
+  return expected;
+}
+
 #if !defined(__CUDACC__)
 // The kernel of gak_cuda.cu with its lanes in a loop: `shuffled` is what __shfl_up_sync gives.
 inline double host_log_kernel(
-    const float* phi, int64_t stride, int64_t a, int n, int64_t b, int m, float scale, Cell* border) {
+    const float* phi, int64_t stride, int n, int m, float scale, Cell* border, Kept* kept) {
   Cell result = nothing();
   for (int first = 0; first < n; first += kLanes) {
     Cell left[kLanes], corner[kLanes];
@@ -80,7 +118,8 @@ inline double host_log_kernel(
         const Cell up = shuffled[lane];
         Cell value = nothing();
         if (row < n && column >= 0 && column < m) {
-          value = next(left[lane], up, corner[lane], phi[(a + row) * stride + b + column] * scale);
+          Kept* own = kept ? kept + kept_place(first, t, lane, m) : nullptr;
+          value = next(left[lane], up, corner[lane], phi[row * stride + column] * scale, own);
           if (lane == kLanes - 1) {
             border[column] = value;
           }
@@ -94,6 +133,35 @@ inline double host_log_kernel(
     }
   }
   return log(double(result.mantissa)) + result.exponent * 0.6931471805599453;
+}
+
+// After host_log_kernel has filled `kept`: adds to `gradient`, or to the expected alignment where `expected_only`.
+inline void host_gradient(
+    const Kept* kept, int64_t stride, int n, int m, float scale, float weight, bool expected_only, float* border,
+    float* gradient) {
+  for (int first = (n - 1) / kLanes * kLanes; first >= 0; first -= kLanes) {
+    Flow flow[kLanes] = {};
+    for (int t = m + kLanes - 2; t >= 0; --t) {
+      float below[kLanes], beside[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        below[lane] = lane == kLanes - 1 ? from_below(border, first, t - lane, n, m) : flow[lane + 1].up;
+        beside[lane] = lane == kLanes - 1 ? 0.0f : flow[lane + 1].corner;
+      }
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int row = first + lane, column = t - lane;
+        const bool inside = row < n && column >= 0 && column < m;
+        const Kept own = inside ? kept[kept_place(first, t, lane, m)] : Kept{};
+        const float corner = flow[lane].corner;
+        const float expected = back(flow[lane], below[lane], beside[lane], row == n - 1 && column == m - 1, own);
+        if (inside) {
+          gradient[row * stride + column] += expected * weight * (expected_only ? 1.0f : own.slope * scale);
+          if (lane == 0) {
+            border[column] = flow[lane].up + corner;
+          }
+        }
+      }
+    }
+  }
 }
 #endif
 

@@ -21,10 +21,14 @@ GAK_LIBRARY(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "log_recursion_backward(Tensor gradient, Tensor distances, Tensor offsets, Tensor prefixes, Tensor? others, "
       "float delta, int normalize) -> Tensor");
-  // The CUDA backend has this one only; the others are the CPU's.
+  // The CUDA backend has these two only; the others are the CPU's.
   ops.def(
       "log_pairs(Tensor distances, Tensor row_start, Tensor row_length, Tensor column_start, Tensor column_length, "
       "float delta, bool own, bool symmetric) -> Tensor");
+  ops.def(
+      "log_pairs_backward(Tensor gradient, Tensor distances, Tensor row_start, Tensor row_length, Tensor row_group, "
+      "Tensor column_start, Tensor column_length, Tensor column_group, int longest_row, int longest_column, "
+      "float delta, bool own, bool expected_only) -> Tensor");
   ops.def("expected_alignment(Tensor distances, float delta) -> Tensor");
 }
 
@@ -38,6 +42,7 @@ GAK_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
 #else
 GAK_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("log_pairs", TORCH_BOX(&gak_log_pairs));
+  ops.impl("log_pairs_backward", TORCH_BOX(&gak_log_pairs_backward));
 }
 #endif
 

@@ -25,3 +25,10 @@ torch::stable::Tensor gak_log_pairs(
     const torch::stable::Tensor& distances, const torch::stable::Tensor& row_start,
     const torch::stable::Tensor& row_length, const torch::stable::Tensor& column_start,
     const torch::stable::Tensor& column_length, double delta, bool own, bool symmetric);
+
+torch::stable::Tensor gak_log_pairs_backward(
+    const torch::stable::Tensor& gradient, const torch::stable::Tensor& distances,
+    const torch::stable::Tensor& row_start, const torch::stable::Tensor& row_length,
+    const torch::stable::Tensor& row_group, const torch::stable::Tensor& column_start,
+    const torch::stable::Tensor& column_length, const torch::stable::Tensor& column_group, int64_t longest_row,
+    int64_t longest_column, double delta, bool own, bool expected_only);

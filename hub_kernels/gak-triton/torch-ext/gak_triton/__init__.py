@@ -1,13 +1,48 @@
-"""Global alignment kernel between prefixes of packed sequences of slice embeddings, in Triton (forward only)."""
+"""Global alignment kernel between prefixes of packed sequences of slice embeddings, in Triton."""
 
 import torch
 import triton
 import triton.language as tl
 
+from . import pairs
 from .pairs import log_kernels, squared_distances
 
 
-__all__ = ["packed_alignment_kernel", "recursion"]
+__all__ = ["expected_alignment", "packed_alignment_kernel", "recursion"]
+
+NEVER = tl.constexpr(-(1 << 29))  # exponent of a cell that no alignment reaches
+# What the backward pass may hold beside the distances, or as much as they take.
+WORKSPACE_BYTES = 1 << 24
+
+
+@triton.jit
+def _cell(x, i, inside, mantissa, exponent, corner, corner_exponent, BLOCK: tl.constexpr):
+    """
+    One anti-diagonal: (left + up + corner) * k with k = s / (2 - s), s = exp(-x).
+
+    Returns the cells, those above them, and for the way back the shares that came from the left, from above and from the
+    corner, and the derivative of log k by x.
+    """
+    # s = fraction * 2^whole
+    power = -x * 1.4426950408889634
+    whole = tl.floor(power + 0.5)
+    fraction = tl.exp2(power - whole)
+    s = fraction * tl.exp2(tl.maximum(whole, -126.0))
+
+    above = tl.maximum(i - 1, 0)
+    up = tl.where(i == 0, 0.0, tl.gather(mantissa, above, 0))
+    up_exponent = tl.where(i == 0, NEVER, tl.gather(exponent, above, 0))
+    largest = tl.maximum(tl.maximum(up_exponent, exponent), corner_exponent)
+    from_left = mantissa * tl.exp2(tl.maximum(exponent - largest, -126).to(tl.float32))
+    from_up = up * tl.exp2(tl.maximum(up_exponent - largest, -126).to(tl.float32))
+    from_corner = corner * tl.exp2(tl.maximum(corner_exponent - largest, -126).to(tl.float32))
+    total = (from_left + from_up) + from_corner
+    bits = (total * (fraction / (2.0 - s))).to(tl.int32, bitcast=True)
+    value = tl.where(inside, ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True), 0.0)
+    value_exponent = tl.where(inside, largest + whole.to(tl.int32) + (bits >> 23) - 127, NEVER)
+    share = 1.0 / tl.where(inside, total, 1.0)
+    slope = -2.0 / (2.0 - s)
+    return value, value_exponent, up, up_exponent, from_left * share, from_up * share, from_corner * share, slope
 
 
 @triton.jit
@@ -47,35 +82,18 @@ def _recursion(
         wanted = q >= p
     steps = tl.where(wanted, n + m - 1, 0)
 
-    never = -(1 << 29)
     i = tl.arange(0, BLOCK)
-    above = tl.maximum(i - 1, 0)
     mantissa = tl.zeros((BLOCK,), tl.float32)
-    exponent = tl.full((BLOCK,), never, tl.int32)
+    exponent = tl.full((BLOCK,), NEVER, tl.int32)
     corner = tl.where(i == 0, 1.0, 0.0)
-    corner_exponent = tl.where(i == 0, 0, never)
+    corner_exponent = tl.where(i == 0, 0, NEVER)
     for t in range(0, steps):
         j = t - i
         inside = (i < n) & (j >= 0) & (j < m)
         x = tl.load(phi + (a + i) * stride + b + j, mask=inside, other=0.0) * scale
-        # k = s / (2 - s) with s = exp(-x) = fraction * 2^whole
-        power = -x * 1.4426950408889634
-        whole = tl.floor(power + 0.5)
-        fraction = tl.exp2(power - whole)
-        s = fraction * tl.exp2(tl.maximum(whole, -126.0))
-        local = fraction / (2.0 - s)
-
-        up = tl.where(i == 0, 0.0, tl.gather(mantissa, above, 0))
-        up_exponent = tl.where(i == 0, never, tl.gather(exponent, above, 0))
-        largest = tl.maximum(tl.maximum(up_exponent, exponent), corner_exponent)
-        total = mantissa * tl.exp2(tl.maximum(exponent - largest, -126).to(tl.float32))
-        total += up * tl.exp2(tl.maximum(up_exponent - largest, -126).to(tl.float32))
-        total += corner * tl.exp2(tl.maximum(corner_exponent - largest, -126).to(tl.float32))
-        bits = (total * local).to(tl.int32, bitcast=True)
-        mantissa = tl.where(inside, ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True), 0.0)
-        exponent = tl.where(inside, largest + whole.to(tl.int32) + (bits >> 23) - 127, never)
-        corner = up
-        corner_exponent = up_exponent
+        mantissa, exponent, corner, corner_exponent, _, _, _, _ = _cell(
+            x, i, inside, mantissa, exponent, corner, corner_exponent, BLOCK
+        )
     # The differences that normalise would lose digits in float32.
     last = tl.log(tl.sum(tl.where(i == n - 1, mantissa, 0.0), 0)).to(tl.float64)
     value = last + tl.sum(tl.where(i == n - 1, exponent, 0), 0).to(tl.float64) * 0.6931471805599453
@@ -83,6 +101,96 @@ def _recursion(
     tl.store(result + p * columns + q, value, mask=wanted)
     if SYMMETRIC:
         tl.store(result + q * columns + p, value, mask=wanted)
+
+
+@triton.jit
+def _recursion_backward(
+    upstream,
+    phi,
+    stride,
+    row_start,
+    row_length,
+    row_group,
+    column_start,
+    column_length,
+    column_group,
+    columns,
+    column_groups,
+    jobs,
+    workspace,
+    cells,
+    gradient,
+    inverse_square,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    EXPECTED: tl.constexpr,
+):
+    """
+    One pair of samples a program, which alone writes their block of `gradient`, pair of prefixes after pair of prefixes:
+    the sums are the same on every run. With `EXPECTED` the expected alignment takes the place of the gradient.
+    """
+    kept = workspace + tl.program_id(0).to(tl.int64) * 4 * cells
+    i = tl.arange(0, BLOCK)
+    under = tl.minimum(i + 1, BLOCK - 1)
+    for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
+        g = job // column_groups
+        h = job % column_groups
+        for p in range(tl.load(row_group + g), tl.load(row_group + g + 1)):
+            for q in range(tl.load(column_group + h), tl.load(column_group + h + 1)):
+                weight = tl.load(upstream + p * columns + q)
+                a = tl.load(row_start + p)
+                n = tl.load(row_length + p).to(tl.int32)
+                other = tl.load(column_length + q).to(tl.int32)
+                if OWN:
+                    b = a
+                    m = n
+                else:
+                    b = tl.load(column_start + q)
+                    m = other
+                scale = inverse_square / (n + other).to(tl.float32)
+                steps = tl.where(weight == 0, 0, n + m - 1)
+
+                mantissa = tl.zeros((BLOCK,), tl.float32)
+                exponent = tl.full((BLOCK,), NEVER, tl.int32)
+                corner = tl.where(i == 0, 1.0, 0.0)
+                corner_exponent = tl.where(i == 0, 0, NEVER)
+                for t in range(0, steps):
+                    j = t - i
+                    inside = (i < n) & (j >= 0) & (j < m)
+                    x = tl.load(phi + (a + i) * stride + b + j, mask=inside, other=0.0) * scale
+                    mantissa, exponent, corner, corner_exponent, from_left, from_up, from_corner, slope = _cell(
+                        x, i, inside, mantissa, exponent, corner, corner_exponent, BLOCK
+                    )
+                    place = kept + t * BLOCK + i
+                    tl.store(place, from_left, mask=inside)
+                    tl.store(place + cells, from_up, mask=inside)
+                    tl.store(place + 2 * cells, from_corner, mask=inside)
+                    tl.store(place + 3 * cells, slope * scale, mask=inside)
+                tl.debug_barrier()
+
+                # What a lane's last cell sends to the left, up and to the corner; `held` came for its next.
+                left = tl.zeros((BLOCK,), tl.float32)
+                up = tl.zeros((BLOCK,), tl.float32)
+                diagonal = tl.zeros((BLOCK,), tl.float32)
+                held = tl.zeros((BLOCK,), tl.float32)
+                for back in range(0, steps):
+                    t = steps - 1 - back
+                    j = t - i
+                    inside = (i < n) & (j >= 0) & (j < m)
+                    below = tl.where(i == BLOCK - 1, 0.0, tl.gather(up, under, 0))
+                    beside = tl.where(i == BLOCK - 1, 0.0, tl.gather(diagonal, under, 0))
+                    expected = ((left + below) + held) + tl.where((i == n - 1) & (j == m - 1), 1.0, 0.0)
+                    place = kept + t * BLOCK + i
+                    left = expected * tl.load(place, mask=inside, other=0.0)
+                    up = expected * tl.load(place + cells, mask=inside, other=0.0)
+                    diagonal = expected * tl.load(place + 2 * cells, mask=inside, other=0.0)
+                    held = beside
+                    share = expected * weight
+                    if not EXPECTED:
+                        share *= tl.load(place + 3 * cells, mask=inside, other=0.0)
+                    into = gradient + (a + i) * stride + b + j
+                    tl.store(into, tl.load(into, mask=inside, other=0.0) + share, mask=inside)
+                tl.debug_barrier()
 
 
 def packed_alignment_kernel(
@@ -100,25 +208,21 @@ def packed_alignment_kernel(
     """
     Global alignment kernel between prefixes of packed samples.
 
-    Arguments and values are those of the compiled kernel `gak`. The recursion runs in float32 with exponents of its own,
-    for float64 embeddings too. There is no backward pass.
+    Arguments, values and gradients are those of the compiled kernel `gak`. The recursion runs in float32 with exponents of
+    its own, for float64 embeddings too. There is no second derivative.
 
     Returns:
         `torch.Tensor`: kernel values of shape `(P, P)` or `(P, Q)`, float32, or float64 for float64 embeddings.
 
     Raises:
-        `NotImplementedError`: if a gradient is asked for.
         `ValueError`: if an option is unknown, or the tensors are refused: empty sequences, offsets that do not increase,
             a prefix longer than its sample, NaN, infinity or zeros in a slice, `delta` not positive.
     """
-    if embeddings.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError("The Triton kernel has no backward pass: use the PyTorch implementation.")
     if (modality is None) != (split is None):
         raise ValueError("`modality` and `split` go together: pass both for the triple kernel, or neither.")
     if split is not None and not 0 < split < embeddings.shape[1]:
         raise ValueError(f"`split` must lie between 1 and {embeddings.shape[1] - 1}, got {split}.")
-    x = embeddings.detach()
-    x = x if x.dtype == torch.float64 else x.float()
+    x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     distances = squared_distances(x, modality, split)
     result = recursion(distances, offsets, prefixes, other_prefixes, delta=delta, normalize=normalize).to(x.dtype)
     return result if log else result.exp()
@@ -143,9 +247,32 @@ def recursion(
             As for [`packed_alignment_kernel`].
 
     Returns:
-        `torch.Tensor`: `log K` of shape `(P, P)` or `(P, Q)`, float64.
+        `torch.Tensor`: `log K` of shape `(P, P)` or `(P, Q)`, float64, differentiable in `distances`.
     """
-    return log_kernels(_launch, distances, offsets, prefixes, other_prefixes, delta, normalize)
+    return log_kernels(_launch, _launch_backward, distances, offsets, prefixes, other_prefixes, delta, normalize)
+
+
+def expected_alignment(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    delta: float = 1.0,
+    modality_x: torch.Tensor | None = None,
+    modality_y: torch.Tensor | None = None,
+    split: int | None = None,
+) -> torch.Tensor:
+    """
+    The share of the kernel of two sequences that passes through each pair of slices.
+
+    Arguments and values are those of the compiled kernel `gak`.
+
+    Returns:
+        `torch.Tensor`: probabilities of shape `(n, m)`, float32, 1 in the first and in the last cell.
+    """
+    modality = None if modality_x is None else torch.cat([modality_x, modality_y])
+    with torch.no_grad():
+        distances = squared_distances(torch.cat([x, y]).float(), modality, split)[: len(x), len(x) :]
+        return pairs.expected_alignment(_launch_backward, distances, delta)
 
 
 def _launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric):
@@ -156,6 +283,28 @@ def _launch(distances, row_start, row_length, column_start, column_length, delta
         BLOCK=block,
         OWN=own,
         SYMMETRIC=symmetric,
+        num_warps=max(1, min(8, block // 32)),
+    )
+    return result
+
+
+def _launch_backward(gradient, distances, rows, columns, delta, own, expected_only):
+    (row_start, row_length, row_group), (column_start, column_length, column_group) = rows, columns
+    longest = int(row_length.max())
+    block = triton.next_power_of_2(longest)
+    cells = (longest + (longest if own else int(column_length.max())) - 1) * block
+    column_groups = len(column_group) - 1
+    jobs = (len(row_group) - 1) * column_groups
+    programs = max(1, min(jobs, max(distances.nbytes, WORKSPACE_BYTES) // (16 * cells)))
+    workspace = torch.empty(programs, 4, cells, device=distances.device)
+    result = torch.zeros_like(distances)
+    _recursion_backward[(programs,)](
+        *(gradient.contiguous(), distances, distances.stride(0)),
+        *(row_start, row_length, row_group, column_start, column_length, column_group),
+        *(gradient.shape[1], column_groups, jobs, workspace, cells, result, 1 / delta**2),
+        BLOCK=block,
+        OWN=own,
+        EXPECTED=expected_only,
         num_warps=max(1, min(8, block // 32)),
     )
     return result

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 SELF, COUNT = 1, 2
@@ -13,8 +14,58 @@ NORMALIZATIONS = {None: 0, False: 0, True: SELF, "self": SELF, "count": COUNT, "
 CLOSE = 0.1
 
 
+class _LogPairs(torch.autograd.Function):
+    """The recursion of every row with every column, and its gradient by the squared distances."""
+
+    @staticmethod
+    def forward(ctx, distances, launch, launch_backward, starts, lengths, delta, own, symmetric):
+        ctx.save_for_backward(distances, *starts, *lengths)
+        ctx.launch_backward, ctx.delta, ctx.own, ctx.symmetric = launch_backward, delta, own, symmetric
+        return launch(distances, starts[0], lengths[0], starts[1], lengths[1], delta, own, symmetric)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        distances, row_start, column_start, row_length, column_length = ctx.saved_tensors
+        if ctx.symmetric:
+            # Only the upper triangle was computed; the kernels pass over zeros.
+            gradient = gradient.triu() + gradient.tril(-1).T
+        row_order, row_group = _groups(row_start)
+        if ctx.own:
+            # A row meets itself: all its columns write to the same place.
+            column_order = torch.arange(len(column_length), device=distances.device)
+            column_group = column_order.new_tensor([0, len(column_length)])
+        else:
+            column_order, column_group = _groups(column_start)
+        rows = row_start[row_order], row_length[row_order], row_group
+        columns = column_start if ctx.own else column_start[column_order], column_length[column_order], column_group
+        gradient = gradient[row_order[:, None], column_order].float()
+        result = ctx.launch_backward(gradient, distances, rows, columns, ctx.delta, ctx.own, False)
+        return result, None, None, None, None, None, None, None
+
+
+def _groups(start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An order that puts the prefixes of a sample side by side, and where each sample begins in it."""
+    order = start.argsort(stable=True)
+    counts = start[order].unique_consecutive(return_counts=True)[1]
+    return order, F.pad(counts.cumsum(0), (1, 0))
+
+
+def expected_alignment(
+    launch_backward: Callable[..., torch.Tensor], distances: torch.Tensor, delta: float
+) -> torch.Tensor:
+    """Shares of the kernel that pass through each cell, from squared distances of shape `(n, m)`."""
+    rows, columns = (
+        tuple(torch.tensor(values, device=distances.device) for values in ([0], [length], [0, 1]))
+        for length in distances.shape
+    )
+    weight = torch.ones(1, 1, device=distances.device)
+    return launch_backward(weight, distances.float().contiguous(), rows, columns, delta, False, True)
+
+
 def log_kernels(
     launch: Callable[..., torch.Tensor],
+    launch_backward: Callable[..., torch.Tensor],
     distances: torch.Tensor,
     offsets: torch.Tensor,
     prefixes: torch.Tensor,
@@ -27,6 +78,9 @@ def log_kernels(
 
     `launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric)` runs the recursion for
     every row with every column; with `own`, of every row with itself at the bandwidth it has with that column's length.
+    `launch_backward(gradient, distances, rows, columns, delta, own, expected_only)` gives the gradient by `distances`, or
+    the expected alignment. Rows and columns are `(start, length, group)` of prefixes that lie side by side sample after
+    sample; `group` says where each sample begins.
     """
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"`normalize` must be one of {list(NORMALIZATIONS)}, got {normalize!r}.")
@@ -51,21 +105,23 @@ def log_kernels(
     symmetric = other_prefixes is None
     column_start, column_length = (start, length) if symmetric else side("other_prefixes", other_prefixes)
 
-    result = launch(distances, start, length, column_start, column_length, delta, False, symmetric)
+    def run(starts, lengths, own, symmetric):
+        return _LogPairs.apply(distances, launch, launch_backward, starts, lengths, delta, own, symmetric)
+
+    result = run((start, column_start), (length, column_length), False, symmetric)
     if mode & SELF:
         lengths, place = column_length.unique(return_inverse=True)
-        row_self = launch(distances, start, length, start, lengths, delta, True, False)[:, place]
+        row_self = run((start, start), (length, lengths), True, False)[:, place]
         column_self = row_self
         if not symmetric:
             lengths, place = length.unique(return_inverse=True)
-            column_self = launch(distances, column_start, column_length, column_start, lengths, delta, True, False)
-            column_self = column_self[:, place]
-        result -= (row_self + column_self.T) / 2
+            column_self = run((column_start, column_start), (column_length, lengths), True, False)[:, place]
+        result = result - (row_self + column_self.T) / 2
     if mode & COUNT:
-        result -= _log_counts(length, column_length)
+        result = result - _log_counts(length, column_length)
     if mode == SELF | COUNT:
         own, column_own = (_log_counts(values, values, paired=True) for values in (length, column_length))
-        result += (own[:, None] + column_own) / 2
+        result = result + (own[:, None] + column_own) / 2
     return result
 
 
@@ -87,7 +143,7 @@ def _log_counts(n: torch.Tensor, m: torch.Tensor, paired: bool = False) -> torch
 
 
 def squared_distances(x: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
-    """Squared distances of all slices, of the half that their modalities call for."""
+    """Squared distances of all slices, of the half that their modalities call for; the gradient is that of 2 - 2 cos."""
     halves = [x] if split is None else [x[:, :split], x[:, split:]]
     norms = torch.stack([half.norm(dim=1) for half in halves])
     if not (norms.isfinite() & (norms > 0)).all():
@@ -110,6 +166,7 @@ def squared_distances(x: torch.Tensor, modality: torch.Tensor | None, split: int
     return _refined((2 - 2 * sorted_cosines[back[:, None], back]).clamp(min=0), halves, modality)
 
 
+@torch.no_grad()
 def _refined(distances: torch.Tensor, halves: list[torch.Tensor], modality: torch.Tensor | None) -> torch.Tensor:
     i, j = (distances < CLOSE).nonzero(as_tuple=True)
     for some in torch.arange(len(i), device=i.device).split((1 << 24) // halves[0].shape[1] + 1):

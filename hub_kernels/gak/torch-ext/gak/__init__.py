@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from . import pairs
 from ._ops import add_op_namespace_prefix, ops
 from .pairs import NORMALIZATIONS, log_kernels, squared_distances
 
@@ -70,16 +71,14 @@ def packed_alignment_kernel(
     if embeddings.dtype in (torch.bfloat16, torch.float16):
         embeddings = embeddings.float()
     if embeddings.is_cuda:
-        if embeddings.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError("The CUDA kernel has no backward pass: use the PyTorch implementation.")
-        distances = squared_distances(embeddings.detach(), modality, split)
-        result = log_kernels(_launch, distances, offsets, prefixes, other_prefixes, delta, normalize)
+        distances = squared_distances(embeddings, modality, split)
+        result = recursion(distances, offsets, prefixes, other_prefixes, delta=delta, normalize=normalize)
         return result.to(embeddings.dtype) if log else result.exp().to(embeddings.dtype)
     offsets, prefixes = offsets.contiguous(), prefixes.contiguous()
     other_prefixes = None if other_prefixes is None else other_prefixes.contiguous()
     modality = None if modality is None else modality.contiguous()
     if embeddings.requires_grad and torch.is_grad_enabled():
-        distances = _squared_distances(embeddings, modality, split)
+        distances = _traceable_distances(embeddings, modality, split)
         result = ops.log_recursion(distances, offsets, prefixes, other_prefixes, delta, mode)
     else:
         result = ops.log_alignment(
@@ -121,7 +120,9 @@ def expected_alignment(
     with torch.no_grad():
         slices = torch.cat([x, y])
         slices = slices if slices.dtype == torch.float64 else slices.float()
-        distances = _squared_distances(slices, modality, split)[: len(x), len(x) :]
+        distances = squared_distances(slices, modality, split)[: len(x), len(x) :]
+        if distances.is_cuda:
+            return pairs.expected_alignment(_launch_backward, distances, delta)
         return ops.expected_alignment(distances.contiguous(), delta)
 
 
@@ -147,7 +148,7 @@ def recursion(
         `torch.Tensor`: `log K` of shape `(P, P)` or `(P, Q)`, differentiable in `distances`.
     """
     if distances.is_cuda:
-        return log_kernels(_launch, distances, offsets, prefixes, other_prefixes, delta, normalize)
+        return log_kernels(_launch, _launch_backward, distances, offsets, prefixes, other_prefixes, delta, normalize)
     offsets, prefixes = offsets.contiguous(), prefixes.contiguous()
     other_prefixes = None if other_prefixes is None else other_prefixes.contiguous()
     return ops.log_recursion(
@@ -155,7 +156,8 @@ def recursion(
     )
 
 
-def _squared_distances(embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
+def _traceable_distances(embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
+    """What torch.compile can trace: no check of the values, and no second look at close slices."""
     if split is None:
         unit = F.normalize(embeddings, dim=1, eps=0)
         return (2 - 2 * unit @ unit.T).clamp(min=0)
@@ -165,9 +167,22 @@ def _squared_distances(embeddings: torch.Tensor, modality: torch.Tensor | None, 
 
 
 def _launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric):
-    if max(row_length.max(), column_length.max()) > LONGEST:
-        raise NotImplementedError(f"The CUDA kernel takes sequences of at most {LONGEST} slices: use PyTorch.")
+    _longest(row_length, column_length)
     return ops.log_pairs(distances, row_start, row_length, column_start, column_length, delta, own, symmetric)
+
+
+def _launch_backward(gradient, distances, rows, columns, delta, own, expected_only):
+    longest_row, longest_column = _longest(rows[1], columns[1])
+    longest = longest_row, longest_row if own else longest_column
+    gradient = gradient.contiguous()
+    return ops.log_pairs_backward(gradient, distances, *rows, *columns, *longest, delta, own, expected_only)
+
+
+def _longest(row_length, column_length):
+    longest = int(row_length.max()), int(column_length.max())
+    if max(longest) > LONGEST:
+        raise NotImplementedError(f"The CUDA kernel takes sequences of at most {LONGEST} slices: use PyTorch.")
+    return longest
 
 
 @torch.library.register_fake(add_op_namespace_prefix("log_alignment"))
@@ -188,6 +203,11 @@ def _(gradient, distances, offsets, prefixes, others, delta, normalize):
 @torch.library.register_fake(add_op_namespace_prefix("log_pairs"))
 def _(distances, row_start, row_length, column_start, column_length, delta, own, symmetric):
     return distances.new_empty(len(row_start), len(column_length), dtype=torch.float64)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("log_pairs_backward"))
+def _(gradient, distances, *settings):
+    return torch.empty_like(distances)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("expected_alignment"))
