@@ -18,7 +18,9 @@ class AppArguments:
         index (`str`, *optional*, defaults to `"index"`):
             Directory of the index.
         k (`int`, *optional*, defaults to `4`):
-            Documents shown, and put before a question, unless the user sets another number.
+            Documents that a search shows, unless the user sets another number.
+        examples (`int`, *optional*, defaults to `1`):
+            Documents put before a question, unless the user sets another number.
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Longest answer.
         server_name (`str`, *optional*, defaults to `"127.0.0.1"`):
@@ -30,7 +32,8 @@ class AppArguments:
     """
 
     index: str = field(default="index", metadata={"help": "Directory of the index."})
-    k: int = field(default=4, metadata={"help": "Documents shown, and put before a question."})
+    k: int = field(default=4, metadata={"help": "Documents that a search shows."})
+    examples: int = field(default=1, metadata={"help": "Documents put before a question."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
     server_name: str = field(
         default="127.0.0.1",
@@ -49,11 +52,11 @@ def main(argv: list[str]) -> None:
 
     model, processor = model_args.load()
     index = SugarIndex.load(args.index, embed=SugarEmbedder(model, processor, model_args.batch_size))
-    rag = RAG(model, processor, index, args.k, args.max_new_tokens)
+    rag = RAG(model, processor, index, args.examples, args.max_new_tokens)
     if args.server_name not in ("127.0.0.1", "localhost", "::1"):
         print(f"Whoever reaches {args.server_name} can search this index and use this model.")
     launch(
-        build_page(rag, Path(model_args.model_name_or_path).name),
+        build_page(rag, Path(model_args.model_name_or_path).name, args.k),
         args.server_name,
         args.server_port,
         args.max_file_size,

@@ -29,15 +29,17 @@ CSS = """
 _NO_QUERY = "There is no query yet: write a text, choose a picture, or both."
 
 
-def build_page(rag: RAG, title: str) -> gr.Blocks:
+def build_page(rag: RAG, title: str, k: int = 4) -> gr.Blocks:
     """
     The page over a model and its index.
 
     Args:
         rag ([`RAG`]):
-            Answers questions; its index is searched.
+            Answers questions, with `rag.k` examples unless the user sets another number; its index is searched.
         title (`str`):
             Heading.
+        k (`int`, *optional*, defaults to `4`):
+            Documents that a search shows, unless the user sets another number.
 
     Returns:
         `gradio.Blocks`: to be launched by [`launch`]. What the user uploads stays in the folder of temporary files of
@@ -99,7 +101,8 @@ def build_page(rag: RAG, title: str) -> gr.Blocks:
             with gr.Column(scale=1, min_width=280):
                 text = gr.Textbox(label="Text", lines=2, elem_id="text")
                 image = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=220)
-                k = gr.Slider(1, 20, value=rag.k, step=1, label="Documents")
+                documents = gr.Slider(1, 20, value=k, step=1, label="Search: documents shown")
+                examples = gr.Slider(1, 20, value=rag.k, step=1, label="Ask: examples before the question")
                 with gr.Row():
                     search_button = gr.Button("Search", elem_id="search")
                     ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
@@ -112,10 +115,10 @@ def build_page(rag: RAG, title: str) -> gr.Blocks:
         one = {"concurrency_limit": 1, "concurrency_id": "model"}
         found = [cards, hits, rank]
         to_align = {"fn": align, "inputs": [text, image, hits, rank], "outputs": heat_map, **one}
-        gr.on([search_button.click, text.submit], search, [text, image, k], found, api_name="search", **one).success(
-            lambda: "", outputs=answer, api_name=False
-        ).then(**to_align, api_name=False)
-        ask_button.click(ask, [text, image, k], [answer, *found], api_name="ask", **one).then(
+        gr.on(
+            [search_button.click, text.submit], search, [text, image, documents], found, api_name="search", **one
+        ).success(lambda: "", outputs=answer, api_name=False).then(**to_align, api_name=False)
+        ask_button.click(ask, [text, image, examples], [answer, *found], api_name="ask", **one).then(
             **to_align, api_name=False
         )
         rank.input(**to_align, api_name="align")
