@@ -309,6 +309,40 @@ with torch.no_grad():
 """
 
 
+FOUR_BITS = """
+items = json.loads(sys.argv[1])
+result = []
+for path in sys.argv[2:]:
+    trust = dict(trust_remote_code=True)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModel.from_pretrained(path, dtype=torch.float32, quantization_config=quantization, **trust)
+    kinds = [type(m).__name__ for m in model.modules()]
+    assert "Linear4bit" in kinds and type(model.retrieval_projector.linear_1).__name__ != "Linear4bit"
+    inputs = AutoProcessor.from_pretrained(path, **trust).embed_inputs(items)
+    with torch.no_grad():
+        result.append(model.embed(**inputs).tolist())
+result = {"embeddings": result}
+"""
+
+
+def test_4bit_without_the_library(place, tmp_path):
+    # every dimension a multiple of 64, a block of bitsandbytes
+    backbone = tmp_path / "llava"
+    tiny.llava(hidden_size=64, vision_hidden_size=64).save_pretrained(backbone)
+    tiny.processor().save_pretrained(backbone)
+    full = SugarForConditionalGeneration.from_backbone(backbone, dtype=torch.float32, retrieval_dim=16)
+    adapter = trained(backbone)
+    directories = tmp_path / "full", tmp_path / "adapter"
+    for model, directory in zip((full, adapter.get_base_model()), directories, strict=True):
+        model.save_pretrained(directory)
+        SugarProcessor.from_pretrained(backbone).save_pretrained(directory)
+    result = run_without_the_library(FOUR_BITS, tmp_path, json.dumps(items(place)), *directories)
+    inputs = SugarProcessor.from_pretrained(backbone).embed_inputs(items(place))
+    for found, model in zip(result["embeddings"], (full, adapter), strict=True):
+        difference = (torch.tensor(found) - embed(model.eval(), inputs)).abs().max()
+        assert 0 < difference < 0.5
+
+
 class TestAdapter:
     def test_files(self, place):
         adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
