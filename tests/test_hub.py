@@ -427,6 +427,12 @@ class TestCard:
                 HfApi().upload_file(repo_id="me/metadata", path_in_repo="README.md", path_or_fileobj=card)
         model_card(place / "full").validate()
 
+    def test_example(self, hub):
+        card = ModelCard.load(Path(__file__).parents[1] / "model_cards" / "sugar-world.md")
+        card.validate()
+        assert not secrets_in(str(card).encode())
+        assert card.data.library_name == "transformers" and card.data.eval_results
+
     def test_figures_of_the_report(self, hub, place, tmp_path):
         for name in ("config.json", "sugar_run.json"):
             (tmp_path / name).write_bytes((place / "full" / name).read_bytes())
