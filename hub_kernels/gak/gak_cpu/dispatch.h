@@ -12,6 +12,19 @@ struct Lane {
   bool extended;
 };
 
+// Squared distances. `rows` and `columns` say where a slice is; without them slices are in order.
+template <typename T>
+struct Tile {
+  const T* data;
+  int64_t stride;
+  const int32_t* rows = nullptr;
+  const int32_t* columns = nullptr;
+
+  Tile from(int64_t row) const {
+    return rows ? Tile{data, stride, rows + row, columns} : Tile{data + row * stride, stride, nullptr, columns};
+  }
+};
+
 // log(mantissa * 2^exponent). libm's log would ask for a newer glibc than manylinux_2_28 has.
 static inline double log_of(double mantissa, int64_t exponent) {
   uint64_t bits;
@@ -35,17 +48,16 @@ template <typename T>
 struct Loops {
   // log K of one sequence (n rows of the tile) with `count` others.
   void (*log_kernels)(
-      const T* tile, int64_t stride, int64_t width, int64_t n, const Lane* lanes, int64_t count, void* workspace,
-      double* result);
+      Tile<T> tile, int64_t n, const Lane* lanes, int64_t count, void* workspace, double* result);
   // Adds upstream[l] * d log K_l / d (squared distance), or the expected alignment, to `gradient`.
   void (*gradients)(
-      const T* tile, int64_t stride, int64_t width, int64_t n, const Lane* lanes, int64_t count,
-      const double* upstream, bool to_distances, void* workspace, T* gradient, int64_t gradient_stride);
+      Tile<T> tile, int64_t n, const Lane* lanes, int64_t count, const double* upstream, bool to_distances,
+      void* workspace, T* gradient, int64_t gradient_stride);
   double (*sum_of_squares)(const T* x, int64_t d);
   void (*scale)(const T* x, int64_t d, double factor, T* result);
   double (*squared_distance)(const T* a, const T* b, int64_t d);
-  // Squared distances of unit vectors from a row of cosines, put in another order; returns the least.
-  T (*distances)(const T* cosines, const int32_t* place, int64_t count, T* result);
+  // Turns cosines of unit vectors into squared distances, in place; returns the least.
+  T (*distances)(T* cosines, int64_t count);
   int64_t lanes;
   // Workspace for a longest second sequence of m: (m + 1) * row_bytes, and n * m * cell_bytes more for `gradients`.
   int64_t row_bytes;

@@ -27,7 +27,7 @@ constexpr int64_t kSelf = 1, kCount = 2;
 // A block is a run of samples whose slices are multiplied at once. Large enough for BLAS, small enough for the cache.
 constexpr int64_t kBlock = 1024;
 // Rows of a symmetric product that are multiplied at once: what they waste below the diagonal is half their square.
-constexpr int64_t kStrip = 128;
+constexpr int64_t kStrip = 64;
 // Below this squared distance, 2 - 2 cos loses too many digits in float32: the difference is taken instead.
 constexpr double kClose = 0.1;
 
@@ -236,48 +236,54 @@ class Op {
     return {column, length, bandwidths_[total].scale, bandwidths_[total].extended};
   }
 
-  // Self-kernels of one prefix at the bandwidths of all its partners; `own` is the corner of its sample with itself.
-  void self_kernels(Side<T>& side, int64_t p, const Side<T>& partners, const T* own, int64_t stride, Workspace& workspace) {
+  // Self-kernels of one prefix at the bandwidths of all its partners. Its sample begins at row and column `at`.
+  void self_kernels(
+      Side<T>& side, int64_t p, const Side<T>& partners, gak::Tile<T> tile, int64_t at, Workspace& workspace) {
     const Prefix& prefix = side.prefixes[p];
     const int64_t n = prefix.length, count = partners.lengths.size();
     std::vector<gak::Lane> lanes;
     for (int64_t length : partners.lengths) {
-      lanes.push_back(lane(0, n, n + length));
+      lanes.push_back(lane(at, n, n + length));
     }
     loops<T>().log_kernels(
-        own, stride, n, n, lanes.data(), count, workspace.reserve((n + 1) * loops<T>().row_bytes), &side.self[p * count]);
+        tile.from(at), n, lanes.data(), count, workspace.reserve((n + 1) * loops<T>().row_bytes), &side.self[p * count]);
   }
 
-  // Everything of one pair of blocks, whose squared distances are in `tile`.
-  void tile_kernels(const Block& a, const Block& b, const T* tile, int64_t stride, T* result) {
+  // Everything of one pair of blocks. Of a block with itself, the tile holds the pairs of samples in their order only.
+  void tile_kernels(const Block& a, const Block& b, gak::Tile<T> tile, T* result) {
     const bool diagonal = symmetric && a.begin == b.begin;
-    const int64_t height = a.end - a.begin, width = b.last_slice - b.first_slice;
+    const int64_t height = a.end - a.begin;
     const Shuffle shuffle(height);
     if (diagonal && (normalize & kSelf)) {
       torch::stable::parallel_for(0, height, 1, [&](int64_t begin, int64_t end) {
         Workspace workspace;
         for (int64_t w = begin; w < end; ++w) {
-          const int64_t p = a.begin + shuffle(w), corner = rows.prefixes[p].start - a.first_slice;
-          self_kernels(rows, p, rows, tile + corner * stride + corner, stride, workspace);
+          const int64_t p = a.begin + shuffle(w);
+          self_kernels(rows, p, rows, tile, rows.prefixes[p].start - a.first_slice, workspace);
         }
       });
     }
     const int64_t q_count = columns->prefixes.size();
     torch::stable::parallel_for(0, height, 1, [&](int64_t begin, int64_t end) {
       Workspace workspace;
+      std::vector<int64_t> partners;
       std::vector<gak::Lane> lanes;
       std::vector<double> values;
       for (int64_t w = begin; w < end; ++w) {
         const int64_t p = a.begin + shuffle(w);
         const Prefix& row = rows.prefixes[p];
-        int64_t first = diagonal ? p : b.begin;
         if (diagonal && (normalize & kSelf)) {
           result[row.out * q_count + row.out] = 0;
-          ++first;
         }
+        partners.clear();
         lanes.clear();
-        for (int64_t q = first; q < b.end; ++q) {
+        for (int64_t q = b.begin; q < b.end; ++q) {
           const Prefix& column = columns->prefixes[q];
+          const bool same = column.sample == row.sample;
+          if (diagonal && (same ? q < p || (q == p && (normalize & kSelf)) : column.sample < row.sample)) {
+            continue;
+          }
+          partners.push_back(q);
           lanes.push_back(lane(column.start - b.first_slice, column.length, row.length + column.length));
         }
         if (lanes.empty()) {
@@ -285,11 +291,11 @@ class Op {
         }
         values.resize(lanes.size());
         loops<T>().log_kernels(
-            tile + (row.start - a.first_slice) * stride, stride, width, row.length, lanes.data(), lanes.size(),
+            tile.from(row.start - a.first_slice), row.length, lanes.data(), lanes.size(),
             workspace.reserve((lanes.back().length + 1) * loops<T>().row_bytes), values.data());
-        for (int64_t q = first; q < b.end; ++q) {
-          const Prefix& column = columns->prefixes[q];
-          const T value = T(values[q - first] - divisor(p, q));
+        for (size_t k = 0; k < partners.size(); ++k) {
+          const Prefix& column = columns->prefixes[partners[k]];
+          const T value = T(values[k] - divisor(p, partners[k]));
           result[row.out * q_count + column.out] = value;
           if (symmetric) {
             result[column.out * q_count + row.out] = value;
@@ -476,8 +482,9 @@ struct Slices {
     }
   }
 
-  // Squared distances of two blocks, in the order of the samples.
-  void distances(const Op<T>& op, const Block& a, const Block& b, T* gram, T* tile) const {
+  // Squared distances of two blocks, texts before images. Of a block with itself, what pairs of samples in their order
+  // need, and each sample with itself in both directions.
+  void distances(const Op<T>& op, const Block& a, const Block& b, T* tile) const {
     const int64_t height = a.last_slice - a.first_slice, width = b.last_slice - b.first_slice;
     const bool diagonal = op.symmetric && a.begin == b.begin;
     T *left = op.rows.uni.get() + a.first_slice * uni, *right = op.columns->uni.get() + b.first_slice * uni;
@@ -485,57 +492,73 @@ struct Slices {
     T* right_cross = op.columns->cross.get() + b.first_slice * cross;
     const int64_t texts = a.texts, column_texts = b.texts;
     const auto same = [&](int64_t from, int64_t to, int64_t column_from, int64_t column_to) {
-      // On the diagonal what lies left of a strip is the mirror of what lies above it.
       const int64_t strip = diagonal ? kStrip : to - from;
       for (int64_t i = from; i < to; i += strip) {
         const int64_t j = diagonal ? i : column_from;
         product(
-            left + i * uni, right + j * uni, gram + i * width + j, std::min(strip, to - i), column_to - j, uni, width);
+            left + i * uni, right + j * uni, tile + i * width + j, std::min(strip, to - i), column_to - j, uni, width);
       }
     };
     same(0, texts, 0, column_texts);
     same(texts, height, column_texts, width);
-    product(left_cross, right_cross + column_texts * cross, gram + column_texts, texts, width - column_texts, cross, width);
+    product(left_cross, right_cross + column_texts * cross, tile + column_texts, texts, width - column_texts, cross, width);
     if (!diagonal) {
-      product(left_cross + texts * cross, right_cross, gram + texts * width, height - texts, column_texts, cross, width);
+      product(left_cross + texts * cross, right_cross, tile + texts * width, height - texts, column_texts, cross, width);
     }
-    if (diagonal) {
-      // The order of the samples mixes both triangles of the products: fill the lower one.
-      torch::stable::parallel_for(0, (height + 15) / 16, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = 16 * begin; i < std::min(16 * end, height); i += 16) {
-          for (int64_t j = 0; j < i + 16; j += 16) {
-            for (int64_t r = i; r < std::min(i + 16, height); ++r) {
-              for (int64_t c = j; c < std::min(j + 16, r); ++c) {
-                gram[r * width + c] = gram[c * width + r];
-              }
-            }
-          }
-        }
-      });
-    }
-    const int32_t* row_place = op.rows.place.data() + a.first_slice;
-    const int32_t* column_place = op.columns->place.data() + b.first_slice;
     torch::stable::parallel_for(0, height, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t r = row_place[i];
-        T* to = tile + i * width;
-        if (loops<T>().distances(gram + r * width, column_place, width, to) >= kClose) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* row = tile + r * width;
+        const int64_t first = diagonal ? r : 0;
+        if (loops<T>().distances(row + first, width - first) >= kClose) {
           continue;
         }
-        for (int64_t j = 0; j < width; ++j) {
-          if (to[j] < kClose) {
-            const int64_t c = column_place[j];
-            if (diagonal && i == j) {
-              to[j] = 0;
+        for (int64_t c = first; c < width; ++c) {
+          if (row[c] < kClose) {
+            if (diagonal && r == c) {
+              row[c] = 0;
             } else {
-              to[j] = (r < texts) == (c < column_texts)
-                          ? loops<T>().squared_distance(left + r * uni, right + c * uni, uni)
-                          : loops<T>().squared_distance(left_cross + r * cross, right_cross + c * cross, cross);
+              row[c] = (r < texts) == (c < column_texts)
+                           ? loops<T>().squared_distance(left + r * uni, right + c * uni, uni)
+                           : loops<T>().squared_distance(left_cross + r * cross, right_cross + c * cross, cross);
             }
           }
         }
       }
     });
+    if (diagonal) {
+      mirror(op.rows, a, tile, height);
+    }
+  }
+
+  // Images with texts from texts with images, and the lower triangle of every sample.
+  void mirror(const Side<T>& side, const Block& block, T* tile, int64_t size) const {
+    constexpr int64_t step = 16;
+    const int64_t texts = block.texts, bands = (size - texts + step - 1) / step;
+    torch::stable::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = texts + step * begin; r < std::min(texts + step * end, size); r += step) {
+        for (int64_t c = 0; c < texts; c += step) {
+          for (int64_t i = r; i < std::min(r + step, size); ++i) {
+            for (int64_t j = c; j < std::min(c + step, texts); ++j) {
+              tile[i * size + j] = tile[j * size + i];
+            }
+          }
+        }
+      }
+    });
+    for (int64_t s = 0; s < samples; ++s) {
+      if (side.need[s] == 0 || side.start[s] < block.first_slice || side.start[s] >= block.last_slice) {
+        continue;
+      }
+      const int32_t* place = side.place.data() + side.start[s];
+      for (int64_t i = 0; i < side.need[s]; ++i) {
+        for (int64_t j = 0; j < i; ++j) {
+          const int64_t r = place[i], c = place[j];
+          if ((r < texts) == (c < texts)) {
+            tile[r * size + c] = tile[c * size + r];
+          }
+        }
+      }
+    }
   }
 
   // Without symmetry no tile holds a sample against itself.
@@ -564,7 +587,7 @@ struct Slices {
                     : loops<T>().squared_distance(side.cross.get() + x * cross, side.cross.get() + y * cross, cross);
           }
         }
-        op.self_kernels(side, p, partners, own.data(), n, workspace);
+        op.self_kernels(side, p, partners, {own.data(), n}, 0, workspace);
       }
     });
   }
@@ -633,13 +656,17 @@ void log_alignment(
   for (const Block& block : op.columns->blocks) {
     width = std::max(width, block.last_slice - block.first_slice);
   }
-  std::unique_ptr<T[]> gram(new T[height * width]), tile(new T[height * width]);
+  std::unique_ptr<T[]> tile(new T[height * width]);
   T* out = static_cast<T*>(result.mutable_data_ptr());
   // Blocks against themselves first: they hold the self-kernels that all others are divided by.
   const size_t n = op.rows.blocks.size(), m = op.columns->blocks.size();
   const auto run = [&](const Block& a, const Block& b) {
-    slices.distances(op, a, b, gram.get(), tile.get());
-    op.tile_kernels(a, b, tile.get(), b.last_slice - b.first_slice, out);
+    slices.distances(op, a, b, tile.get());
+    op.tile_kernels(
+        a, b,
+        {tile.get(), b.last_slice - b.first_slice, op.rows.place.data() + a.first_slice,
+         op.columns->place.data() + b.first_slice},
+        out);
   };
   for (size_t i = 0; op.symmetric && i < n; ++i) {
     run(op.rows.blocks[i], op.rows.blocks[i]);
@@ -665,7 +692,7 @@ void log_recursion(
       Workspace workspace;
       for (int64_t w = begin; w < end; ++w) {
         const int64_t p = shuffle(w);
-        op.self_kernels(side, p, partners, matrix + side.prefixes[p].start * (stride + 1), stride, workspace);
+        op.self_kernels(side, p, partners, {matrix, stride}, side.prefixes[p].start, workspace);
       }
     });
   };
@@ -674,7 +701,7 @@ void log_recursion(
     own(*op.columns, op.rows);
   }
   const auto run = [&](const Block& a, const Block& b) {
-    op.tile_kernels(a, b, matrix + a.first_slice * stride + b.first_slice, stride, out);
+    op.tile_kernels(a, b, {matrix + a.first_slice * stride + b.first_slice, stride}, out);
   };
   const size_t n = op.rows.blocks.size(), m = op.columns->blocks.size();
   for (size_t i = 0; op.symmetric && i < n; ++i) {
@@ -722,7 +749,7 @@ void log_recursion_backward(
       const int64_t n = prefix.length;
       const int64_t bytes = (longest + 1) * loops<T>().row_bytes + n * longest * loops<T>().cell_bytes;
       loops<T>().gradients(
-          matrix + prefix.start * stride, stride, stride, n, lanes.data(), lanes.size(), weight.data(), true,
+          {matrix + prefix.start * stride, stride}, n, lanes.data(), lanes.size(), weight.data(), true,
           workspace.reserve(bytes), out + prefix.start * stride, stride);
     };
     const auto run_self = [&](const Prefix& prefix, const Side<T>& partners, std::vector<double>& sums) {
@@ -792,7 +819,7 @@ void visits(const Tensor& distances, double delta, Tensor& result) {
   const double one = 1;
   Workspace workspace;
   loops<T>().gradients(
-      static_cast<const T*>(distances.const_data_ptr()), m, m, n, &pair, 1, &one, false,
+      {static_cast<const T*>(distances.const_data_ptr()), m}, n, &pair, 1, &one, false,
       workspace.reserve((m + 1) * loops<T>().row_bytes + n * m * loops<T>().cell_bytes),
       static_cast<T*>(result.mutable_data_ptr()), m);
 }

@@ -1,5 +1,5 @@
 // The recursion and the few dense loops of the op, written once with GCC vector extensions and compiled once for every
-// instruction set (recursion_*.cpp). `core.h` is shared with the CUDA backend; `dispatch.h` declares what is built here.
+// instruction set (recursion_*.cpp). `dispatch.h` declares what is built here.
 //
 // Include nothing that defines inline functions with external linkage: the linker could keep the copy that was compiled
 // for the newest instruction set and run it on a machine without it.
@@ -69,16 +69,16 @@ GAK_INLINE Vec exp_parts(Vec x, Int& exponent) {
 }
 
 template <typename T>
-GAK_INLINE Vec gather(const T* row, const int64_t* column, const int64_t* length, int64_t j, bool clamp) {
-  const auto at = [&](int w) { return row[column[w] + (clamp && j >= length[w] ? length[w] - 1 : j)]; };
+GAK_INLINE Vec gather(const T* row, const int32_t* index) {
   // Spelled out, because element by element the compiler goes through memory.
   typename Narrow<T>::type values;
   if constexpr (kWidth == 2) {
-    values = typename Narrow<T>::type{at(0), at(1)};
+    values = typename Narrow<T>::type{row[index[0]], row[index[1]]};
   } else if constexpr (kWidth == 4) {
-    values = typename Narrow<T>::type{at(0), at(1), at(2), at(3)};
+    values = typename Narrow<T>::type{row[index[0]], row[index[1]], row[index[2]], row[index[3]]};
   } else {
-    values = typename Narrow<T>::type{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+    values = typename Narrow<T>::type{row[index[0]], row[index[1]], row[index[2]], row[index[3]],
+                                      row[index[4]], row[index[5]], row[index[6]], row[index[7]]};
   }
   return __builtin_convertvector(values, Vec);
 }
@@ -133,15 +133,17 @@ GAK_INLINE Vec log_parts(Vec value, Int exponent) {
   return 2.0 * f * series + __builtin_convertvector(whole, Vec) * 0.6931471805599453;
 }
 
+template <typename T>
 struct Group {
+  Tile<T> tile;
   int64_t column[kLanes];
   int64_t length[kLanes];
   Vec negative_scale[kUnroll];
   int64_t longest = 0;
-  bool clamp = false;
+  int32_t* index;  // (longest, kLanes): where a row holds the cells of a step; a shorter lane repeats its last one
 
-  // Lanes beyond `count` repeat the last pair.
-  GAK_INLINE Group(const Lane* lanes, int64_t count, int64_t width) {
+  // Lanes beyond `count` repeat the last pair. What is left of the workspace begins at `rest`.
+  GAK_INLINE Group(const Tile<T>& tile, const Lane* lanes, int64_t count, void* workspace) : tile(tile) {
     for (int l = 0; l < kLanes; ++l) {
       const Lane& lane = lanes[l < count ? l : count - 1];
       column[l] = lane.column;
@@ -149,14 +151,30 @@ struct Group {
       negative_scale[l / kWidth][l % kWidth] = -lane.scale;
       longest = lane.length > longest ? lane.length : longest;
     }
+    index = static_cast<int32_t*>(workspace);
     for (int l = 0; l < kLanes; ++l) {
-      clamp |= column[l] + longest > width;
+      for (int64_t j = 0; j < longest; ++j) {
+        const int64_t at = column[l] + (j < length[l] ? j : length[l] - 1);
+        index[j * kLanes + l] = tile.columns ? tile.columns[at] : int32_t(at);
+      }
     }
+  }
+
+  void* rest() const {
+    return index + (longest + 1) * kLanes;
+  }
+
+  GAK_INLINE const T* row(int64_t i) const {
+    return tile.data + (tile.rows ? tile.rows[i] : i) * tile.stride;
+  }
+
+  GAK_INLINE Vec exponents(const T* cells, int64_t j, int u) const {
+    return gather(cells, index + j * kLanes + u * kWidth) * negative_scale[u];
   }
 };
 
-template <typename T, bool clamp>
-void plain(const T* tile, int64_t stride, int64_t n, const Group& group, Vec* row) {
+template <typename T>
+void plain(int64_t n, const Group<T>& group, Vec* row) {
   const int64_t m = group.longest;
   for (int64_t c = 0; c < (m + 1) * kUnroll; ++c) {
     row[c] = Vec{};
@@ -165,10 +183,10 @@ void plain(const T* tile, int64_t stride, int64_t n, const Group& group, Vec* ro
     row[u] = splat(1.0);
   }
   for (int64_t i = 0; i < n; ++i) {
-    const T* cells = tile + i * stride;
+    const T* cells = group.row(i);
     for (int l = 0; l < kLanes && i + 2 < n; ++l) {
       // Rows are far apart and short: the hardware does not guess the next one.
-      __builtin_prefetch(cells + 2 * stride + group.column[l]);
+      __builtin_prefetch(group.row(i + 2) + group.index[l]);
     }
     Vec left[kUnroll], corner[kUnroll];
     for (int u = 0; u < kUnroll; ++u) {
@@ -179,8 +197,7 @@ void plain(const T* tile, int64_t stride, int64_t n, const Group& group, Vec* ro
     for (int64_t j = 0; j < m; ++j) {
 #pragma GCC unroll 2
       for (int u = 0; u < kUnroll; ++u) {
-        const Vec x =
-            gather(cells, group.column + u * kWidth, group.length + u * kWidth, j, clamp) * group.negative_scale[u];
+        const Vec x = group.exponents(cells, j, u);
         Int exponent;
         const Vec p = exp_parts<T>(x, exponent);
         const Vec s = (Vec)((Bits)p + ((Bits)exponent << 52));
@@ -196,8 +213,7 @@ void plain(const T* tile, int64_t stride, int64_t n, const Group& group, Vec* ro
 }
 
 template <typename T, bool keep>
-void extended(
-    const T* tile, int64_t stride, int64_t n, const Group& group, Cell* row, Vec* probabilities, bool clamp) {
+void extended(int64_t n, const Group<T>& group, Cell* row, Vec* probabilities) {
   const int64_t m = group.longest;
   for (int64_t c = 0; c < (m + 1) * kUnroll; ++c) {
     row[c] = {Vec{}, Int{} + kNever};
@@ -206,7 +222,7 @@ void extended(
     row[u] = {splat(1.0), Int{}};
   }
   for (int64_t i = 0; i < n; ++i) {
-    const T* cells = tile + i * stride;
+    const T* cells = group.row(i);
     Cell left[kUnroll], corner[kUnroll];
     for (int u = 0; u < kUnroll; ++u) {
       left[u] = {Vec{}, Int{} + kNever};
@@ -215,8 +231,7 @@ void extended(
     }
     for (int64_t j = 0; j < m; ++j) {
       for (int u = 0; u < kUnroll; ++u) {
-        const Vec x =
-            gather(cells, group.column + u * kWidth, group.length + u * kWidth, j, clamp) * group.negative_scale[u];
+        const Vec x = group.exponents(cells, j, u);
         Vec s;
         const Cell k = local_kernel<T>(x, s);
         const Cell up = row[(j + 1) * kUnroll + u];
@@ -240,20 +255,18 @@ void extended(
 }
 
 template <typename T>
-void log_kernels(
-    const T* tile, int64_t stride, int64_t width, int64_t n, const Lane* lanes, int64_t count, void* workspace,
-    double* result) {
+void log_kernels(Tile<T> tile, int64_t n, const Lane* lanes, int64_t count, void* workspace, double* result) {
   for (int64_t first = 0; first < count;) {
     const bool wide = lanes[first].extended;
     int64_t last = first + 1;
     while (last < count && last < first + kLanes && lanes[last].extended == wide) {
       ++last;
     }
-    const Group group(lanes + first, last - first, width);
+    const Group<T> group(tile, lanes + first, last - first, workspace);
     Vec logs[kUnroll];
     if (wide) {
-      Cell* row = static_cast<Cell*>(workspace);
-      extended<T, false>(tile, stride, n, group, row, nullptr, group.clamp);
+      Cell* row = static_cast<Cell*>(group.rest());
+      extended<T, false>(n, group, row, nullptr);
       Cell ends[kUnroll];
       for (int l = 0; l < kLanes; ++l) {
         const Cell& cell = row[group.length[l] * kUnroll + l / kWidth];
@@ -264,8 +277,8 @@ void log_kernels(
         logs[u] = log_parts(ends[u].mantissa, ends[u].exponent);
       }
     } else {
-      Vec* row = static_cast<Vec*>(workspace);
-      group.clamp ? plain<T, true>(tile, stride, n, group, row) : plain<T, false>(tile, stride, n, group, row);
+      Vec* row = static_cast<Vec*>(group.rest());
+      plain<T>(n, group, row);
       Vec ends[kUnroll];
       for (int l = 0; l < kLanes; ++l) {
         ends[l / kWidth][l % kWidth] = row[group.length[l] * kUnroll + l / kWidth][l % kWidth];
@@ -284,15 +297,15 @@ void log_kernels(
 // Walks the alignments back from the end: `expected` of a cell is the share of the kernel that passes through it.
 template <typename T>
 void gradients(
-    const T* tile, int64_t stride, int64_t width, int64_t n, const Lane* lanes, int64_t count, const double* upstream,
-    bool to_distances, void* workspace, T* gradient, int64_t gradient_stride) {
+    Tile<T> tile, int64_t n, const Lane* lanes, int64_t count, const double* upstream, bool to_distances,
+    void* workspace, T* gradient, int64_t gradient_stride) {
   for (int64_t first = 0; first < count; first += kLanes) {
     const int64_t used = count - first < kLanes ? count - first : kLanes;
-    const Group group(lanes + first, used, width);
+    const Group<T> group(tile, lanes + first, used, workspace);
     const int64_t m = group.longest;
-    Cell* row = static_cast<Cell*>(workspace);
+    Cell* row = static_cast<Cell*>(group.rest());
     Vec* probabilities = reinterpret_cast<Vec*>(row + (m + 1) * kUnroll);
-    extended<T, true>(tile, stride, n, group, row, probabilities, group.clamp);
+    extended<T, true>(n, group, row, probabilities);
     // The rows of cells are done with; their memory holds what flows into the row above.
     Vec* below = reinterpret_cast<Vec*>(row);
     for (int64_t c = 0; c < (m + 1) * kUnroll; ++c) {
@@ -315,9 +328,7 @@ void gradients(
           diagonal = expected * p[2];
           Vec share = expected;
           if (to_distances) {
-            const Vec x = gather(
-                              tile + i * stride, group.column + u * kWidth, group.length + u * kWidth, j, group.clamp) *
-                          group.negative_scale[u];
+            const Vec x = group.exponents(group.row(i), j, u);
             Vec s;
             local_kernel<T>(x, s);
             share = share * group.negative_scale[u] * (2.0 / (2.0 - s));
@@ -404,28 +415,27 @@ double squared_distance(const T* a, const T* b, int64_t d) {
 }
 
 template <typename T>
-T distances(const T* cosines, const int32_t* place, int64_t count, T* result) {
+T distances(T* cosines, int64_t count) {
   typedef T Own __attribute__((vector_size(GAK_VECTOR_BYTES)));
   constexpr int width = GAK_VECTOR_BYTES / sizeof(T);
-  for (int64_t j = 0; j < count; ++j) {
-    const T distance = 2 - 2 * cosines[place[j]];
-    result[j] = distance > 0 ? distance : T(0);
-  }
   T least = 4;
+  Own smallest = Own{} + least;
   int64_t j = 0;
-  if (count >= width) {
-    Own smallest = Own{} + least;
-    for (; j + width <= count; j += width) {
-      Own v;
-      __builtin_memcpy(&v, result + j, sizeof(v));
-      smallest = v < smallest ? v : smallest;
-    }
-    for (int w = 0; w < width; ++w) {
-      least = smallest[w] < least ? smallest[w] : least;
-    }
+  for (; j + width <= count; j += width) {
+    Own v;
+    __builtin_memcpy(&v, cosines + j, sizeof(v));
+    v = 2 - 2 * v;
+    v = v > 0 ? v : Own{};
+    smallest = v < smallest ? v : smallest;
+    __builtin_memcpy(cosines + j, &v, sizeof(v));
+  }
+  for (int w = 0; w < width; ++w) {
+    least = smallest[w] < least ? smallest[w] : least;
   }
   for (; j < count; ++j) {
-    least = result[j] < least ? result[j] : least;
+    const T distance = 2 - 2 * cosines[j];
+    cosines[j] = distance > 0 ? distance : T(0);
+    least = cosines[j] < least ? cosines[j] : least;
   }
   return least;
 }
@@ -433,7 +443,7 @@ T distances(const T* cosines, const int32_t* place, int64_t count, T* result) {
 template <typename T>
 constexpr Loops<T> loops() {
   return {log_kernels<T>, gradients<T>, sum_of_squares<T>, scale<T>, squared_distance<T>, distances<T>, kLanes,
-          int64_t(sizeof(Cell)) * kUnroll, int64_t(sizeof(Vec)) * kUnroll * 3};
+          int64_t(sizeof(Cell)) * kUnroll + int64_t(sizeof(int32_t)) * kLanes, int64_t(sizeof(Vec)) * kUnroll * 3};
 }
 
 }  // namespace
