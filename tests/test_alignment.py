@@ -128,6 +128,29 @@ def test_float32_is_close_to_float64():
         torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=2e-5)
 
 
+@pytest.mark.parametrize("triple", [False, True])
+@pytest.mark.parametrize("same", [False, True])
+def test_float32_of_close_slices(triple, same):
+    """2 - 2 cos alone is wrong by up to 7e-5 here."""
+    lengths = (1, 2, 1, 3, 1, 5, 2)
+    slices = torch.cat(sequences(lengths, dim=200, dtype=torch.float32))
+    slices[1::3] = slices[0] + 0.03 * slices[1::3]
+    slices[2::5] = slices[0]
+    x = list(slices.split(lengths))
+    modality = {"modality_x": codes(lengths), "split": 100} if triple else {}
+    if not same:
+        modality |= {"modality_y": codes(lengths)} if triple else {}
+    value, exact = (
+        global_alignment_kernel(
+            s, None if same else s, delta=0.1, normalize=None, log=True, backend="torch", **modality
+        )
+        for s in (x, [s.double() for s in x])
+    )
+    error = (value - exact).abs() / exact.abs().clamp(min=1)
+    assert error.max() < 2e-6
+    assert ((exact > -1) & (exact < -1e-3)).any()  # small enough for the error to show
+
+
 def test_local_kernel_by_hand():
     # orthogonal slices, sigma = 1: phi = 2, s = 1/e, k = s / (2 - s)
     x, y = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 0.5]])

@@ -279,6 +279,8 @@ def test_errors_are_those_of_the_pytorch_path(local):
     bad[3, 1] = math.nan
     with pytest.raises(ValueError, match="Slice 1 of sequence 1 .row 3.*NaN"):
         packed_alignment_kernel(bad, offsets, prefixes)
+    with pytest.raises(ValueError, match="Slice 1 of sequence 1 .row 3.*NaN"):
+        packed_alignment_kernel(bad.requires_grad_(), offsets, prefixes)
     with pytest.raises(ValueError, match="Slice 1 of sequence 1 .row 3.*all zeros"):
         packed_alignment_kernel(embeddings * torch.tensor([1, 1, 1, 0])[:, None], offsets, prefixes)
 

@@ -69,9 +69,17 @@ def test_close_and_equal_slices(gak, device, delta):
     inputs["embeddings"] = x.to(device)
     for normalize in MODES:
         value = gak.packed_alignment_kernel(**inputs, delta=delta, normalize=normalize, log=True)
-        assert value.isfinite().all()
+        leaf = inputs["embeddings"].clone().requires_grad_()
+        traced = gak.packed_alignment_kernel(
+            **{**inputs, "embeddings": leaf}, delta=delta, normalize=normalize, log=True
+        )
+        assert torch.autograd.grad(traced.sum(), leaf)[0].isfinite().all()
         if delta >= 0.1:
-            compare(value, reference(**inputs, delta=delta, normalize=normalize), 1e-5)
+            expected = reference(**inputs, delta=delta, normalize=normalize)
+            compare(value, expected, 1e-5)
+            compare(traced, expected, 1e-5)
+        else:
+            compare(traced, value, 1e-3)
 
 
 @pytest.mark.parametrize("delta", [0.01, 0.1, 1.0, 100.0])
@@ -206,6 +214,8 @@ def test_opcheck(gak):
     phi = torch.from_numpy(distances(inputs["embeddings"], None, None)).requires_grad_()
     ops = gak._ops.ops
     torch.library.opcheck(ops.log_recursion.default, (phi, inputs["offsets"], inputs["prefixes"], None, 1.0, 3))
+    leaf = inputs["embeddings"].clone().requires_grad_()
+    torch.library.opcheck(ops.squared_distances.default, (leaf, torch.arange(len(leaf)) % 2, 3))
     torch.library.opcheck(
         ops.log_alignment.default,
         (inputs["embeddings"], inputs["offsets"], inputs["prefixes"], None, None, 0, 1.0, 1),
@@ -245,6 +255,17 @@ def test_errors(gak, device):
     ]:
         with pytest.raises(RuntimeError, match=message):
             gak.packed_alignment_kernel(*arguments, **options)
+    # with gradients the distances are taken elsewhere
+    for bad, options, message in [
+        (nan, {}, "Row 3 .*NaN"),
+        (zero, {}, "Row 4 .*all zeros"),
+        (half, {"modality": modality, "split": 2}, "Row 1 .*half that is all zeros"),
+        (x, {"modality": modality + 1, "split": 2}, "`modality` must hold"),
+        (x, {"modality": modality[:4], "split": 2}, "each of the 5 slices"),
+        (x, {"modality": modality, "split": 4}, "`split` must lie between 1 and 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            gak.packed_alignment_kernel(bad.clone().requires_grad_(), offsets, prefixes, **options)
     for options in ({"normalize": "both"}, {"split": 2}):
         with pytest.raises(ValueError):
             gak.packed_alignment_kernel(x, offsets, prefixes, **options)

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ LOG_ZERO = -1e30
 # A float64 holds a kernel, and everything on the way to it, if its logarithm is at most this in size.
 LOG_RANGE = 690
 LARGEST_DISTANCE = 4.01
+# Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64.
+CLOSE = 0.1
 
 
 def global_alignment_kernel(
@@ -244,8 +246,8 @@ def packed_alignment_kernel(
                 )
         except NotImplementedError as error:
             logger.debug("The PyTorch implementation takes over: %s", error)
-        except RuntimeError:
-            # The kernels refuse bad slices; this says the same as a ValueError.
+        except (RuntimeError, ValueError):
+            # The kernels refuse bad slices; this says in one way which.
             _Slices(embeddings, offsets, modality, split)
             raise
 
@@ -443,23 +445,52 @@ class _Slices:
         return vectors / norm
 
     def cosines(self, rows: slice, columns: slice) -> torch.Tensor:
+        return self._pairs(rows, columns, lambda a, b, same: a @ b.T)
+
+    def squared_distances(self, rows: slice, columns: slice) -> torch.Tensor:
+        return self._pairs(rows, columns, _squared_distances)
+
+    def _pairs(self, rows: slice, columns: slice, compare: Callable[..., torch.Tensor]) -> torch.Tensor:
+        same = rows == columns
         if self.modality is None:
-            return self.uni[rows] @ self.uni[columns].T
+            return compare(self.uni[rows], self.uni[columns], same)
         # Modalities side by side: each of the four blocks then needs one half of the embeddings only.
         row_codes, column_codes = self.modality[rows], self.modality[columns]
         row_order, column_order = np.argsort(row_codes, kind="stable"), np.argsort(column_codes, kind="stable")
         row_texts, column_texts = int((row_codes == TEXT).sum()), int((column_codes == TEXT).sum())
         row_uni, row_cross = self.uni[rows][row_order], self.cross[rows][row_order]
-        column_uni, column_cross = self.uni[columns][column_order].T, self.cross[columns][column_order].T
+        column_uni, column_cross = self.uni[columns][column_order], self.cross[columns][column_order]
         text, image = slice(None, row_texts), slice(row_texts, None)
         column_text, column_image = slice(None, column_texts), slice(column_texts, None)
-        top = [row_uni[text] @ column_uni[:, column_text], row_cross[text] @ column_cross[:, column_image]]
-        bottom = [row_cross[image] @ column_cross[:, column_text], row_uni[image] @ column_uni[:, column_image]]
-        cosines = torch.cat([torch.cat(top, dim=1), torch.cat(bottom, dim=1)])
-        return cosines[np.argsort(row_order)][:, np.argsort(column_order)]
+        top = [
+            compare(row_uni[text], column_uni[column_text], same),
+            compare(row_cross[text], column_cross[column_image], False),
+        ]
+        bottom = [
+            compare(row_cross[image], column_cross[column_text], False),
+            compare(row_uni[image], column_uni[column_image], same),
+        ]
+        pairs = torch.cat([torch.cat(top, dim=1), torch.cat(bottom, dim=1)])
+        return pairs[np.argsort(row_order)][:, np.argsort(column_order)]
 
-    def squared_distances(self, rows: slice, columns: slice) -> torch.Tensor:
-        return (2 - 2 * self.cosines(rows, columns)).clamp(min=0)
+
+def _squared_distances(a: torch.Tensor, b: torch.Tensor, same: bool) -> torch.Tensor:
+    """Squared distances of unit vectors; `same` says that `a` and `b` are the same ones."""
+    distances = (2 - 2 * a @ b.T).clamp(min=0)
+    # The gradient stays that of 2 - 2 cos.
+    with torch.no_grad():
+        close = distances < CLOSE
+        if same:
+            distances.fill_diagonal_(0)
+            close.fill_diagonal_(False)
+        i, j = (close.any(dim=dim).nonzero()[:, 0] for dim in (1, 0))
+        if len(i) and a.dtype == torch.float32:
+            # MPS has no float64.
+            x, y = (side.to("cpu" if side.device.type == "mps" else side.device).double() for side in (a[i], b[j]))
+            exact = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
+            at = i[:, None], j
+            distances[at] = torch.where(close[at], exact.clamp(min=0).to(distances), distances[at])
+    return distances
 
 
 def _check_triple(embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None):

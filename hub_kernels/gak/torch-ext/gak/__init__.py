@@ -78,7 +78,7 @@ def packed_alignment_kernel(
     other_prefixes = None if other_prefixes is None else other_prefixes.contiguous()
     modality = None if modality is None else modality.contiguous()
     if embeddings.requires_grad and torch.is_grad_enabled():
-        distances = _traceable_distances(embeddings, modality, split)
+        distances = _squared_distances(embeddings, modality, split)
         result = ops.log_recursion(distances, offsets, prefixes, other_prefixes, delta, mode)
     else:
         result = ops.log_alignment(
@@ -156,14 +156,43 @@ def recursion(
     )
 
 
-def _traceable_distances(embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
-    """What torch.compile can trace: no check of the values, and no second look at close slices."""
-    if split is None:
-        unit = F.normalize(embeddings, dim=1, eps=0)
-        return (2 - 2 * unit @ unit.T).clamp(min=0)
-    uni, cross = F.normalize(embeddings[:, :split], dim=1, eps=0), F.normalize(embeddings[:, split:], dim=1, eps=0)
-    same = modality[:, None] == modality[None, :]
-    return (2 - 2 * torch.where(same, uni @ uni.T, cross @ cross.T)).clamp(min=0)
+@torch.library.custom_op(
+    add_op_namespace_prefix("squared_distances"),
+    mutates_args=(),
+    schema="(Tensor embeddings, Tensor? modality, int? split) -> Tensor",
+)
+def _squared_distances(embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
+    """An op of its own, because what it does depends on the values: torch.compile cannot look inside."""
+    return squared_distances(embeddings, modality, split)
+
+
+@_squared_distances.register_fake
+def _(embeddings, modality, split):
+    return embeddings.new_empty(len(embeddings), len(embeddings))
+
+
+def _setup_distances(ctx, inputs, output):
+    embeddings, modality, ctx.split = inputs
+    ctx.save_for_backward(embeddings, modality)
+
+
+def _distances_backward(ctx, gradient):
+    embeddings, modality = ctx.saved_tensors
+    weight = -2 * (gradient + gradient.T)
+
+    def half(x, weight):
+        unit = F.normalize(x, dim=1, eps=0)
+        towards = weight @ unit
+        return (towards - (towards * unit).sum(dim=1, keepdim=True) * unit) / x.norm(dim=1, keepdim=True)
+
+    if ctx.split is None:
+        return half(embeddings, weight), None, None
+    same = modality[:, None] == modality
+    uni, cross = embeddings[:, : ctx.split], embeddings[:, ctx.split :]
+    return torch.cat([half(uni, weight * same), half(cross, weight * ~same)], dim=1), None, None
+
+
+_squared_distances.register_autograd(_distances_backward, setup_context=_setup_distances)
 
 
 def _launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric):

@@ -10,8 +10,9 @@ from torch.autograd.function import once_differentiable
 
 SELF, COUNT = 1, 2
 NORMALIZATIONS = {None: 0, False: 0, True: SELF, "self": SELF, "count": COUNT, "self+count": SELF | COUNT}
-# Below this squared distance, 2 - 2 cos loses too many digits in float32: the difference is taken instead.
-CLOSE = 0.1
+# Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64, this
+# many rows and columns at a time.
+CLOSE, BLOCK = 0.1, 1024
 
 
 class _LogPairs(torch.autograd.Function):
@@ -144,6 +145,11 @@ def _log_counts(n: torch.Tensor, m: torch.Tensor, paired: bool = False) -> torch
 
 def squared_distances(x: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
     """Squared distances of all slices, of the half that their modalities call for; the gradient is that of 2 - 2 cos."""
+    if split is not None:
+        if not 0 < split < x.shape[1]:
+            raise ValueError(f"`split` must lie between 1 and {x.shape[1] - 1}, got {split}.")
+        if modality.shape != x.shape[:1] or not ((modality == 0) | (modality == 1)).all():
+            raise ValueError(f"`modality` must hold 0 (text) or 1 (image) for each of the {len(x)} slices.")
     halves = [x] if split is None else [x[:, :split], x[:, split:]]
     norms = torch.stack([half.norm(dim=1) for half in halves])
     if not (norms.isfinite() & (norms > 0)).all():
@@ -151,29 +157,35 @@ def squared_distances(x: torch.Tensor, modality: torch.Tensor | None, split: int
         raise ValueError(f"Row {row} of the packed embeddings holds NaN, infinity, or a half that is all zeros.")
     halves = [F.normalize(half, dim=1, eps=0) for half in halves]
     if split is None:
-        return _refined((2 - 2 * halves[0] @ halves[0].T).clamp(min=0), halves, None)
+        return _distances(halves[0], halves[0], True)
     # Texts first: each block then needs one half of the embeddings only.
     modality = modality.to(x.device)
     order = modality.argsort(stable=True)
     texts = int((modality == 0).sum())
     uni, cross = (half[order] for half in halves)
-    sorted_cosines = x.new_empty(len(x), len(x))
-    sorted_cosines[:texts, :texts] = uni[:texts] @ uni[:texts].T
-    sorted_cosines[texts:, texts:] = uni[texts:] @ uni[texts:].T
-    sorted_cosines[:texts, texts:] = cross[:texts] @ cross[texts:].T
-    sorted_cosines[texts:, :texts] = sorted_cosines[:texts, texts:].T
+    ordered = x.new_empty(len(x), len(x))
+    ordered[:texts, :texts] = _distances(uni[:texts], uni[:texts], True)
+    ordered[texts:, texts:] = _distances(uni[texts:], uni[texts:], True)
+    ordered[:texts, texts:] = _distances(cross[:texts], cross[texts:], False)
+    ordered[texts:, :texts] = ordered[:texts, texts:].T
     back = order.argsort()
-    return _refined((2 - 2 * sorted_cosines[back[:, None], back]).clamp(min=0), halves, modality)
+    return ordered[back[:, None], back]
 
 
-@torch.no_grad()
-def _refined(distances: torch.Tensor, halves: list[torch.Tensor], modality: torch.Tensor | None) -> torch.Tensor:
-    i, j = (distances < CLOSE).nonzero(as_tuple=True)
-    for some in torch.arange(len(i), device=i.device).split((1 << 24) // halves[0].shape[1] + 1):
-        a, b = i[some], j[some]
-        exact = (halves[0][a] - halves[0][b]).square().sum(1)
-        if modality is not None:
-            crossed = (halves[1][a] - halves[1][b]).square().sum(1)
-            exact = torch.where(modality[a] == modality[b], exact, crossed)
-        distances[a, b] = exact
+def _distances(a: torch.Tensor, b: torch.Tensor, same: bool) -> torch.Tensor:
+    """Squared distances of unit vectors; `same` says that `a` and `b` are the same ones."""
+    distances = (2 - 2 * a @ b.T).clamp(min=0)
+    with torch.no_grad():
+        close = distances < CLOSE
+        if same:
+            distances.fill_diagonal_(0)
+            close.fill_diagonal_(False)
+        if a.dtype == torch.float32:
+            rows, columns = (close.any(dim=dim).nonzero()[:, 0].split(BLOCK) for dim in (1, 0))
+            for i in rows:
+                x = a[i].double()
+                for j in columns:
+                    y, at = b[j].double(), (i[:, None], j)
+                    exact = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
+                    distances[at] = torch.where(close[at], exact.clamp(min=0).float(), distances[at])
     return distances
