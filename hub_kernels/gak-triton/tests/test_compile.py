@@ -12,6 +12,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def check(kernel, signature, constants, capability):
+    # A number that is not annotated would come as float32.
+    assert next(p.annotation_type for p in kernel.params if p.name == "inverse_square") == "fp64"
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -33,7 +35,8 @@ def test_cubin(gak, capability, own, symmetric):
         "stride": "i64",
         **dict.fromkeys(("row_start", "row_length", "column_start", "column_length"), "*i64"),
         "result": "*fp64",
-        "inverse_square": "fp32",
+        "columns": "i32",
+        "inverse_square": "fp64",
     }
     check(gak._recursion, signature, {"OWN": own, "SYMMETRIC": symmetric}, capability)
 
@@ -51,6 +54,6 @@ def test_cubin_of_the_way_back(gak, capability, own, expected):
         "workspace": "*fp32",
         "cells": "i64",
         "gradient": "*fp32",
-        "inverse_square": "fp32",
+        "inverse_square": "fp64",
     }
     check(gak._recursion_backward, signature, {"OWN": own, "EXPECTED": expected}, capability)

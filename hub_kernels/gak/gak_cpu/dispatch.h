@@ -59,9 +59,9 @@ struct Loops {
   // Turns cosines of unit vectors into squared distances, in place; returns the least.
   T (*distances)(T* cosines, int64_t count);
   int64_t lanes;
-  // Workspace for a longest second sequence of m: (m + 1) * row_bytes, and n * m * cell_bytes more for `gradients`.
+  // Workspace of `log_kernels` for a longest second sequence of m: (m + 1) * row_bytes; of `gradients`.
   int64_t row_bytes;
-  int64_t cell_bytes;
+  int64_t (*gradient_bytes)(int64_t n, int64_t m);
 };
 
 struct Table {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,6 +31,8 @@ constexpr int64_t kBlock = 1024;
 constexpr int64_t kStrip = 64;
 // Below this squared distance, 2 - 2 cos loses too many digits in float32: the difference is taken instead.
 constexpr double kClose = 0.1;
+// Below, exponents of a kernel could leave the range that is set aside for them.
+constexpr double kSmallestDelta = 1e-3;
 
 template <typename T>
 const gak::Loops<T>& loops() {
@@ -71,6 +74,7 @@ class Workspace {
     if (bytes > size_) {
       size_ = (bytes + 63) / 64 * 64;
       memory_.reset(std::aligned_alloc(64, size_));
+      STD_TORCH_CHECK(memory_, "The alignment kernel could not get ", size_, " bytes of memory.");
     }
     return memory_.get();
   }
@@ -155,14 +159,15 @@ struct Side {
   }
 };
 
-// log of the Delannoy numbers of (n, m) up to the longest lengths, by the plain sum with exponents of its own.
-std::vector<double> log_counts(int64_t n, int64_t m) {
-  std::vector<double> mantissa(m, 1.0), table(n * m, 0.0);
-  std::vector<int64_t> exponent(m, 0);
-  for (int64_t i = 1; i < n; ++i) {
+// log of the Delannoy numbers of all pairs of some lengths (ascending), by the plain sum with exponents of its own.
+std::vector<double> log_counts(const std::vector<int64_t>& lengths) {
+  const int64_t longest = lengths.back(), count = lengths.size();
+  std::vector<double> mantissa(longest, 1.0), table(count * count, 0.0);
+  std::vector<int64_t> exponent(longest, 0);
+  for (int64_t i = 1, row = lengths[0] == 1; row < count; ++i) {
     double corner = 1.0, left = 1.0;
     int64_t corner_exponent = 0, left_exponent = 0;
-    for (int64_t j = 1; j < m; ++j) {
+    for (int64_t j = 1; j < longest; ++j) {
       const int64_t top = std::max(std::max(left_exponent, corner_exponent), exponent[j]);
       const auto part = [&](double value, int64_t own) { return top - own > 1000 ? 0.0 : __builtin_ldexp(value, int(own - top)); };
       double sum = part(left, left_exponent) + part(mantissa[j], exponent[j]) + part(corner, corner_exponent);
@@ -175,7 +180,13 @@ std::vector<double> log_counts(int64_t n, int64_t m) {
       corner_exponent = exponent[j];
       left = mantissa[j] = sum;
       left_exponent = exponent[j] = sum_exponent;
-      table[i * m + j] = gak::log_of(sum, sum_exponent);
+    }
+    if (lengths[row] == i + 1) {
+      for (int64_t column = 0; column < count; ++column) {
+        const int64_t j = lengths[column] - 1;
+        table[row * count + column] = gak::log_of(mantissa[j], exponent[j]);
+      }
+      ++row;
     }
   }
   return table;
@@ -227,8 +238,16 @@ class Op {
       }
     }
     if (normalize & kCount) {
-      n_max_ = std::max(rows.lengths.back(), columns->lengths.back());
-      counts_ = log_counts(n_max_, n_max_);
+      std::vector<int64_t> lengths;
+      std::set_union(
+          rows.lengths.begin(), rows.lengths.end(), columns->lengths.begin(), columns->lengths.end(),
+          std::back_inserter(lengths));
+      counts_ = log_counts(lengths);
+      counted_ = lengths.size();
+      count_index_.resize(lengths.back() + 1);
+      for (int64_t k = 0; k < counted_; ++k) {
+        count_index_[lengths[k]] = k;
+      }
     }
   }
 
@@ -243,7 +262,9 @@ class Op {
     const int64_t n = prefix.length, count = partners.lengths.size();
     std::vector<gak::Lane> lanes;
     for (int64_t length : partners.lengths) {
-      lanes.push_back(lane(at, n, n + length));
+      // The pair's bandwidth, but n slices against n.
+      const double scale = bandwidths_[n + length].scale;
+      lanes.push_back({at, n, scale, needs_exponents(2 * n, scale)});
     }
     loops<T>().log_kernels(
         tile.from(at), n, lanes.data(), count, workspace.reserve((n + 1) * loops<T>().row_bytes), &side.self[p * count]);
@@ -322,7 +343,7 @@ class Op {
   }
 
   double count(int64_t n, int64_t m) const {
-    return counts_[(n - 1) * n_max_ + m - 1];
+    return counts_[count_index_[n] * counted_ + count_index_[m]];
   }
 
   Side<T> rows;
@@ -334,8 +355,9 @@ class Op {
  private:
   std::vector<Side<T>> other_;
   std::vector<double> counts_;
+  int64_t counted_ = 0;
+  std::vector<int64_t> count_index_;
   std::vector<Bandwidth> bandwidths_;
-  int64_t n_max_ = 0;
 };
 
 template <typename T>
@@ -563,23 +585,24 @@ struct Slices {
 
   // Without symmetry no tile holds a sample against itself.
   void self_kernels(Op<T>& op, Side<T>& side, const Side<T>& partners) const {
-    std::vector<int64_t> order(side.prefixes.size());
-    const Shuffle shuffle(order.size());
-    torch::stable::parallel_for(0, order.size(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<std::vector<int64_t>> prefixes(samples);
+    for (size_t p = 0; p < side.prefixes.size(); ++p) {
+      prefixes[side.prefixes[p].sample].push_back(p);
+    }
+    const Shuffle shuffle(samples);
+    torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
       Workspace workspace;
       std::vector<T> own;
       for (int64_t w = begin; w < end; ++w) {
-        const int64_t p = shuffle(w);
-        const Prefix& prefix = side.prefixes[p];
+        const int64_t sample = shuffle(w), n = side.need[sample], start = side.start[sample];
         const Block* block = &side.blocks[0];
-        while (block->last_slice <= prefix.start) {
+        while (n && block->last_slice <= start) {
           ++block;
         }
-        const int64_t n = prefix.length;
         own.assign(n * n, T(0));
         for (int64_t i = 0; i < n; ++i) {
           for (int64_t j = 0; j < i; ++j) {
-            const int64_t r = side.place[prefix.start + i], c = side.place[prefix.start + j];
+            const int64_t r = side.place[start + i], c = side.place[start + j];
             const int64_t x = block->first_slice + r, y = block->first_slice + c;
             own[i * n + j] = own[j * n + i] =
                 (r < block->texts) == (c < block->texts)
@@ -587,7 +610,9 @@ struct Slices {
                     : loops<T>().squared_distance(side.cross.get() + x * cross, side.cross.get() + y * cross, cross);
           }
         }
-        op.self_kernels(side, p, partners, {own.data(), n}, 0, workspace);
+        for (int64_t p : prefixes[sample]) {
+          op.self_kernels(side, p, partners, {own.data(), n}, 0, workspace);
+        }
       }
     });
   }
@@ -624,7 +649,9 @@ void check_prefixes(const Tensor& prefixes, const std::optional<Tensor>& others)
 }
 
 void check_delta(double delta) {
-  STD_TORCH_CHECK(delta > 0 && delta < 1.7976931348623157e308, "`delta` must be positive and finite, got ", delta, ".");
+  STD_TORCH_CHECK(
+      delta >= kSmallestDelta && delta < 1.7976931348623157e308, "`delta` must be finite and at least ", kSmallestDelta,
+      ", got ", delta, ".");
 }
 
 template <typename T>
@@ -747,10 +774,9 @@ void log_recursion_backward(
         longest = std::max(longest, lane.length);
       }
       const int64_t n = prefix.length;
-      const int64_t bytes = (longest + 1) * loops<T>().row_bytes + n * longest * loops<T>().cell_bytes;
       loops<T>().gradients(
           {matrix + prefix.start * stride, stride}, n, lanes.data(), lanes.size(), weight.data(), true,
-          workspace.reserve(bytes), out + prefix.start * stride, stride);
+          workspace.reserve(loops<T>().gradient_bytes(n, longest)), out + prefix.start * stride, stride);
     };
     const auto run_self = [&](const Prefix& prefix, const Side<T>& partners, std::vector<double>& sums) {
       lanes.clear();
@@ -820,7 +846,7 @@ void visits(const Tensor& distances, double delta, Tensor& result) {
   Workspace workspace;
   loops<T>().gradients(
       {static_cast<const T*>(distances.const_data_ptr()), m}, n, &pair, 1, &one, false,
-      workspace.reserve((m + 1) * loops<T>().row_bytes + n * m * loops<T>().cell_bytes),
+      workspace.reserve(loops<T>().gradient_bytes(n, m)),
       static_cast<T*>(result.mutable_data_ptr()), m);
 }
 
@@ -882,8 +908,13 @@ Tensor gak_log_recursion_backward(
     const std::optional<Tensor>& others, double delta, int64_t normalize) {
   const bool twice = is_double(distances, "distances");
   STD_TORCH_CHECK(is_double(gradient, "gradient") == twice, "`gradient` must have the dtype of `distances`.");
+  STD_TORCH_CHECK(distances.size(0) == distances.size(1), "`distances` must be square.");
   const int64_t samples = check_offsets(offsets, distances.size(0));
   check_prefixes(prefixes, others);
+  check_delta(delta);
+  STD_TORCH_CHECK(
+      gradient.size(0) == prefixes.size(0) && gradient.size(1) == (others ? *others : prefixes).size(0),
+      "`gradient` must have a row for every prefix and a column for every other one.");
   Tensor result = torch::stable::new_zeros(distances, distances.sizes());
   (twice ? log_recursion_backward<double> : log_recursion_backward<float>)(
       gradient, distances, offsets, samples, prefixes, others, delta, normalize, result);

@@ -212,16 +212,21 @@ void plain(int64_t n, const Group<T>& group, Vec* row) {
   }
 }
 
-template <typename T, bool keep>
-void extended(int64_t n, const Group<T>& group, Cell* row, Vec* probabilities) {
-  const int64_t m = group.longest;
+// What stands above the first row.
+GAK_INLINE void begin(Cell* row, int64_t m) {
   for (int64_t c = 0; c < (m + 1) * kUnroll; ++c) {
     row[c] = {Vec{}, Int{} + kNever};
   }
   for (int u = 0; u < kUnroll; ++u) {
     row[u] = {splat(1.0), Int{}};
   }
-  for (int64_t i = 0; i < n; ++i) {
+}
+
+// Takes `row` from above row `first` to row `last - 1`.
+template <typename T, bool keep>
+void extended(int64_t first, int64_t last, const Group<T>& group, Cell* row, Vec* probabilities) {
+  const int64_t m = group.longest;
+  for (int64_t i = first; i < last; ++i) {
     const T* cells = group.row(i);
     Cell left[kUnroll], corner[kUnroll];
     for (int u = 0; u < kUnroll; ++u) {
@@ -240,7 +245,7 @@ void extended(int64_t n, const Group<T>& group, Cell* row, Vec* probabilities) {
         const Vec from_corner = aligned(corner[u], exponent);
         const Vec sum = (from_left + from_up) + from_corner;
         if constexpr (keep) {
-          Vec* p = probabilities + ((i * m + j) * kUnroll + u) * 3;
+          Vec* p = probabilities + (((i - first) * m + j) * kUnroll + u) * 3;
           p[0] = from_left / sum;
           p[1] = from_up / sum;
           p[2] = from_corner / sum;
@@ -266,7 +271,8 @@ void log_kernels(Tile<T> tile, int64_t n, const Lane* lanes, int64_t count, void
     Vec logs[kUnroll];
     if (wide) {
       Cell* row = static_cast<Cell*>(group.rest());
-      extended<T, false>(n, group, row, nullptr);
+      begin(row, group.longest);
+      extended<T, false>(0, n, group, row, nullptr);
       Cell ends[kUnroll];
       for (int l = 0; l < kLanes; ++l) {
         const Cell& cell = row[group.length[l] * kUnroll + l / kWidth];
@@ -294,6 +300,19 @@ void log_kernels(Tile<T> tile, int64_t n, const Lane* lanes, int64_t count, void
   }
 }
 
+// Rows whose probabilities are kept at once on the way back. Longer sequences are run forward twice.
+constexpr int64_t kKeptRows = 32;
+
+GAK_INLINE int64_t row_cells(int64_t m) {
+  return (m + 1) * kUnroll;
+}
+
+inline int64_t gradient_bytes(int64_t n, int64_t m) {
+  const int64_t strips = (n + kKeptRows - 1) / kKeptRows, kept = n < kKeptRows ? n : kKeptRows;
+  return (m + 1) * kLanes * sizeof(int32_t) + strips * row_cells(m) * sizeof(Cell) +
+         (row_cells(m) + kept * m * kUnroll * 3) * sizeof(Vec);
+}
+
 // Walks the alignments back from the end: `expected` of a cell is the share of the kernel that passes through it.
 template <typename T>
 void gradients(
@@ -302,41 +321,50 @@ void gradients(
   for (int64_t first = 0; first < count; first += kLanes) {
     const int64_t used = count - first < kLanes ? count - first : kLanes;
     const Group<T> group(tile, lanes + first, used, workspace);
-    const int64_t m = group.longest;
-    Cell* row = static_cast<Cell*>(group.rest());
-    Vec* probabilities = reinterpret_cast<Vec*>(row + (m + 1) * kUnroll);
-    extended<T, true>(n, group, row, probabilities);
-    // The rows of cells are done with; their memory holds what flows into the row above.
-    Vec* below = reinterpret_cast<Vec*>(row);
-    for (int64_t c = 0; c < (m + 1) * kUnroll; ++c) {
+    const int64_t m = group.longest, size = row_cells(m), strips = (n + kKeptRows - 1) / kKeptRows;
+    Cell* above = static_cast<Cell*>(group.rest());  // (strips, size): what stands above each strip
+    Vec* below = reinterpret_cast<Vec*>(above + strips * size);
+    Vec* probabilities = below + size;
+    begin(above, m);
+    for (int64_t s = 1; s < strips; ++s) {
+      for (int64_t c = 0; c < size; ++c) {
+        above[s * size + c] = above[(s - 1) * size + c];
+      }
+      extended<T, false>((s - 1) * kKeptRows, s * kKeptRows, group, above + s * size, nullptr);
+    }
+    for (int64_t c = 0; c < size; ++c) {
       below[c] = Vec{};
     }
-    for (int64_t i = n - 1; i >= 0; --i) {
-      for (int u = 0; u < kUnroll; ++u) {
-        // `below[j]` is what row i + 1 sends to cell j; `diagonal` what it will send to the cell on its left.
-        Vec from_right = Vec{}, diagonal = Vec{};
-        for (int64_t j = m - 1; j >= 0; --j) {
-          Vec expected = from_right + below[j * kUnroll + u];
-          if (i == n - 1) {
-            for (int w = 0; w < kWidth; ++w) {
-              expected[w] += group.length[u * kWidth + w] == j + 1 ? 1.0 : 0.0;
+    for (int64_t s = strips - 1; s >= 0; --s) {
+      const int64_t top = s * kKeptRows, bottom = n - top < kKeptRows ? n : top + kKeptRows;
+      extended<T, true>(top, bottom, group, above + s * size, probabilities);
+      for (int64_t i = bottom - 1; i >= top; --i) {
+        for (int u = 0; u < kUnroll; ++u) {
+          // `below[j]` is what row i + 1 sends to cell j; `diagonal` what it will send to the cell on its left.
+          Vec from_right = Vec{}, diagonal = Vec{};
+          for (int64_t j = m - 1; j >= 0; --j) {
+            Vec expected = from_right + below[j * kUnroll + u];
+            if (i == n - 1) {
+              for (int w = 0; w < kWidth; ++w) {
+                expected[w] += group.length[u * kWidth + w] == j + 1 ? 1.0 : 0.0;
+              }
             }
-          }
-          const Vec* p = probabilities + ((i * m + j) * kUnroll + u) * 3;
-          from_right = expected * p[0];
-          below[j * kUnroll + u] = expected * p[1] + diagonal;
-          diagonal = expected * p[2];
-          Vec share = expected;
-          if (to_distances) {
-            const Vec x = group.exponents(group.row(i), j, u);
-            Vec s;
-            local_kernel<T>(x, s);
-            share = share * group.negative_scale[u] * (2.0 / (2.0 - s));
-          }
-          for (int w = 0; w < kWidth; ++w) {
-            const int l = u * kWidth + w;
-            if (l < used && j < group.length[l]) {
-              gradient[i * gradient_stride + group.column[l] + j] += T(share[w] * upstream[first + l]);
+            const Vec* p = probabilities + (((i - top) * m + j) * kUnroll + u) * 3;
+            from_right = expected * p[0];
+            below[j * kUnroll + u] = expected * p[1] + diagonal;
+            diagonal = expected * p[2];
+            Vec share = expected;
+            if (to_distances) {
+              const Vec x = group.exponents(group.row(i), j, u);
+              Vec s;
+              local_kernel<T>(x, s);
+              share = share * group.negative_scale[u] * (2.0 / (2.0 - s));
+            }
+            for (int w = 0; w < kWidth; ++w) {
+              const int l = u * kWidth + w;
+              if (l < used && j < group.length[l]) {
+                gradient[i * gradient_stride + group.column[l] + j] += T(share[w] * upstream[first + l]);
+              }
             }
           }
         }
@@ -443,7 +471,7 @@ T distances(T* cosines, int64_t count) {
 template <typename T>
 constexpr Loops<T> loops() {
   return {log_kernels<T>, gradients<T>, sum_of_squares<T>, scale<T>, squared_distance<T>, distances<T>, kLanes,
-          int64_t(sizeof(Cell)) * kUnroll + int64_t(sizeof(int32_t)) * kLanes, int64_t(sizeof(Vec)) * kUnroll * 3};
+          int64_t(sizeof(Cell)) * kUnroll + int64_t(sizeof(int32_t)) * kLanes, gradient_bytes};
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -17,13 +18,14 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace gak_cuda {
 
-constexpr int kPairsPerBlock = 4;
+// Two borders of 1024 cells fit into the shared memory of a block.
+constexpr int kPairsPerBlock = 2;
 constexpr unsigned kAll = 0xffffffffu;
 
 // One warp a pair. `border` has a cell for every column, in shared memory; the lane of the last row returns the kernel.
 template <bool keep>
 __device__ Cell log_kernel(
-    const float* phi, int64_t stride, int n, int m, float scale, Cell* border, Kept* kept) {
+    const float* phi, int64_t stride, int n, int m, double scale, Cell* border, Kept* kept) {
   const int lane = threadIdx.x;
   Cell result = nothing();
   for (int first = 0; first < n; first += kLanes) {
@@ -60,7 +62,7 @@ __device__ Cell log_kernel(
 }
 
 __device__ void add_gradient(
-    const Kept* kept, int64_t stride, int n, int m, float scale, float weight, bool expected_only, float* border,
+    const Kept* kept, int64_t stride, int n, int m, double scale, float weight, bool expected_only, float* border,
     float* gradient) {
   const int lane = threadIdx.x;
   for (int first = (n - 1) / kLanes * kLanes; first >= 0; first -= kLanes) {
@@ -80,7 +82,7 @@ __device__ void add_gradient(
       const float corner = flow.corner;
       const float expected = back(flow, below, beside, row == n - 1 && column == m - 1, own);
       if (inside) {
-        gradient[row * stride + column] += expected * weight * (expected_only ? 1.0f : own.slope * scale);
+        gradient[row * stride + column] += expected * weight * (expected_only ? 1.0f : own.slope * float(scale));
         if (lane == 0) {
           border[column] = flow.up + corner;
         }
@@ -95,15 +97,15 @@ __device__ void add_gradient(
 struct Prefixes {
   const int64_t *row_start, *row_length, *column_start, *column_length;
   int64_t rows, columns;
-  float inverse_square;
+  double inverse_square;
   bool own;
 };
 
 __device__ const float* block_of(
-    const Prefixes& prefixes, const float* phi, int64_t stride, int64_t p, int64_t q, int& n, int& m, float& scale) {
+    const Prefixes& prefixes, const float* phi, int64_t stride, int64_t p, int64_t q, int& n, int& m, double& scale) {
   n = int(prefixes.row_length[p]);
   m = prefixes.own ? n : int(prefixes.column_length[q]);
-  scale = prefixes.inverse_square / float(n + prefixes.column_length[q]);
+  scale = prefixes.inverse_square / double(n + prefixes.column_length[q]);
   const int64_t a = prefixes.row_start[p];
   return phi + a * stride + (prefixes.own ? a : prefixes.column_start[q]);
 }
@@ -120,11 +122,11 @@ __global__ void log_pairs(
     return;
   }
   int n, m;
-  float scale;
+  double scale;
   const float* block = block_of(prefixes, phi, stride, p, q, n, m, scale);
   const Cell last = log_kernel<false>(block, stride, n, m, scale, shared + threadIdx.y * longest, nullptr);
   if (threadIdx.x == (n - 1) % kLanes) {
-    const double logarithm = log(double(last.mantissa)) + last.exponent * 0.6931471805599453;
+    const double logarithm = log(last.mantissa) + last.exponent * 0.6931471805599453;
     result[p * prefixes.columns + q] = logarithm;
     if (symmetric) {
       result[q * prefixes.columns + p] = logarithm;
@@ -151,7 +153,7 @@ __global__ void log_pairs_backward(
           continue;
         }
         int n, m;
-        float scale;
+        double scale;
         const float* block = block_of(prefixes, phi, stride, p, q, n, m, scale);
         log_kernel<true>(block, stride, n, m, scale, border, kept);
         add_gradient(
@@ -166,7 +168,7 @@ __global__ void log_pairs_backward(
 
 namespace {
 
-// Enough for every sequence, within what a block may use without asking for more.
+// Within what a block may use without asking for more. The host side refuses longer sequences.
 constexpr int kLongest = 1024;
 constexpr size_t kShared = sizeof(gak_cuda::Cell) * kLongest * gak_cuda::kPairsPerBlock;
 const dim3 kThreads(gak_cuda::kLanes, gak_cuda::kPairsPerBlock);
@@ -197,7 +199,7 @@ gak_cuda::Prefixes checked(
     check_index(*index, distances);
   }
   return {integers(row_start), integers(row_length), integers(column_start), integers(column_length),
-          row_start.size(0), column_length.size(0), float(1 / (delta * delta)), own};
+          row_start.size(0), column_length.size(0), 1 / (delta * delta), own};
 }
 
 cudaStream_t current_stream(const Tensor& tensor) {
@@ -222,6 +224,7 @@ Tensor gak_log_pairs(
     const Tensor& column_length, double delta, bool own, bool symmetric) {
   const gak_cuda::Prefixes prefixes =
       checked(distances, row_start, row_length, column_start, column_length, delta, own);
+  const torch::stable::accelerator::DeviceGuard guard(distances.get_device_index());
   const int64_t sizes[] = {prefixes.rows, prefixes.columns};
   Tensor result = torch::stable::new_empty(distances, {sizes, 2}, ScalarType::Double);
   gak_cuda::log_pairs<<<blocks_for(prefixes.rows * prefixes.columns), kThreads, kShared, current_stream(distances)>>>(
@@ -243,6 +246,10 @@ Tensor gak_log_pairs_backward(
       "`gradient` must be a contiguous float32 matrix of rows x columns on the GPU of `distances`.");
   check_index(row_group, distances);
   check_index(column_group, distances);
+  STD_TORCH_CHECK(
+      longest_row >= 1 && longest_row <= kLongest && longest_column >= 1 && longest_column <= kLongest,
+      "The CUDA kernel takes sequences of at most ", kLongest, " slices.");
+  const torch::stable::accelerator::DeviceGuard guard(distances.get_device_index());
   const int64_t row_groups = row_group.size(0) - 1, column_groups = column_group.size(0) - 1;
   const int64_t cells = gak_cuda::kept_cells(int(longest_row), int(longest_column));
   // As many warps as fit into the memory of the distances, or into 16 MiB.

@@ -16,9 +16,10 @@ namespace gak_cuda {
 constexpr int kLanes = 32;
 constexpr int kNever = -(1 << 29);
 
-// mantissa * 2^exponent, the mantissa in [1, 2), or 0: no bandwidth and no length can underflow.
+// mantissa * 2^exponent, the mantissa in [1, 2), or 0: no bandwidth and no length can underflow. Double, because what a
+// cell loses adds up over as many cells as two long sequences have; the work is small beside the inner products.
 struct Cell {
-  float mantissa;
+  double mantissa;
   int exponent;
 };
 
@@ -34,34 +35,34 @@ struct Flow {
 };
 
 GAK_DEVICE Cell nothing() {
-  return {0.0f, kNever};
+  return {0.0, kNever};
 }
 
 GAK_DEVICE int larger(int a, int b) {
   return a > b ? a : b;
 }
 
-GAK_DEVICE float aligned(Cell cell, int exponent) {
-  return cell.mantissa * ldexpf(1.0f, larger(cell.exponent - exponent, -126));
+GAK_DEVICE double aligned(Cell cell, int exponent) {
+  return ldexp(cell.mantissa, larger(cell.exponent - exponent, -1000));
 }
 
 // (left + up + corner) * k with k = s / (2 - s), s = exp(-x).
-GAK_DEVICE Cell next(Cell left, Cell up, Cell corner, float x, Kept* kept = nullptr) {
-  const float power = -x * 1.4426950408889634f;
-  const float whole = floorf(power + 0.5f);
-  const float fraction = exp2f(power - whole);
-  const float s = fraction * ldexpf(1.0f, larger(int(whole), -126));
+GAK_DEVICE Cell next(Cell left, Cell up, Cell corner, double x, Kept* kept = nullptr) {
+  const double power = -x * 1.4426950408889634;
+  const double whole = floor(power + 0.5);
+  const double fraction = exp2(power - whole);
+  const double s = ldexp(fraction, larger(int(whole), -1000));
   const int exponent = larger(larger(left.exponent, up.exponent), corner.exponent);
-  const float from_left = aligned(left, exponent), from_up = aligned(up, exponent);
-  const float from_corner = aligned(corner, exponent);
-  const float sum = (from_left + from_up) + from_corner;
+  const double from_left = aligned(left, exponent), from_up = aligned(up, exponent);
+  const double from_corner = aligned(corner, exponent);
+  const double sum = (from_left + from_up) + from_corner;
   if (kept) {
-    *kept = {from_left / sum, from_up / sum, from_corner / sum, -2.0f / (2.0f - s)};
+    *kept = {float(from_left / sum), float(from_up / sum), float(from_corner / sum), float(-2 / (2 - s))};
   }
-  const float value = sum * (fraction / (2.0f - s));
+  const double value = sum * (fraction / (2 - s));
   int own;
-  const float mantissa = frexpf(value, &own);
-  return {2.0f * mantissa, exponent + int(whole) + own - 1};
+  const double mantissa = frexp(value, &own);
+  return {2 * mantissa, exponent + int(whole) + own - 1};
 }
 
 // A strip is 32 rows. Lane l holds row `first + l`; at step t it does column t - l. `border` is the last row of the
@@ -70,7 +71,7 @@ GAK_DEVICE Cell next(Cell left, Cell up, Cell corner, float x, Kept* kept = null
 // What lane 0 needs from above, read before lane 31 can overwrite it: it is 31 columns ahead.
 GAK_DEVICE Cell from_border(const Cell* border, int first, int column, int m) {
   if (first == 0) {
-    return column == -1 ? Cell{1.0f, 0} : nothing();
+    return column == -1 ? Cell{1.0, 0} : nothing();
   }
   return column >= 0 && column < m ? border[column] : nothing();
 }
@@ -100,7 +101,7 @@ GAK_DEVICE float back(Flow& flow, float below, float beside, bool end, Kept kept
 #if !defined(__CUDACC__)
 // The kernel of gak_cuda.cu with its lanes in a loop: `shuffled` is what __shfl_up_sync gives.
 inline double host_log_kernel(
-    const float* phi, int64_t stride, int n, int m, float scale, Cell* border, Kept* kept) {
+    const float* phi, int64_t stride, int n, int m, double scale, Cell* border, Kept* kept) {
   Cell result = nothing();
   for (int first = 0; first < n; first += kLanes) {
     Cell left[kLanes], corner[kLanes];
@@ -132,12 +133,12 @@ inline double host_log_kernel(
       }
     }
   }
-  return log(double(result.mantissa)) + result.exponent * 0.6931471805599453;
+  return log(result.mantissa) + result.exponent * 0.6931471805599453;
 }
 
 // After host_log_kernel has filled `kept`: adds to `gradient`, or to the expected alignment where `expected_only`.
 inline void host_gradient(
-    const Kept* kept, int64_t stride, int n, int m, float scale, float weight, bool expected_only, float* border,
+    const Kept* kept, int64_t stride, int n, int m, double scale, float weight, bool expected_only, float* border,
     float* gradient) {
   for (int first = (n - 1) / kLanes * kLanes; first >= 0; first -= kLanes) {
     Flow flow[kLanes] = {};
@@ -154,7 +155,7 @@ inline void host_gradient(
         const float corner = flow[lane].corner;
         const float expected = back(flow[lane], below[lane], beside[lane], row == n - 1 && column == m - 1, own);
         if (inside) {
-          gradient[row * stride + column] += expected * weight * (expected_only ? 1.0f : own.slope * scale);
+          gradient[row * stride + column] += expected * weight * (expected_only ? 1.0f : own.slope * float(scale));
           if (lane == 0) {
             border[column] = flow[lane].up + corner;
           }

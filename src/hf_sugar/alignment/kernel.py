@@ -33,6 +33,8 @@ LOG_ZERO = -1e30
 # A float64 holds a kernel, and everything on the way to it, if its logarithm is at most this in size.
 LOG_RANGE = 690
 LARGEST_DISTANCE = 4.01
+# Below, exponents of a kernel could leave the range that the compiled ones set aside for them.
+SMALLEST_DELTA = 1e-3
 # Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64.
 CLOSE = 0.1
 
@@ -510,8 +512,8 @@ def _check_triple(embeddings: torch.Tensor, modality: torch.Tensor | None, split
 
 
 def _check_delta(delta: float):
-    if not 0 < delta < math.inf:
-        raise ValueError(f"`delta` must be positive and finite, got {delta}.")
+    if not SMALLEST_DELTA <= delta < math.inf:
+        raise ValueError(f"`delta` must be finite and at least {SMALLEST_DELTA}, got {delta}.")
 
 
 def _check_offsets(offsets: torch.Tensor, total: int) -> np.ndarray:

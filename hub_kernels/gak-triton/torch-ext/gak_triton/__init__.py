@@ -1,5 +1,7 @@
 """Global alignment kernel between prefixes of packed sequences of slice embeddings, in Triton."""
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,12 @@ WORKSPACE_BYTES = 1 << 24
 
 
 @triton.jit
+def _power_of_two(exponent):
+    """Of exponents between -1000 and 1000, in float64."""
+    return ((exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def _cell(x, i, inside, mantissa, exponent, corner, corner_exponent, BLOCK: tl.constexpr):
     """
     One anti-diagonal: (left + up + corner) * k with k = s / (2 - s), s = exp(-x).
@@ -27,19 +35,19 @@ def _cell(x, i, inside, mantissa, exponent, corner, corner_exponent, BLOCK: tl.c
     power = -x * 1.4426950408889634
     whole = tl.floor(power + 0.5)
     fraction = tl.exp2(power - whole)
-    s = fraction * tl.exp2(tl.maximum(whole, -126.0))
+    s = fraction * _power_of_two(tl.maximum(whole, -1000.0).to(tl.int32))
 
     above = tl.maximum(i - 1, 0)
     up = tl.where(i == 0, 0.0, tl.gather(mantissa, above, 0))
     up_exponent = tl.where(i == 0, NEVER, tl.gather(exponent, above, 0))
     largest = tl.maximum(tl.maximum(up_exponent, exponent), corner_exponent)
-    from_left = mantissa * tl.exp2(tl.maximum(exponent - largest, -126).to(tl.float32))
-    from_up = up * tl.exp2(tl.maximum(up_exponent - largest, -126).to(tl.float32))
-    from_corner = corner * tl.exp2(tl.maximum(corner_exponent - largest, -126).to(tl.float32))
+    from_left = mantissa * _power_of_two(tl.maximum(exponent - largest, -1000))
+    from_up = up * _power_of_two(tl.maximum(up_exponent - largest, -1000))
+    from_corner = corner * _power_of_two(tl.maximum(corner_exponent - largest, -1000))
     total = (from_left + from_up) + from_corner
-    bits = (total * (fraction / (2.0 - s))).to(tl.int32, bitcast=True)
-    value = tl.where(inside, ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True), 0.0)
-    value_exponent = tl.where(inside, largest + whole.to(tl.int32) + (bits >> 23) - 127, NEVER)
+    bits = (total * (fraction / (2.0 - s))).to(tl.int64, bitcast=True)
+    value = tl.where(inside, ((bits & 0x000FFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True), 0.0)
+    value_exponent = tl.where(inside, largest + whole.to(tl.int32) + (bits >> 52).to(tl.int32) - 1023, NEVER)
     share = 1.0 / tl.where(inside, total, 1.0)
     slope = -2.0 / (2.0 - s)
     return value, value_exponent, up, up_exponent, from_left * share, from_up * share, from_corner * share, slope
@@ -54,7 +62,8 @@ def _recursion(
     column_start,
     column_length,
     result,
-    inverse_square,
+    columns,
+    inverse_square: tl.float64,
     BLOCK: tl.constexpr,
     OWN: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -62,11 +71,13 @@ def _recursion(
     """
     One pair a program, one row of the first sequence a lane, one anti-diagonal a step.
 
-    Every cell is a mantissa in [1, 2) and an exponent, so that no bandwidth and no length can underflow. With `OWN` a
-    sequence meets itself, and the columns only name the length that its bandwidth is made for.
+    Every cell is a mantissa in [1, 2) and an exponent, so that no bandwidth and no length can underflow, in float64,
+    because what a cell loses adds up. With `OWN` a sequence meets itself, and the columns only name the length that its
+    bandwidth is made for.
     """
-    p = tl.program_id(0)
-    q = tl.program_id(1)
+    program = tl.program_id(0).to(tl.int64)
+    p = program // columns
+    q = program % columns
     a = tl.load(row_start + p)
     n = tl.load(row_length + p).to(tl.int32)
     other = tl.load(column_length + q).to(tl.int32)
@@ -76,29 +87,27 @@ def _recursion(
     else:
         b = tl.load(column_start + q)
         m = other
-    scale = inverse_square / (n + other).to(tl.float32)
+    scale = inverse_square / (n + other).to(tl.float64)
     wanted = True
     if SYMMETRIC:
         wanted = q >= p
     steps = tl.where(wanted, n + m - 1, 0)
 
     i = tl.arange(0, BLOCK)
-    mantissa = tl.zeros((BLOCK,), tl.float32)
+    mantissa = tl.zeros((BLOCK,), tl.float64)
     exponent = tl.full((BLOCK,), NEVER, tl.int32)
-    corner = tl.where(i == 0, 1.0, 0.0)
+    corner = tl.where(i == 0, 1.0, 0.0).to(tl.float64)
     corner_exponent = tl.where(i == 0, 0, NEVER)
     for t in range(0, steps):
         j = t - i
         inside = (i < n) & (j >= 0) & (j < m)
-        x = tl.load(phi + (a + i) * stride + b + j, mask=inside, other=0.0) * scale
+        x = tl.load(phi + (a + i) * stride + b + j, mask=inside, other=0.0).to(tl.float64) * scale
         mantissa, exponent, corner, corner_exponent, _, _, _, _ = _cell(
             x, i, inside, mantissa, exponent, corner, corner_exponent, BLOCK
         )
-    # The differences that normalise would lose digits in float32.
-    last = tl.log(tl.sum(tl.where(i == n - 1, mantissa, 0.0), 0)).to(tl.float64)
+    last = tl.log(tl.sum(tl.where(i == n - 1, mantissa, 0.0), 0))
     value = last + tl.sum(tl.where(i == n - 1, exponent, 0), 0).to(tl.float64) * 0.6931471805599453
-    columns = tl.num_programs(1)
-    tl.store(result + p * columns + q, value, mask=wanted)
+    tl.store(result + program, value, mask=wanted)
     if SYMMETRIC:
         tl.store(result + q * columns + p, value, mask=wanted)
 
@@ -120,7 +129,7 @@ def _recursion_backward(
     workspace,
     cells,
     gradient,
-    inverse_square,
+    inverse_square: tl.float64,
     BLOCK: tl.constexpr,
     OWN: tl.constexpr,
     EXPECTED: tl.constexpr,
@@ -147,25 +156,25 @@ def _recursion_backward(
                 else:
                     b = tl.load(column_start + q)
                     m = other
-                scale = inverse_square / (n + other).to(tl.float32)
+                scale = inverse_square / (n + other).to(tl.float64)
                 steps = tl.where(weight == 0, 0, n + m - 1)
 
-                mantissa = tl.zeros((BLOCK,), tl.float32)
+                mantissa = tl.zeros((BLOCK,), tl.float64)
                 exponent = tl.full((BLOCK,), NEVER, tl.int32)
-                corner = tl.where(i == 0, 1.0, 0.0)
+                corner = tl.where(i == 0, 1.0, 0.0).to(tl.float64)
                 corner_exponent = tl.where(i == 0, 0, NEVER)
                 for t in range(0, steps):
                     j = t - i
                     inside = (i < n) & (j >= 0) & (j < m)
-                    x = tl.load(phi + (a + i) * stride + b + j, mask=inside, other=0.0) * scale
+                    x = tl.load(phi + (a + i) * stride + b + j, mask=inside, other=0.0).to(tl.float64) * scale
                     mantissa, exponent, corner, corner_exponent, from_left, from_up, from_corner, slope = _cell(
                         x, i, inside, mantissa, exponent, corner, corner_exponent, BLOCK
                     )
                     place = kept + t * BLOCK + i
-                    tl.store(place, from_left, mask=inside)
-                    tl.store(place + cells, from_up, mask=inside)
-                    tl.store(place + 2 * cells, from_corner, mask=inside)
-                    tl.store(place + 3 * cells, slope * scale, mask=inside)
+                    tl.store(place, from_left.to(tl.float32), mask=inside)
+                    tl.store(place + cells, from_up.to(tl.float32), mask=inside)
+                    tl.store(place + 2 * cells, from_corner.to(tl.float32), mask=inside)
+                    tl.store(place + 3 * cells, (slope * scale).to(tl.float32), mask=inside)
                 tl.debug_barrier()
 
                 # What a lane's last cell sends to the left, up and to the corner; `held` came for its next.
@@ -208,8 +217,8 @@ def packed_alignment_kernel(
     """
     Global alignment kernel between prefixes of packed samples.
 
-    Arguments, values and gradients are those of the compiled kernel `gak`. The recursion runs in float32 with exponents of
-    its own, for float64 embeddings too. There is no second derivative.
+    Arguments, values and gradients are those of the compiled kernel `gak`. Squared distances are rounded to float32, for
+    float64 embeddings too; the recursion runs in float64. There is no second derivative.
 
     Returns:
         `torch.Tensor`: kernel values of shape `(P, P)` or `(P, Q)`, float32, or float64 for float64 embeddings.
@@ -218,10 +227,6 @@ def packed_alignment_kernel(
         `ValueError`: if an option is unknown, or the tensors are refused: empty sequences, offsets that do not increase,
             a prefix longer than its sample, NaN, infinity or zeros in a slice, `delta` not positive.
     """
-    if (modality is None) != (split is None):
-        raise ValueError("`modality` and `split` go together: pass both for the triple kernel, or neither.")
-    if split is not None and not 0 < split < embeddings.shape[1]:
-        raise ValueError(f"`split` must lie between 1 and {embeddings.shape[1] - 1}, got {split}.")
     x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     distances = squared_distances(x, modality, split)
     result = recursion(distances, offsets, prefixes, other_prefixes, delta=delta, normalize=normalize).to(x.dtype)
@@ -269,7 +274,7 @@ def expected_alignment(
     Returns:
         `torch.Tensor`: probabilities of shape `(n, m)`, float32, 1 in the first and in the last cell.
     """
-    modality = None if modality_x is None else torch.cat([modality_x, modality_y])
+    modality = pairs.both(modality_x, modality_y)
     with torch.no_grad():
         distances = squared_distances(torch.cat([x, y]).float(), modality, split)[: len(x), len(x) :]
         return pairs.expected_alignment(_launch_backward, distances, delta)
@@ -278,14 +283,21 @@ def expected_alignment(
 def _launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric):
     result = torch.empty(len(row_start), len(column_length), dtype=torch.float64, device=distances.device)
     block = triton.next_power_of_2(int(row_length.max()))
-    _recursion[result.shape](
-        *(distances, distances.stride(0), row_start, row_length, column_start, column_length, result, 1 / delta**2),
-        BLOCK=block,
-        OWN=own,
-        SYMMETRIC=symmetric,
-        num_warps=max(1, min(8, block // 32)),
-    )
+    with _on(distances):
+        _recursion[(result.numel(),)](
+            *(distances, distances.stride(0), row_start, row_length, column_start, column_length),
+            *(result, result.shape[1], 1 / delta**2),
+            BLOCK=block,
+            OWN=own,
+            SYMMETRIC=symmetric,
+            num_warps=max(1, min(8, block // 32)),
+        )
     return result
+
+
+def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whichever the tensors are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _launch_backward(gradient, distances, rows, columns, delta, own, expected_only):
@@ -298,13 +310,14 @@ def _launch_backward(gradient, distances, rows, columns, delta, own, expected_on
     programs = max(1, min(jobs, max(distances.nbytes, WORKSPACE_BYTES) // (16 * cells)))
     workspace = torch.empty(programs, 4, cells, device=distances.device)
     result = torch.zeros_like(distances)
-    _recursion_backward[(programs,)](
-        *(gradient.contiguous(), distances, distances.stride(0)),
-        *(row_start, row_length, row_group, column_start, column_length, column_group),
-        *(gradient.shape[1], column_groups, jobs, workspace, cells, result, 1 / delta**2),
-        BLOCK=block,
-        OWN=own,
-        EXPECTED=expected_only,
-        num_warps=max(1, min(8, block // 32)),
-    )
+    with _on(distances):
+        _recursion_backward[(programs,)](
+            *(gradient.contiguous(), distances, distances.stride(0)),
+            *(row_start, row_length, row_group, column_start, column_length, column_group),
+            *(gradient.shape[1], column_groups, jobs, workspace, cells, result, 1 / delta**2),
+            BLOCK=block,
+            OWN=own,
+            EXPECTED=expected_only,
+            num_warps=max(1, min(8, block // 32)),
+        )
     return result

@@ -1,5 +1,6 @@
 """Host side of the backends that run one pair of prefixes per thread block. The same file in `gak` and `gak-triton`."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 SELF, COUNT = 1, 2
 NORMALIZATIONS = {None: 0, False: 0, True: SELF, "self": SELF, "count": COUNT, "self+count": SELF | COUNT}
+# Below, exponents of a kernel could leave the range that the compiled ones set aside for them.
+SMALLEST_DELTA = 1e-3
 # Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64, this
 # many rows and columns at a time.
 CLOSE, BLOCK = 0.1, 1024
@@ -64,6 +67,18 @@ def expected_alignment(
     return launch_backward(weight, distances.float().contiguous(), rows, columns, delta, False, True)
 
 
+def both(modality_x: torch.Tensor | None, modality_y: torch.Tensor | None) -> torch.Tensor | None:
+    if (modality_x is None) != (modality_y is None):
+        raise ValueError("`modality_x` and `modality_y` go together: pass both or neither.")
+    return None if modality_x is None else torch.cat([modality_x, modality_y])
+
+
+def mode_of(normalize: bool | str | None) -> int:
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"`normalize` must be one of {list(NORMALIZATIONS)}, got {normalize!r}.")
+    return NORMALIZATIONS[normalize]
+
+
 def log_kernels(
     launch: Callable[..., torch.Tensor],
     launch_backward: Callable[..., torch.Tensor],
@@ -83,11 +98,14 @@ def log_kernels(
     the expected alignment. Rows and columns are `(start, length, group)` of prefixes that lie side by side sample after
     sample; `group` says where each sample begins.
     """
-    if normalize not in NORMALIZATIONS:
-        raise ValueError(f"`normalize` must be one of {list(NORMALIZATIONS)}, got {normalize!r}.")
-    if not 0 < delta < math.inf:
-        raise ValueError(f"`delta` must be positive and finite, got {delta}.")
-    mode = NORMALIZATIONS[normalize]
+    mode = mode_of(normalize)
+    if not SMALLEST_DELTA <= delta < math.inf:
+        raise ValueError(f"`delta` must be finite and at least {SMALLEST_DELTA}, got {delta}.")
+    if distances.ndim != 2 or distances.shape[0] != distances.shape[1]:
+        raise ValueError(f"`distances` must be square, got shape {tuple(distances.shape)}.")
+    for name, index in {"offsets": offsets, "prefixes": prefixes, "other_prefixes": other_prefixes}.items():
+        if index is not None and index.dtype != torch.int64:
+            raise ValueError(f"`{name}` must be an int64 tensor, got {index.dtype}.")
     device = distances.device
     offsets = offsets.to(device)
     if offsets[0] != 0 or offsets[-1] != len(distances) or not (offsets[1:] > offsets[:-1]).all():
@@ -95,6 +113,8 @@ def log_kernels(
     distances = distances.float().contiguous()
 
     def side(name, rows):
+        if rows.ndim != 2 or rows.shape[1] != 2 or len(rows) == 0:
+            raise ValueError(f"`{name}` must have rows (sample, length), at least one; got shape {tuple(rows.shape)}.")
         sample, length = rows.to(device).unbind(1)
         if not ((sample >= 0) & (sample < len(offsets) - 1)).all():
             raise ValueError(f"`{name}` names a sample that is not there.")
@@ -119,62 +139,67 @@ def log_kernels(
             column_self = run((column_start, column_start), (column_length, lengths), True, False)[:, place]
         result = result - (row_self + column_self.T) / 2
     if mode & COUNT:
-        result = result - _log_counts(length, column_length)
-    if mode == SELF | COUNT:
-        own, column_own = (_log_counts(values, values, paired=True) for values in (length, column_length))
-        result = result + (own[:, None] + column_own) / 2
+        longest = max(int(length.max()), int(column_length.max()))
+        counts = _log_counts(1 << (longest - 1).bit_length()).to(device)
+        if mode & SELF:
+            own = counts.diagonal()
+            counts = counts - (own[:, None] + own) / 2
+        result = result - counts[length[:, None] - 1, column_length - 1]
     return result
 
 
-def _log_counts(n: torch.Tensor, m: torch.Tensor, paired: bool = False) -> torch.Tensor:
-    """log of the number of alignments of all lengths of `n` with all of `m`, or of each with its partner."""
-    known = {}
-
-    def log_count(n, m):
-        if (n, m) not in known:
-            known[n, m] = math.log(sum(math.comb(n - 1, k) * math.comb(m - 1, k) << k for k in range(min(n, m))))
-        return known[n, m]
-
-    rows, columns = n.tolist(), m.tolist()
-    if paired:
-        values = [log_count(a, b) for a, b in zip(rows, columns)]
-    else:
-        values = [[log_count(a, b) for b in columns] for a in rows]
-    return torch.tensor(values, dtype=torch.float64, device=n.device)
+@torch.compiler.disable
+@functools.lru_cache(maxsize=4)
+def _log_counts(longest: int) -> torch.Tensor:
+    """log of the number of alignments of all lengths up to `longest`, one anti-diagonal after the other."""
+    table = torch.zeros(longest, longest, dtype=torch.float64)
+    for t in range(2, 2 * longest - 1):
+        i = torch.arange(max(1, t - longest + 1), min(t, longest))
+        j = t - i
+        table[i, j] = torch.logaddexp(torch.logaddexp(table[i - 1, j], table[i, j - 1]), table[i - 1, j - 1])
+    return table
 
 
 def squared_distances(x: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
     """Squared distances of all slices, of the half that their modalities call for; the gradient is that of 2 - 2 cos."""
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"`embeddings` must be a floating-point matrix, got {x.dtype} of shape {tuple(x.shape)}.")
+    if (modality is None) != (split is None):
+        raise ValueError("`modality` and `split` go together: pass both for the triple kernel, or neither.")
     if split is not None:
         if not 0 < split < x.shape[1]:
             raise ValueError(f"`split` must lie between 1 and {x.shape[1] - 1}, got {split}.")
         if modality.shape != x.shape[:1] or not ((modality == 0) | (modality == 1)).all():
             raise ValueError(f"`modality` must hold 0 (text) or 1 (image) for each of the {len(x)} slices.")
-    halves = [x] if split is None else [x[:, :split], x[:, split:]]
-    norms = torch.stack([half.norm(dim=1) for half in halves])
-    if not (norms.isfinite() & (norms > 0)).all():
-        row = int((~(norms.isfinite() & (norms > 0)).all(0)).nonzero()[0])
+    with torch.autocast(x.device.type, enabled=False):
+        if split is None:
+            unit = _normalized(x)
+            return _distances(unit, unit, True)
+        uni, cross = _normalized(x[:, :split]), _normalized(x[:, split:])
+        text, image = ((modality == kind).nonzero()[:, 0].to(x.device) for kind in (0, 1))
+        result = x.new_empty(len(x), len(x))
+        for kind in (text, image):
+            result[kind[:, None], kind] = _distances(uni[kind], uni[kind], True)
+        crossed = _distances(cross[text], cross[image], False)
+        result[text[:, None], image] = crossed
+        result[image[:, None], text] = crossed.T
+        return result
+
+
+def _normalized(x: torch.Tensor) -> torch.Tensor:
+    # By the largest number first: squares could leave the range of the dtype. The direction is the same.
+    largest = x.detach().abs().amax(dim=1, keepdim=True)
+    bad = ~(largest.isfinite() & (largest > 0))
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
         raise ValueError(f"Row {row} of the packed embeddings holds NaN, infinity, or a half that is all zeros.")
-    halves = [F.normalize(half, dim=1, eps=0) for half in halves]
-    if split is None:
-        return _distances(halves[0], halves[0], True)
-    # Texts first: each block then needs one half of the embeddings only.
-    modality = modality.to(x.device)
-    order = modality.argsort(stable=True)
-    texts = int((modality == 0).sum())
-    uni, cross = (half[order] for half in halves)
-    ordered = x.new_empty(len(x), len(x))
-    ordered[:texts, :texts] = _distances(uni[:texts], uni[:texts], True)
-    ordered[texts:, texts:] = _distances(uni[texts:], uni[texts:], True)
-    ordered[:texts, texts:] = _distances(cross[:texts], cross[texts:], False)
-    ordered[texts:, :texts] = ordered[:texts, texts:].T
-    back = order.argsort()
-    return ordered[back[:, None], back]
+    x = x / largest
+    return x / x.norm(dim=1, keepdim=True)
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor, same: bool) -> torch.Tensor:
     """Squared distances of unit vectors; `same` says that `a` and `b` are the same ones."""
-    distances = (2 - 2 * a @ b.T).clamp(min=0)
+    distances = torch.addmm(a.new_tensor(2.0), a, b.T, alpha=-2).clamp_(min=0)
     with torch.no_grad():
         close = distances < CLOSE
         if same:

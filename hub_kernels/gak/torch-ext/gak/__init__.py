@@ -1,11 +1,10 @@
 """Global alignment kernel between prefixes of packed sequences of slice embeddings, compiled."""
 
 import torch
-import torch.nn.functional as F
 
 from . import pairs
 from ._ops import add_op_namespace_prefix, ops
-from .pairs import NORMALIZATIONS, log_kernels, squared_distances
+from .pairs import log_kernels, squared_distances
 
 
 __all__ = ["expected_alignment", "packed_alignment_kernel", "recursion"]
@@ -63,11 +62,9 @@ def packed_alignment_kernel(
 
     Sources: [Sugar](https://huggingface.co/papers/2411.00304), Eq. 4-6 and Theorem 1.
     """
-    if normalize not in NORMALIZATIONS:
-        raise ValueError(f"`normalize` must be one of {list(NORMALIZATIONS)}, got {normalize!r}.")
+    mode = pairs.mode_of(normalize)
     if (modality is None) != (split is None):
         raise ValueError("`modality` and `split` go together: pass both for the triple kernel, or neither.")
-    mode = NORMALIZATIONS[normalize]
     if embeddings.dtype in (torch.bfloat16, torch.float16):
         embeddings = embeddings.float()
     if embeddings.is_cuda:
@@ -116,7 +113,7 @@ def expected_alignment(
     Returns:
         `torch.Tensor`: probabilities of shape `(n, m)`, 1 in the first and in the last cell.
     """
-    modality = None if modality_x is None else torch.cat([modality_x, modality_y])
+    modality = pairs.both(modality_x, modality_y)
     with torch.no_grad():
         slices = torch.cat([x, y])
         slices = slices if slices.dtype == torch.float64 else slices.float()
@@ -152,7 +149,7 @@ def recursion(
     offsets, prefixes = offsets.contiguous(), prefixes.contiguous()
     other_prefixes = None if other_prefixes is None else other_prefixes.contiguous()
     return ops.log_recursion(
-        distances.contiguous(), offsets, prefixes, other_prefixes, delta, NORMALIZATIONS[normalize]
+        distances.contiguous(), offsets, prefixes, other_prefixes, delta, pairs.mode_of(normalize)
     )
 
 
@@ -181,9 +178,12 @@ def _distances_backward(ctx, gradient):
     weight = -2 * (gradient + gradient.T)
 
     def half(x, weight):
-        unit = F.normalize(x, dim=1, eps=0)
+        # By the largest number first, as on the way there.
+        largest = x.abs().amax(dim=1, keepdim=True)
+        norm = (x / largest).norm(dim=1, keepdim=True)
+        unit = x / largest / norm
         towards = weight @ unit
-        return (towards - (towards * unit).sum(dim=1, keepdim=True) * unit) / x.norm(dim=1, keepdim=True)
+        return (towards - (towards * unit).sum(dim=1, keepdim=True) * unit) / norm / largest
 
     if ctx.split is None:
         return half(embeddings, weight), None, None
