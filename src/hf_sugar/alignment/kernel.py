@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .selection import BACKENDS, compiled_kernel
 
@@ -20,10 +21,10 @@ IMAGE = 1
 NORMALIZATIONS = (None, "self", "count", "self+count")
 
 # A block is a run of samples whose slices share one Gram matrix, a chunk a set of pairs that share one recursion. They
-# bound the memory (about 40 MB in float32), except that a single longer sequence is never cut.
+# bound the memory (about 20 MB), except that a single longer sequence is never cut.
 BLOCK_SLICES = 1024
 BLOCK_PREFIXES = 512
-CHUNK_CELLS = 1 << 20
+CHUNK_CELLS = 1 << 17
 # Below this size padding costs less than starting another chunk.
 SMALL_CHUNK_CELLS = 1 << 15
 PADDING = 1.3
@@ -62,8 +63,7 @@ def global_alignment_kernel(
 
     with \\(\phi\\) the squared distance of two L2-normalised slice embeddings and \\(n, m\\) the lengths of the pair.
     Inner products are taken in float32, or in float64 for float64 inputs, whatever the autocast state. The recursion
-    runs in float64 where that cannot underflow, and otherwise in log space in the precision of the inner products. It is
-    differentiable in the embeddings.
+    runs in float64, in log space where it could underflow. It is differentiable in the embeddings.
 
     Args:
         x (`Sequence[torch.Tensor]`):
@@ -224,6 +224,7 @@ def packed_alignment_kernel(
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"`normalize` must be a bool or one of {NORMALIZATIONS}, got {normalize!r}.")
     _check_delta(delta)
+    _check_embeddings(embeddings)
     offsets = _check_offsets(offsets, len(embeddings))
     symmetric = other_prefixes is None
     rows = _check_prefixes("prefixes", prefixes, offsets)
@@ -269,7 +270,8 @@ def packed_alignment_kernel(
         def own_distances(prefixes: np.ndarray) -> torch.Tensor:
             return slices.squared_distances(_span(prefixes, offsets), _span(prefixes, offsets))
 
-        result = slices.uni.new_zeros(len(rows), len(columns))
+        wide = _wide(slices.dtype, embeddings.device)
+        result = torch.zeros(len(rows), len(columns), dtype=wide, device=embeddings.device)
         row_self = []
         for row_block in row_blocks:
             for column_block in column_blocks:
@@ -313,7 +315,7 @@ def packed_alignment_kernel(
             result = result - count.to(result)
 
         result = result[np.argsort(row_order)][:, np.argsort(column_order)]
-        return result if log else result.exp()
+        return (result if log else result.exp()).to(slices.dtype)
 
 
 def expected_alignment(
@@ -414,37 +416,45 @@ def _log_delannoy_table(n: int, m: int) -> torch.Tensor:
 
 
 class _Slices:
-    """Normalised slices, and the cosines of the halves that Eq. 6 compares between two runs of them."""
+    """Slices, and the cosines of the halves that Eq. 6 compares between two runs of them."""
 
     def __init__(
         self, embeddings: torch.Tensor, offsets: np.ndarray, modality: torch.Tensor | None, split: int | None
     ):
         self.offsets = offsets
+        _check_embeddings(embeddings)
         _check_triple(embeddings, modality, split)
-        if embeddings.dtype != torch.float64:
-            embeddings = embeddings.float()
-        self._refuse(~torch.stack(embeddings.detach().aminmax(dim=1)).isfinite().all(dim=0), "holds NaN or infinity")
-        if split is None:
-            self.uni = self._normalize(embeddings, "is all zeros and has no direction")
-            self.modality = None
-            return
         # Codes lead the index arithmetic, which is done on the host.
-        self.modality = modality.cpu().numpy()
-        self.uni = self._normalize(embeddings[:, :split], f"is all zeros in its first {split} dimensions")
-        self.cross = self._normalize(embeddings[:, split:], f"is all zeros after its first {split} dimensions")
+        self.modality = None if modality is None else modality.cpu().numpy()
+        self.dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        if split is None:
+            halves = {"is all zeros and has no direction": embeddings}
+        else:
+            halves = {
+                f"is all zeros in its first {split} dimensions": embeddings[:, :split],
+                f"is all zeros after its first {split} dimensions": embeddings[:, split:],
+            }
+        # Only norms are kept: unit vectors of all slices would take as much memory as the slices.
+        self.halves = [self._measured(half, complaint) for complaint, half in halves.items()]
+
+    def _measured(self, half: torch.Tensor, complaint: str) -> tuple[torch.Tensor, torch.Tensor]:
+        smallest, largest = half.detach().aminmax(dim=1, keepdim=True)
+        largest = torch.maximum(-smallest, largest)
+        self._refuse(~largest.isfinite(), "holds NaN or infinity")
+        self._refuse(largest == 0, complaint)
+        limit = 1e-150 if self.dtype == torch.float64 else 1e-15
+        if not ((largest > limit) & (largest < 1 / limit)).all():
+            # The squares would leave the range of the dtype. The direction is the same.
+            half = half.to(self.dtype) / largest
+        return half, torch.linalg.vector_norm(half, dim=1, keepdim=True, dtype=self.dtype)
 
     def _refuse(self, bad: torch.Tensor, what: str):
         if bad.any():
-            row = int(bad.nonzero()[0])
+            row = int(bad.nonzero()[0, 0])
             sample = int(np.searchsorted(self.offsets, row, side="right")) - 1
             raise ValueError(
                 f"Slice {row - self.offsets[sample]} of sequence {sample} (row {row} of the packed embeddings) {what}."
             )
-
-    def _normalize(self, vectors: torch.Tensor, complaint: str) -> torch.Tensor:
-        norm = vectors.norm(dim=1, keepdim=True)
-        self._refuse(norm[:, 0] == 0, complaint)
-        return vectors / norm
 
     def cosines(self, rows: slice, columns: slice) -> torch.Tensor:
         return self._pairs(rows, columns, lambda a, b, same: a @ b.T)
@@ -454,31 +464,34 @@ class _Slices:
 
     def _pairs(self, rows: slice, columns: slice, compare: Callable[..., torch.Tensor]) -> torch.Tensor:
         same = rows == columns
+        places = [np.arange(len(self.halves[0][0]))[span] for span in (rows, columns)]
+
+        def unit(place: np.ndarray, half: int) -> torch.Tensor:
+            vectors, norms = self.halves[half]
+            return vectors[place].to(self.dtype) / norms[place]
+
         if self.modality is None:
-            return compare(self.uni[rows], self.uni[columns], same)
-        # Modalities side by side: each of the four blocks then needs one half of the embeddings only.
-        row_codes, column_codes = self.modality[rows], self.modality[columns]
-        row_order, column_order = np.argsort(row_codes, kind="stable"), np.argsort(column_codes, kind="stable")
-        row_texts, column_texts = int((row_codes == TEXT).sum()), int((column_codes == TEXT).sum())
-        row_uni, row_cross = self.uni[rows][row_order], self.cross[rows][row_order]
-        column_uni, column_cross = self.uni[columns][column_order], self.cross[columns][column_order]
-        text, image = slice(None, row_texts), slice(row_texts, None)
-        column_text, column_image = slice(None, column_texts), slice(column_texts, None)
-        top = [
-            compare(row_uni[text], column_uni[column_text], same),
-            compare(row_cross[text], column_cross[column_image], False),
-        ]
-        bottom = [
-            compare(row_cross[image], column_cross[column_text], False),
-            compare(row_uni[image], column_uni[column_image], same),
-        ]
-        pairs = torch.cat([torch.cat(top, dim=1), torch.cat(bottom, dim=1)])
-        return pairs[np.argsort(row_order)][:, np.argsort(column_order)]
+            a = unit(places[0], 0)
+            return compare(a, a if same else unit(places[1], 0), same)
+        # Each of the four kinds of pairs needs one half of the embeddings only.
+        result = self.halves[0][1].new_empty(*map(len, places))
+        for code, other in ((TEXT, TEXT), (IMAGE, IMAGE), (TEXT, IMAGE), (IMAGE, TEXT)):
+            if same and (code, other) == (IMAGE, TEXT):
+                break
+            half = 0 if code == other else 1
+            i, j = (np.flatnonzero(self.modality[p] == c) for p, c in zip(places, (code, other), strict=True))
+            a = unit(places[0][i], half)
+            alike = same and half == 0
+            values = compare(a, a if alike else unit(places[1][j], half), alike)
+            result[i[:, None], j] = values
+            if same and half == 1:
+                result[j[:, None], i] = values.T
+        return result
 
 
 def _squared_distances(a: torch.Tensor, b: torch.Tensor, same: bool) -> torch.Tensor:
     """Squared distances of unit vectors; `same` says that `a` and `b` are the same ones."""
-    distances = (2 - 2 * a @ b.T).clamp(min=0)
+    distances = torch.addmm(a.new_tensor(2.0), a, b.T, alpha=-2).clamp_(min=0)
     # The gradient stays that of 2 - 2 cos.
     with torch.no_grad():
         close = distances < CLOSE
@@ -493,6 +506,20 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor, same: bool) -> torch.Te
             at = i[:, None], j
             distances[at] = torch.where(close[at], exact.clamp(min=0).to(distances), distances[at])
     return distances
+
+
+def _check_embeddings(embeddings: torch.Tensor):
+    if embeddings.ndim != 2 or not embeddings.is_floating_point() or embeddings.shape[1] == 0:
+        raise ValueError(
+            f"`embeddings` must have shape (total_slices, dim) and a floating-point dtype; got "
+            f"{tuple(embeddings.shape)} of {embeddings.dtype}."
+        )
+
+
+def _integers(name: str, tensor: torch.Tensor) -> np.ndarray:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"`{name}` must hold integers, got {tensor.dtype}.")
+    return tensor.cpu().long().contiguous().numpy()
 
 
 def _check_triple(embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None):
@@ -517,7 +544,7 @@ def _check_delta(delta: float):
 
 
 def _check_offsets(offsets: torch.Tensor, total: int) -> np.ndarray:
-    offsets = offsets.cpu().long().numpy()
+    offsets = _integers("offsets", offsets)
     if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != total:
         raise ValueError(f"`offsets` must be one-dimensional and run from 0 to {total}, the number of slices.")
     empty = np.flatnonzero(np.diff(offsets) < 1)
@@ -527,7 +554,7 @@ def _check_offsets(offsets: torch.Tensor, total: int) -> np.ndarray:
 
 
 def _check_prefixes(name: str, prefixes: torch.Tensor, offsets: np.ndarray) -> np.ndarray:
-    prefixes = prefixes.cpu().long().contiguous().numpy()
+    prefixes = _integers(name, prefixes)
     if prefixes.ndim != 2 or prefixes.shape[1] != 2 or len(prefixes) == 0:
         raise ValueError(f"`{name}` must have rows (sample, length), at least one; got shape {prefixes.shape}.")
     samples, lengths = prefixes.T
@@ -589,29 +616,42 @@ def _log_kernels(
     jobs = np.stack([n, m, corner, down, right])[:, order]
     # Half the bytes of the indices, which are most of the work on small lengths.
     index_type = torch.int32 if flat.numel() < 1 << 30 else torch.int64
-    scale = torch.as_tensor(1 / (delta**2 * totals[order]), dtype=flat.dtype, device=device)
+    wide = _wide(flat.dtype, device)
+    scale = torch.as_tensor(1 / (delta**2 * totals[order]), dtype=wide, device=device)
 
-    values = []
-    for chunk in _chunks(jobs[0], jobs[1]):
+    def log_kernels(flat: torch.Tensor, chunk: slice) -> torch.Tensor:
         rows, columns = int(jobs[0, chunk].max()), int(jobs[1, chunk].max())
         cells, position = _diagonal_order(rows, columns)
         job = torch.from_numpy(jobs[2:, chunk]).to(device, index_type)
         row, column = (torch.from_numpy(part).to(device, index_type)[:, None] for part in divmod(cells, columns))
         # Cells outside a shorter pair read some other finite distance, and nothing of that pair depends on them.
         index = (row * job[1]).addcmul_(column, job[2]).add_(job[0]).clamp_(max=len(flat) - 1)
-        exponent = flat.index_select(0, index.flatten()).view_as(index) * scale[chunk]
+        exponent = flat.index_select(0, index.flatten()).view_as(index).to(wide) * scale[chunk]
+        del index
         last = torch.from_numpy(position[jobs[0, chunk] - 1, jobs[1, chunk] - 1]).to(device)
         steps = jobs[0, chunk] + jobs[1, chunk] - 1
         lowest = (steps * (LARGEST_DISTANCE / (delta**2 * totals[order][chunk]) + math.log(2))).max()
         highest = (rows + columns) * math.log(1 + math.sqrt(2))
-        if max(lowest, highest) < LOG_RANGE and device.type != "mps":
-            similarity = (-exponent.double()).exp()
+        if max(lowest, highest) < LOG_RANGE and wide == torch.float64:
+            similarity = exponent.neg_().exp_()
             kernels = _recursion(similarity / (2 - similarity), rows, columns, linear=True)
-            values.append(kernels.gather(0, last[None]).squeeze(0).log().to(flat.dtype))
-        else:
-            kernels = _recursion(_log_local_kernel(exponent), rows, columns)
-            values.append(kernels.gather(0, last[None]).squeeze(0))
+            return kernels.gather(0, last[None]).squeeze(0).log()
+        return _recursion(_log_local_kernel(exponent), rows, columns).gather(0, last[None]).squeeze(0)
+
+    chunks = _chunks(jobs[0], jobs[1])
+    if flat.requires_grad and torch.is_grad_enabled():
+        # Run again on the way back, so that no more than a chunk is ever held.
+        values = [
+            checkpoint(log_kernels, flat, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
+        ]
+    else:
+        values = [log_kernels(flat, chunk) for chunk in chunks]
     return torch.cat(values)[np.argsort(order)]
+
+
+def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Differences of large logarithms need float64, which MPS does not have."""
+    return dtype if device.type == "mps" else torch.float64
 
 
 def _chunks(n: np.ndarray, m: np.ndarray) -> Iterator[slice]:

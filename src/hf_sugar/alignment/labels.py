@@ -73,7 +73,7 @@ def label_matrix(
             slices = _Slices(embeddings, starts, modality, split)
             place = torch.arange(len(embeddings), device=embeddings.device)
             inside = (place >= first[:, None]) & (place < (first + lengths)[:, None])
-            weights = inside.to(slices.uni.dtype) / lengths[:, None]
+            weights = inside.to(slices.dtype) / lengths[:, None]
             labels = weights @ slices.cosines(slice(None), slice(None)) @ weights.T
         else:
             labels = packed_alignment_kernel(
