@@ -119,13 +119,68 @@ def test_equals_the_sum_over_all_alignments(normalize, delta, triple):
     torch.testing.assert_close(rectangular, value[:2, 2:], rtol=1e-10, atol=0)
 
 
-def test_float32_is_close_to_float64():
-    x = sequences((1, 3, 12, 12, 7, 30), dim=64)
+@pytest.mark.parametrize("lengths", [(1, 3, 12, 12, 7, 30), (600, 300, 3, 1)])
+@pytest.mark.parametrize("delta", [0.1, 1.0, 100.0])
+def test_float32_is_close_to_float64(lengths, delta):
+    x = sequences(lengths, dim=64)
     for normalize in MODES:
-        exact = global_alignment_kernel(x, normalize=normalize, log=True)
-        value = global_alignment_kernel([s.float() for s in x], normalize=normalize, log=True)
+        options = {"delta": delta, "normalize": normalize, "log": True, "backend": "torch"}
+        exact = global_alignment_kernel(x, **options)
+        value = global_alignment_kernel([s.float() for s in x], **options)
         assert value.dtype == torch.float32
-        torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=2e-5)
+        assert ((value - exact).abs() / exact.abs().clamp(min=1)).max() <= 1e-5
+        if normalize == "count":
+            assert value.max() <= 1e-6
+
+
+@pytest.mark.parametrize("factor", [1e20, 1e-25, 1e-40])
+def test_scale_of_slices_does_not_matter(factor):
+    x = sequences((1, 3, 2), dtype=torch.float32)
+    options = {"modality_x": codes((1, 3, 2)), "split": 3, "backend": "torch"}
+    value = global_alignment_kernel([s * factor for s in x], **options)
+    torch.testing.assert_close(
+        value, global_alignment_kernel(x, **options), rtol=0, atol=1e-3 if factor == 1e-40 else 1e-6
+    )
+
+
+@pytest.mark.parametrize("triple", [False, True])
+def test_memory(triple):
+    """No more than 1.5 times the inputs, the output and the matrix of inner products."""
+    lengths = torch.randint(2, 9, (128,), generator=torch.Generator().manual_seed(0))
+    embeddings, offsets = pack(sequences(lengths.tolist(), dim=512, dtype=torch.float32))
+    modality = torch.randint(0, 2, (len(embeddings),), generator=torch.Generator().manual_seed(1))
+    options = {"modality": modality, "split": 256} if triple else {}
+    prefixes = torch.stack([torch.arange(128), lengths], dim=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        packed_alignment_kernel(embeddings, offsets, prefixes, normalize="self+count", backend="torch", **options)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    limit = 1.5 * 4 * (embeddings.numel() + len(embeddings) ** 2 + len(prefixes) ** 2)
+    assert 0.2 * limit < peak < limit
+
+
+@pytest.mark.parametrize("normalize", [None, "self+count"])
+def test_the_way_back_is_run_in_chunks(monkeypatch, normalize):
+    """What autograd keeps does not grow with the pairs times their cells."""
+    monkeypatch.setattr(kernel, "CHUNK_CELLS", 1 << 12)
+    monkeypatch.setattr(kernel, "SMALL_CHUNK_CELLS", 1 << 12)
+    x = torch.cat(sequences([12] * 8, dim=8)).requires_grad_()
+    offsets = torch.arange(0, 97, 12)
+    prefixes = torch.tensor([[s, n] for s in range(8) for n in range(1, 13)])
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = packed_alignment_kernel(x, offsets, prefixes, normalize=normalize, log=True, backend="torch")
+    # a few matrices of the slices or the prefixes; all cells would be 20 of them
+    assert sum(kept.values()) < 8 * 8 * 96**2
+    assert torch.autograd.grad(value.sum(), x)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("triple", [False, True])
@@ -568,6 +623,16 @@ def test_errors_of_the_packed_form():
     ]:
         with pytest.raises(ValueError, match=message):
             packed_alignment_kernel(embeddings, offsets, torch.tensor(wrong))
+    for arguments, message in [
+        ((embeddings, offsets.double(), prefixes), "`offsets` must hold integers"),
+        ((embeddings, offsets, prefixes.double()), "`prefixes` must hold integers"),
+        ((embeddings.long(), offsets, prefixes), "`embeddings`.*floating-point.*int64"),
+        ((embeddings.to(torch.complex64), offsets, prefixes), "`embeddings`.*complex64"),
+        ((embeddings[0], offsets, prefixes), "`embeddings` must have shape"),
+        ((embeddings[:, :0], offsets, prefixes), "`embeddings` must have shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            packed_alignment_kernel(*arguments)
     with pytest.raises(ValueError, match=r"`other_prefixes\[0\]`"):
         packed_alignment_kernel(embeddings, offsets, prefixes, torch.tensor([[0, 9]]))
     with pytest.raises(ValueError, match="`label_kernel`.*'dtw'"):

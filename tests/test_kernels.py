@@ -217,13 +217,36 @@ def test_torch_is_used_when_told(choose, built):
     assert compiled_kernel("cpu", "torch") is None
 
 
-def test_nothing_built_is_no_reason_to_warn(choose, monkeypatch, tmp_path):
-    choose()
+def test_nothing_built_is_no_reason_to_warn(choose, built, monkeypatch, tmp_path):
+    choose(HF_SUGAR_KERNELS="")
     monkeypatch.setattr(selection, "CHECKOUT", tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert compiled_kernel("cpu") is None
         packed_alignment_kernel(*ARGUMENTS)
+        # nor is a build for another device
+        monkeypatch.setattr(selection, "CHECKOUT", built)
+        assert compiled_kernel("mps") is None
+
+
+FIRST_CALLS = """
+import concurrent.futures, threading, warnings
+from hf_sugar.alignment import compiled_kernel
+warnings.simplefilter("error")
+together = threading.Barrier(8)
+def first(_):
+    together.wait()
+    return compiled_kernel("cpu")
+with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    found = set(pool.map(first, range(8)))
+assert len(found) == 1 and None not in found, found
+"""
+
+
+def test_first_calls_from_several_threads(built):
+    environment = {**os.environ, "HF_SUGAR_KERNEL_PATH": str(built)}
+    finished = subprocess.run([sys.executable, "-c", FIRST_CALLS], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_one_warning_with_the_reason(choose, tmp_path):

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,10 @@ BACKENDS = ("auto", "torch", "local", "hub")
 CHECKOUT = Path(__file__).resolve().parents[3] / "hub_kernels" / "gak"
 
 
+# Threads that come first together must not load, test and warn each for itself.
+_SELECTING = threading.RLock()
+
+
 class KernelFallbackWarning(UserWarning):
     """A compiled alignment kernel that was asked for, or is there, cannot be used; PyTorch does its work."""
 
@@ -30,8 +35,8 @@ def compiled_kernel(device: str, backend: str = "auto") -> ModuleType | None:
     The compiled alignment kernel for tensors of a device.
 
     Tried in this order: a local build, the Hub, Triton (CUDA tensors only). Nothing is looked up on the network unless
-    `"hub"` is asked for. A candidate must have the digests it was built with and pass a test call; what was found is
-    kept for the life of the process, and the reason why something was not usable is given once, as a
+    `"hub"` is asked for. A local build must have the digests it was built with, and every candidate pass a test call;
+    what was found is kept for the life of the process, and the reason why something was not usable is given once, as a
     [`KernelFallbackWarning`].
 
     Args:
@@ -53,22 +58,22 @@ def compiled_kernel(device: str, backend: str = "auto") -> ModuleType | None:
     """
     name, value = "`backend`", backend
     if backend == "auto":
-        name, value = "The environment variable HF_SUGAR_KERNELS", os.environ.get("HF_SUGAR_KERNELS", "auto")
+        name, value = "The environment variable HF_SUGAR_KERNELS", os.environ.get("HF_SUGAR_KERNELS") or "auto"
     if value not in BACKENDS:
         raise ValueError(f"{name} must be one of {BACKENDS}, got {value!r}.")
     if value == "torch":
         return None
-    return _select(device, value, os.environ.get("HF_SUGAR_KERNEL_PATH"))
+    with _SELECTING:
+        return _select(device, value, os.environ.get("HF_SUGAR_KERNEL_PATH"))
 
 
 @functools.lru_cache
 def _select(device: str, mode: str, path: str | None) -> ModuleType | None:
     reasons = []
     folder = Path(path) if path else CHECKOUT
-    candidates: list[tuple[str, Callable[[], ModuleType]]] = []
-    # Without being told, only what was built on purpose is tried.
-    if mode != "auto" or path or (folder / "build").is_dir():
-        candidates.append((f"local build {folder}", lambda: _load_local(folder, device)))
+    candidates: list[tuple[str, Callable[[], ModuleType]]] = [
+        (f"local build {folder}", lambda: _load_local(folder, device))
+    ]
     if mode == "hub":
         candidates.append((f"Hub kernel {HUB_REPOSITORY}", lambda: _load_hub(device)))
     if device == "cuda" and importlib.util.find_spec("triton"):
@@ -78,6 +83,11 @@ def _select(device: str, mode: str, path: str | None) -> ModuleType | None:
         try:
             module = load()
             _self_test(module, device)
+        except _NotBuiltError as error:
+            # No reason to speak, unless it was asked for.
+            if mode == "local" or path:
+                reasons.append(f"{name}: {error}")
+            continue
         except Exception as error:
             reasons.append(f"{name}: {type(error).__name__}: {error}")
             continue
@@ -98,13 +108,20 @@ def _warn(device: str, reasons: list[str], instead: str):
         )
 
 
+class _NotBuiltError(Exception):
+    pass
+
+
 def _load_local(folder: Path, device: str) -> ModuleType:
+    files = sorted((folder / "build").glob("*/metadata.json"))
+    if not files:
+        raise _NotBuiltError(f"nothing is built for {device} tensors")
     # Optional, and not needed unless there is a build.
     from kernels import get_local_kernel
     from kernels._rust import Digest, DigestAlgorithm, Metadata
 
     found = False
-    for file in sorted((folder / "build").glob("*/metadata.json")):
+    for file in files:
         metadata = Metadata.read_from_file(file)
         if str(metadata.backend.backend_type).lower() != device:
             continue
@@ -114,7 +131,7 @@ def _load_local(folder: Path, device: str) -> ModuleType:
         metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, file.parent))
         found = True
     if not found:
-        raise FileNotFoundError(f"nothing is built for {device} tensors")
+        raise _NotBuiltError(f"nothing is built for {device} tensors")
     return get_local_kernel(folder, backend=device)
 
 

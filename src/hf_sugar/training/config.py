@@ -2,6 +2,8 @@ from dataclasses import InitVar, dataclass, field
 
 from trl import SFTConfig
 
+from ..alignment.kernel import _check_delta
+
 
 @dataclass
 class SugarTrainingConfig(SFTConfig):
@@ -186,8 +188,7 @@ class SugarTrainingConfig(SFTConfig):
             raise ValueError(f"`on_bad_row` is {on_bad_row!r}; it must be error or skip.")
         if self.structure_weight < 0:
             raise ValueError(f"`structure_weight` is {self.structure_weight}; it must be 0 or more.")
-        if self.delta <= 0:
-            raise ValueError(f"`delta` is {self.delta}; it must be more than 0.")
+        _check_delta(self.delta)
         if self.positions_per_sample < 1:
             raise ValueError(f"`positions_per_sample` is {self.positions_per_sample}; it must be 1 or more.")
         for name in ("label_kernel", "label_normalization", "structure_reduction", "teacher_mode", "image_pooling"):
