@@ -368,7 +368,7 @@ def expected_alignment(
         cells = _log_local_kernel(squared_distances / (delta**2 * (n + m))).reshape(-1, 1)[order]
         with torch.enable_grad():
             cells.requires_grad_()
-            log_kernel = _recursion(cells, n, m)[-1].sum()
+            log_kernel = _recursion(cells, n, m)[-2].sum()
         visits = torch.autograd.grad(log_kernel, cells)[0]
         return torch.empty_like(visits).index_copy_(0, torch.from_numpy(order).to(x.device), visits).view(n, m)
 
@@ -628,8 +628,9 @@ def _log_kernels(
         index = (row * job[1]).addcmul_(column, job[2]).add_(job[0]).clamp_(max=len(flat) - 1)
         exponent = flat.index_select(0, index.flatten()).view_as(index).to(wide) * scale[chunk]
         del index
-        last = torch.from_numpy(position[jobs[0, chunk] - 1, jobs[1, chunk] - 1]).to(device)
         steps = jobs[0, chunk] + jobs[1, chunk] - 1
+        # Past the rows of zeros of every diagonal before.
+        last = torch.from_numpy(position[jobs[0, chunk] - 1, jobs[1, chunk] - 1] + 2 * steps - 1).to(device)
         lowest = (steps * (LARGEST_DISTANCE / (delta**2 * totals[order][chunk]) + math.log(2))).max()
         highest = (rows + columns) * math.log(1 + math.sqrt(2))
         if max(lowest, highest) < LOG_RANGE and wide == torch.float64:
@@ -696,25 +697,29 @@ def _recursion(local: torch.Tensor, n: int, m: int, linear: bool = False) -> tor
     """
     Theorem 1 in log space, or `linear`, one anti-diagonal at a time for all pairs together.
 
-    `local` and the result have shape `(n * m, pairs)`, with `n <= m` or not, cells in the order of `_diagonal_order`.
+    `local` has shape `(n * m, pairs)`, cells in the order of `_diagonal_order`. The result has a row of zeros (in log
+    space) before and after the cells of each diagonal: the kernel of whole sequences is its last row but one.
     """
     first = [max(0, t - m + 1) for t in range(n + m - 1)]
     sizes = [min(t, n - 1) - first[t] + 1 for t in range(n + m - 1)]
     diagonals = local.split(sizes)
-    done = [diagonals[0]]
-    # Each diagonal is kept with one row of zeros (in log space) on either side.
     zero = 0.0 if linear else LOG_ZERO
-    before = F.pad(diagonals[0], (0, 0, 1, 1), value=zero)
-    twice_before = torch.full_like(before, zero)
-    for t in range(1, n + m - 1):
-        shift, size = first[t] - first[t - 1], sizes[t]
-        double_shift = first[t] - first[max(t - 2, 0)]
-        up, left = before[shift : shift + size], before[shift + 1 : shift + 1 + size]
-        corner = twice_before[double_shift : double_shift + size]
-        if linear:
-            current = diagonals[t] * (up + left + corner)
-        else:
-            current = diagonals[t] + torch.logaddexp(torch.logaddexp(up, left), corner)
-        done.append(current)
-        twice_before, before = before, F.pad(current, (0, 0, 1, 1), value=zero)
-    return torch.cat(done)
+    add, multiply = (torch.add, torch.mul) if linear else (torch.logaddexp, torch.add)
+    # Where autograd looks on, nothing can be written in place.
+    traced = local.requires_grad and torch.is_grad_enabled()
+    result = None if traced else local.new_full((n * m + 2 * len(sizes), local.shape[1]), zero)
+    done = [] if traced else result.split([size + 2 for size in sizes])
+    for t, (current, size) in enumerate(zip(diagonals, sizes, strict=True)):
+        place = None if traced else done[t][1:-1]
+        if t > 0:
+            up = first[t] - first[t - 1]
+            kernels = add(done[t - 1][up : up + size], done[t - 1][up + 1 : up + 1 + size], out=place)
+            if t > 1:
+                corner = first[t] - first[t - 2]
+                kernels = add(kernels, done[t - 2][corner : corner + size], out=place)
+            current = multiply(current, kernels, out=place)
+        if traced:
+            done.append(F.pad(current, (0, 0, 1, 1), value=zero))
+        elif t == 0:
+            place.copy_(current)
+    return torch.cat(done) if traced else result
