@@ -11,6 +11,7 @@ help:
 	@echo "make demo-seeds    the demo's comparison with 3 seeds"
 	@echo "make test          set up, then lint and tests"
 	@echo "make test-extras   tests that are slow or need more than 'make test' installs"
+	@echo "make kernels       build the alignment kernels that this machine can build (g++; not needed to use the library)"
 	@echo "make quality       format the code and mend what the linter can mend"
 	@echo "make checkpoints   rebuild the tiny checkpoints from nothing"
 

@@ -5,20 +5,23 @@ Time and memory of the alignment kernel: compiled, PyTorch, and what else there 
 
 One table. A row is `samples x slices x dim` with ragged lengths (uniform from 2 to the number of slices), two
 modalities and `normalize="self+count"`; every figure is the median of `--repeats` runs that alternate between the
-implementations (of 3 runs where one takes more than 5 s). "bare Gram" is the BLAS time of the inner products alone, with the same halves and the same symmetry;
-nothing that computes them can be faster. Run it on a machine that does nothing else.
+implementations. "bare Gram" is the BLAS time of the inner products alone, with the same halves and the same symmetry;
+nothing that computes them can be faster. Memory is what one call adds to the resident memory; for PyTorch, whose
+allocator keeps what it frees, it is also what its tensors take. Run it on a machine that does nothing else.
 """
 
 import argparse
 import ctypes
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,7 @@ from common import gen_inputs  # noqa: E402
 
 CASES = {"64x8x1536": None, "256x8x1536": None, "512x16x1536": None, "64x64x1536": 4}
 OPTIONS = {"delta": 1.0, "normalize": "self+count"}
-SLOW, SLOW_REPEATS = 5, 3
+SLOW = 1
 
 
 def inputs_of(case: str) -> dict:
@@ -67,7 +70,7 @@ def gram_products(inputs: dict) -> dict[str, Callable[[], None]]:
 def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """
     Medians in milliseconds. A timed call follows one of the same function that is not timed, so that none finds the
-    caches as another left them. What takes more than `SLOW` seconds is only called `SLOW_REPEATS` times.
+    caches as another left them; what takes more than `SLOW` seconds does not notice, and is called once a turn.
     """
 
     def run(name):
@@ -75,16 +78,12 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[
         functions[name]()
         return 1e3 * (time.perf_counter() - start)
 
-    times = {name: [run(name)] for name in functions}
-    slow = [name for name in functions if times[name][0] > 1e3 * SLOW]
-    for name in slow:
-        times[name] += [run(name) for _ in range(SLOW_REPEATS - 1)]
-    fast = [name for name in functions if name not in slow]
-    for name in fast:
-        times[name].clear()
+    slow = {name for name in functions if run(name) > 1e3 * SLOW}
+    times = {name: [] for name in functions}
     for _ in range(repeats):
-        for name in fast:
-            run(name)
+        for name in functions:
+            if name not in slow:
+                run(name)
             times[name].append(run(name))
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -138,9 +137,13 @@ def measure_memory(case: str, backend: str):
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     packed_alignment_kernel(**inputs, **OPTIONS, backend=backend)
+    peak = resident("VmHWM") - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        packed_alignment_kernel(**inputs, **OPTIONS, backend=backend)
+    steps = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     slices, prefixes = len(inputs["embeddings"]), len(inputs["prefixes"])
     limit = 4 * (inputs["embeddings"].numel() + slices**2 + prefixes**2) / 2**20
-    print(json.dumps({"peak": resident("VmHWM") - before, "inputs, output and Gram": limit}))
+    print(json.dumps({"peak": peak, "tensors": max(accumulate(steps)) / 2**20, "inputs, output and Gram": limit}))
 
 
 def main():
@@ -158,7 +161,7 @@ def main():
     from kernels import get_local_kernel
 
     torch.set_num_threads(arguments.threads)
-    gak = get_local_kernel(HUB_KERNELS / "gak", backend="cpu")
+    gak = get_local_kernel(Path(os.environ.get("HF_SUGAR_KERNEL_PATH", HUB_KERNELS / "gak")), backend="cpu")
     model = next(
         (
             line.split(":")[1].strip()
@@ -182,7 +185,7 @@ def main():
         "recursion: compiled",
         "PyTorch",
         "extra MB (limit)",
-        "PyTorch MB",
+        "PyTorch MB: tensors / resident",
     ]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
@@ -218,7 +221,7 @@ def main():
             f"{times['recursion']:.2f}",
             f"{times['torch recursion']:.1f}",
             f"{memory['peak']:.0f} ({1.5 * memory['inputs, output and Gram']:.0f})",
-            f"{torch_memory['peak']:.0f}",
+            f"{torch_memory['tensors']:.0f} / {torch_memory['peak']:.0f}",
         ]
         print("| " + " | ".join(row) + " |", flush=True)
 

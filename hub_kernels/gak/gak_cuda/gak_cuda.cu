@@ -252,7 +252,7 @@ Tensor gak_log_pairs_backward(
   const torch::stable::accelerator::DeviceGuard guard(distances.get_device_index());
   const int64_t row_groups = row_group.size(0) - 1, column_groups = column_group.size(0) - 1;
   const int64_t cells = gak_cuda::kept_cells(int(longest_row), int(longest_column));
-  // As many warps as fit into the memory of the distances, or into 16 MiB.
+  // As many warps as fit into the memory of the distances, or into 16 MiB, but a block of them at least.
   const int64_t distance_bytes = distances.size(0) * distances.size(1) * int64_t(sizeof(float));
   const int64_t budget = distance_bytes > (1 << 24) ? distance_bytes : 1 << 24;
   int64_t warps = budget / (cells * int64_t(sizeof(gak_cuda::Kept)));

@@ -13,7 +13,7 @@ from .pairs import log_kernels, squared_distances
 __all__ = ["expected_alignment", "packed_alignment_kernel", "recursion"]
 
 NEVER = tl.constexpr(-(1 << 29))  # exponent of a cell that no alignment reaches
-# What the backward pass may hold beside the distances, or as much as they take.
+# What the backward pass may hold beside the distances, or as much as they take, or one pair of the longest sequences.
 WORKSPACE_BYTES = 1 << 24
 
 
