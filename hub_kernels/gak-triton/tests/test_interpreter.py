@@ -53,8 +53,9 @@ def test_errors_of_equal_cells_do_not_add_up(gak, device):
     phi = torch.full((2 * length, 2 * length), 1.1)
     offsets, prefixes = torch.tensor([0, length, 2 * length]), torch.tensor([[0, length], [1, length]])
     delta = math.sqrt(1.1 / (2 * length * math.log(2)))
+    phi = phi.double()
     value = gak.recursion(phi.to(device), offsets, prefixes[:1], prefixes[1:], delta=delta, normalize=None).item()
-    expected = log_kernel(phi[:length, :length].double().numpy(), 2 * length, delta)
+    expected = log_kernel(phi[:length, :length].numpy(), 2 * length, delta)
     assert abs(expected) < 10
     assert abs(value - expected) < 1e-9
 
@@ -65,6 +66,37 @@ def test_autocast(gak, device):
     expected = gak.packed_alignment_kernel(**inputs)
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(gak.packed_alignment_kernel(**inputs), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's allocator gives")
+@pytest.mark.parametrize("normalize", MODES)
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("slices", "dim", "prefixes"), [(4, 64, 4), (16, 1024, 1), (16, 128, 16)])
+def test_memory(gak, monkeypatch, slices, dim, prefixes, dtype, other, normalize):
+    """Of the host side: no more than 1.5 times the inputs, the output and the matrix of inner products."""
+    samples = 1536 // slices
+
+    def launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric):
+        return torch.zeros(len(row_start), len(column_length), dtype=torch.float64)
+
+    monkeypatch.setattr(gak, "_launch", launch)
+    x = torch.randn(samples * slices, dim, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    all_prefixes = torch.cartesian_prod(torch.arange(samples), torch.arange(1, slices + 1))
+    rows = all_prefixes if prefixes == slices else all_prefixes[slices - 1 :: slices]
+    options = {"modality": torch.arange(len(x)) % 2, "split": dim // 2, "normalize": normalize}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        value = gak.packed_alignment_kernel(
+            x, torch.arange(0, len(x) + 1, slices), rows, rows[::2] if other else None, **options
+        )
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    gram = value.element_size() * len(x) ** 2
+    limit = 1.5 * (x.nbytes + value.nbytes + gram)
+    assert gram < peak < limit
 
 
 @pytest.mark.parametrize("triple", [False, True])

@@ -126,11 +126,7 @@ __global__ void log_pairs(
   const float* block = block_of(prefixes, phi, stride, p, q, n, m, scale);
   const Cell last = log_kernel<false>(block, stride, n, m, scale, shared + threadIdx.y * longest, nullptr);
   if (threadIdx.x == (n - 1) % kLanes) {
-    const double logarithm = log(last.mantissa) + last.exponent * 0.6931471805599453;
-    result[p * prefixes.columns + q] = logarithm;
-    if (symmetric) {
-      result[q * prefixes.columns + p] = logarithm;
-    }
+    result[pair] = log(last.mantissa) + last.exponent * 0.6931471805599453;
   }
 }
 

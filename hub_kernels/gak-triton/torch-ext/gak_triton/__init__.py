@@ -5,9 +5,10 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from . import pairs
-from .pairs import log_kernels, squared_distances
+from .pairs import log_kernels
 
 
 __all__ = ["expected_alignment", "packed_alignment_kernel", "recursion"]
@@ -108,8 +109,6 @@ def _recursion(
     last = tl.log(tl.sum(tl.where(i == n - 1, mantissa, 0.0), 0))
     value = last + tl.sum(tl.where(i == n - 1, exponent, 0), 0).to(tl.float64) * 0.6931471805599453
     tl.store(result + program, value, mask=wanted)
-    if SYMMETRIC:
-        tl.store(result + q * columns + p, value, mask=wanted)
 
 
 @triton.jit
@@ -227,9 +226,12 @@ def packed_alignment_kernel(
         `ValueError`: if an option is unknown, or the tensors are refused: empty sequences, offsets that do not increase,
             a prefix longer than its sample, NaN, infinity or zeros in a slice, `delta` not positive.
     """
-    x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    distances = squared_distances(x, modality, split)
-    result = recursion(distances, offsets, prefixes, other_prefixes, delta=delta, normalize=normalize).to(x.dtype)
+    result = recursion(
+        _SquaredDistances.apply(embeddings, modality, split),
+        *(offsets, prefixes, other_prefixes),
+        delta=delta,
+        normalize=normalize,
+    )
     return result if log else result.exp()
 
 
@@ -252,7 +254,7 @@ def recursion(
             As for [`packed_alignment_kernel`].
 
     Returns:
-        `torch.Tensor`: `log K` of shape `(P, P)` or `(P, Q)`, float64, differentiable in `distances`.
+        `torch.Tensor`: `log K` of shape `(P, P)` or `(P, Q)`, differentiable in `distances`.
     """
     return log_kernels(_launch, _launch_backward, distances, offsets, prefixes, other_prefixes, delta, normalize)
 
@@ -276,8 +278,22 @@ def expected_alignment(
     """
     modality = pairs.both(modality_x, modality_y)
     with torch.no_grad():
-        distances = squared_distances(torch.cat([x, y]).float(), modality, split)[: len(x), len(x) :]
+        distances = pairs.squared_distances(torch.cat([x, y]), modality, split)[: len(x), len(x) :]
         return pairs.expected_alignment(_launch_backward, distances, delta)
+
+
+class _SquaredDistances(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, embeddings, modality, split):
+        ctx.save_for_backward(embeddings, modality)
+        ctx.split = split
+        return pairs.squared_distances(embeddings, modality, split)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        embeddings, modality = ctx.saved_tensors
+        return pairs.squared_distances_backward(gradient, embeddings, modality, ctx.split), None, None
 
 
 def _launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric):

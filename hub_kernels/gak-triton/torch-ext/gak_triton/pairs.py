@@ -13,58 +13,12 @@ SELF, COUNT = 1, 2
 NORMALIZATIONS = {None: 0, False: 0, True: SELF, "self": SELF, "count": COUNT, "self+count": SELF | COUNT}
 # Below, exponents of a kernel could leave the range that the compiled ones set aside for them.
 SMALLEST_DELTA = 1e-3
-# Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64, this
-# many rows and columns at a time.
-CLOSE, BLOCK = 0.1, 1024
+# Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64.
+CLOSE = 0.1
+# Slices that are compared, and pairs whose `log K` is held in float64, at a time.
+BLOCK, PAIRS = 512, 1 << 17
 
-
-class _LogPairs(torch.autograd.Function):
-    """The recursion of every row with every column, and its gradient by the squared distances."""
-
-    @staticmethod
-    def forward(ctx, distances, launch, launch_backward, starts, lengths, delta, own, symmetric):
-        ctx.save_for_backward(distances, *starts, *lengths)
-        ctx.launch_backward, ctx.delta, ctx.own, ctx.symmetric = launch_backward, delta, own, symmetric
-        return launch(distances, starts[0], lengths[0], starts[1], lengths[1], delta, own, symmetric)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        distances, row_start, column_start, row_length, column_length = ctx.saved_tensors
-        if ctx.symmetric:
-            # Only the upper triangle was computed; the kernels pass over zeros.
-            gradient = gradient.triu() + gradient.tril(-1).T
-        row_order, row_group = _groups(row_start)
-        if ctx.own:
-            # A row meets itself: all its columns write to the same place.
-            column_order = torch.arange(len(column_length), device=distances.device)
-            column_group = column_order.new_tensor([0, len(column_length)])
-        else:
-            column_order, column_group = _groups(column_start)
-        rows = row_start[row_order], row_length[row_order], row_group
-        columns = column_start if ctx.own else column_start[column_order], column_length[column_order], column_group
-        gradient = gradient[row_order[:, None], column_order].float()
-        result = ctx.launch_backward(gradient, distances, rows, columns, ctx.delta, ctx.own, False)
-        return result, None, None, None, None, None, None, None
-
-
-def _groups(start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An order that puts the prefixes of a sample side by side, and where each sample begins in it."""
-    order = start.argsort(stable=True)
-    counts = start[order].unique_consecutive(return_counts=True)[1]
-    return order, F.pad(counts.cumsum(0), (1, 0))
-
-
-def expected_alignment(
-    launch_backward: Callable[..., torch.Tensor], distances: torch.Tensor, delta: float
-) -> torch.Tensor:
-    """Shares of the kernel that pass through each cell, from squared distances of shape `(n, m)`."""
-    rows, columns = (
-        tuple(torch.tensor(values, device=distances.device) for values in ([0], [length], [0, 1]))
-        for length in distances.shape
-    )
-    weight = torch.ones(1, 1, device=distances.device)
-    return launch_backward(weight, distances.float().contiguous(), rows, columns, delta, False, True)
+Prefixes = tuple[torch.Tensor, torch.Tensor]  # where they start, and their lengths
 
 
 def both(modality_x: torch.Tensor | None, modality_y: torch.Tensor | None) -> torch.Tensor | None:
@@ -90,10 +44,11 @@ def log_kernels(
     normalize: bool | str | None,
 ) -> torch.Tensor:
     """
-    `log K` of all pairs in float64, normalised.
+    `log K` of all pairs, normalised, in the dtype of `distances`.
 
     `launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric)` runs the recursion for
-    every row with every column; with `own`, of every row with itself at the bandwidth it has with that column's length.
+    every row with every column and returns `log K` in float64; with `own`, of every row with itself at the bandwidth it
+    has with that column's length; with `symmetric`, only where the column does not come before the row.
     `launch_backward(gradient, distances, rows, columns, delta, own, expected_only)` gives the gradient by `distances`, or
     the expected alignment. Rows and columns are `(start, length, group)` of prefixes that lie side by side sample after
     sample; `group` says where each sample begins.
@@ -106,46 +61,118 @@ def log_kernels(
     for name, index in {"offsets": offsets, "prefixes": prefixes, "other_prefixes": other_prefixes}.items():
         if index is not None and index.dtype != torch.int64:
             raise ValueError(f"`{name}` must be an int64 tensor, got {index.dtype}.")
-    device = distances.device
-    offsets = offsets.to(device)
+    offsets = offsets.to(distances.device)
     if offsets[0] != 0 or offsets[-1] != len(distances) or not (offsets[1:] > offsets[:-1]).all():
         raise ValueError(f"`offsets` must increase from 0 to {len(distances)}, the number of slices.")
-    distances = distances.float().contiguous()
 
-    def side(name, rows):
+    def side(name: str, rows: torch.Tensor) -> Prefixes:
         if rows.ndim != 2 or rows.shape[1] != 2 or len(rows) == 0:
             raise ValueError(f"`{name}` must have rows (sample, length), at least one; got shape {tuple(rows.shape)}.")
-        sample, length = rows.to(device).unbind(1)
+        sample, length = rows.to(distances.device).unbind(1)
         if not ((sample >= 0) & (sample < len(offsets) - 1)).all():
             raise ValueError(f"`{name}` names a sample that is not there.")
         if not ((length >= 1) & (length <= offsets[sample + 1] - offsets[sample])).all():
             raise ValueError(f"`{name}` has a length that its sample does not have.")
         return offsets[sample].contiguous(), length.contiguous()
 
-    start, length = side("prefixes", prefixes)
-    symmetric = other_prefixes is None
-    column_start, column_length = (start, length) if symmetric else side("other_prefixes", other_prefixes)
+    rows = side("prefixes", prefixes)
+    columns = rows if other_prefixes is None else side("other_prefixes", other_prefixes)
+    return _LogKernels.apply(distances, launch, launch_backward, rows, columns, delta, mode)
 
-    def run(starts, lengths, own, symmetric):
-        return _LogPairs.apply(distances, launch, launch_backward, starts, lengths, delta, own, symmetric)
 
-    result = run((start, column_start), (length, column_length), False, symmetric)
-    if mode & SELF:
-        lengths, place = column_length.unique(return_inverse=True)
-        row_self = run((start, start), (length, lengths), True, False)[:, place]
-        column_self = row_self
-        if not symmetric:
-            lengths, place = length.unique(return_inverse=True)
-            column_self = run((column_start, column_start), (column_length, lengths), True, False)[:, place]
-        result = result - (row_self + column_self.T) / 2
-    if mode & COUNT:
-        longest = max(int(length.max()), int(column_length.max()))
-        counts = _log_counts(1 << (longest - 1).bit_length()).to(device)
+class _LogKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, distances, launch, launch_backward, rows, columns, delta, mode):
+        phi = distances.float().contiguous()
+        ctx.save_for_backward(phi, *rows, *columns)
+        ctx.symmetric = symmetric = rows is columns
+        ctx.launch_backward, ctx.delta, ctx.mode, ctx.dtype = launch_backward, delta, mode, distances.dtype
+        (start, length), (column_start, column_length) = rows, columns
         if mode & SELF:
-            own = counts.diagonal()
-            counts = counts - (own[:, None] + own) / 2
-        result = result - counts[length[:, None] - 1, column_length - 1]
-    return result
+            lengths, column_place = column_length.unique(return_inverse=True)
+            row_self = launch(phi, start, length, start, lengths, delta, True, False).div_(2)
+            column_self, row_place = row_self, column_place
+            if not symmetric:
+                lengths, row_place = length.unique(return_inverse=True)
+                column_self = launch(phi, column_start, column_length, column_start, lengths, delta, True, False).div_(
+                    2
+                )
+        if mode & COUNT:
+            longest = max(int(length.max()), int(column_length.max()))
+            counts = _log_counts(1 << (longest - 1).bit_length()).to(phi.device)
+            if mode & SELF:
+                own = counts.diagonal() / 2
+                counts = counts - own[:, None] - own
+
+        result = distances.new_empty(len(start), len(column_start))
+        step = max(1, PAIRS // len(column_start))
+        for first in range(0, len(start), step):
+            i, j = slice(first, first + step), slice(first if symmetric else 0, None)
+            values = launch(phi, start[i], length[i], column_start[j], column_length[j], delta, False, symmetric)
+            if mode & SELF:
+                values -= row_self[i][:, column_place[j]]
+                values -= column_self[j][:, row_place[i]].T
+            if mode & COUNT:
+                values -= counts[length[i, None] - 1, column_length[j] - 1]
+            if symmetric:
+                corner = values[:, : len(values)]
+                corner.copy_(corner.triu() + corner.triu(1).T)
+                result[j, i] = values.T
+            result[i, j] = values
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        phi, *prefixes = ctx.saved_tensors
+        rows, columns = prefixes[:2], prefixes[2:]
+
+        def by_distances(gradient, rows, columns, own):
+            row_order, row_group = _groups(rows[0])
+            if own:
+                # A row meets itself: all its columns write to the same place.
+                column_order = torch.arange(len(columns[1]), device=phi.device)
+                column_group = column_order.new_tensor([0, len(columns[1])])
+            else:
+                column_order, column_group = _groups(columns[0])
+            gradient = gradient[row_order[:, None], column_order].float()
+            rows = *(part[row_order] for part in rows), row_group
+            columns = columns[0] if own else columns[0][column_order], columns[1][column_order], column_group
+            return ctx.launch_backward(gradient, phi, rows, columns, ctx.delta, own, False)
+
+        if ctx.symmetric:
+            # Only the upper triangle was computed; the kernels pass over zeros.
+            result = by_distances(gradient.triu() + gradient.tril(-1).T, rows, rows, False)
+            sides = [(gradient + gradient.T, rows, rows)]
+        else:
+            result = by_distances(gradient, rows, columns, False)
+            sides = [(gradient, rows, columns), (gradient.T, columns, rows)]
+        if ctx.mode & SELF:
+            for shares, side, partners in sides:
+                lengths, place = partners[1].unique(return_inverse=True)
+                # A product, because adding up at an index comes in no fixed order on a GPU.
+                shares = shares.double() @ F.one_hot(place, len(lengths)).double()
+                result += by_distances(shares / -2, side, (side[0], lengths), True)
+        return result.to(ctx.dtype), None, None, None, None, None, None
+
+
+def _groups(start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An order that puts the prefixes of a sample side by side, and where each sample begins in it."""
+    order = start.argsort(stable=True)
+    counts = start[order].unique_consecutive(return_counts=True)[1]
+    return order, F.pad(counts.cumsum(0), (1, 0))
+
+
+def expected_alignment(
+    launch_backward: Callable[..., torch.Tensor], distances: torch.Tensor, delta: float
+) -> torch.Tensor:
+    """Shares of the kernel that pass through each cell, from squared distances of shape `(n, m)`."""
+    rows, columns = (
+        tuple(torch.tensor(values, device=distances.device) for values in ([0], [length], [0, 1]))
+        for length in distances.shape
+    )
+    weight = torch.ones(1, 1, device=distances.device)
+    return launch_backward(weight, distances.float().contiguous(), rows, columns, delta, False, True)
 
 
 @torch.compiler.disable
@@ -161,7 +188,10 @@ def _log_counts(longest: int) -> torch.Tensor:
 
 
 def squared_distances(x: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
-    """Squared distances of all slices, of the half that their modalities call for; the gradient is that of 2 - 2 cos."""
+    """
+    Squared distances of all slices, of the half that their modalities call for (Eq. 6): float32, or float64 for float64
+    slices. Symmetric blocks are taken once. Not differentiable by itself: see [`squared_distances_backward`].
+    """
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"`embeddings` must be a floating-point matrix, got {x.dtype} of shape {tuple(x.shape)}.")
     if (modality is None) != (split is None):
@@ -171,46 +201,84 @@ def squared_distances(x: torch.Tensor, modality: torch.Tensor | None, split: int
             raise ValueError(f"`split` must lie between 1 and {x.shape[1] - 1}, got {split}.")
         if modality.shape != x.shape[:1] or not ((modality == 0) | (modality == 1)).all():
             raise ValueError(f"`modality` must hold 0 (text) or 1 (image) for each of the {len(x)} slices.")
+    halves, comparisons = _comparisons(x, modality, split)
+    result = x.new_empty(len(x), len(x), dtype=halves[0].dtype)
     with torch.autocast(x.device.type, enabled=False):
-        if split is None:
-            unit = _normalized(x)
-            return _distances(unit, unit, True)
-        uni, cross = _normalized(x[:, :split]), _normalized(x[:, split:])
-        text, image = ((modality == kind).nonzero()[:, 0].to(x.device) for kind in (0, 1))
-        result = x.new_empty(len(x), len(x))
-        for kind in (text, image):
-            result[kind[:, None], kind] = _distances(uni[kind], uni[kind], True)
-        crossed = _distances(cross[text], cross[image], False)
-        result[text[:, None], image] = crossed
-        result[image[:, None], text] = crossed.T
-        return result
+        for half, rows, columns in comparisons:
+            for place, i in enumerate(rows.split(BLOCK)):
+                a = half.unit(i)
+                for other, j in enumerate(columns.split(BLOCK)):
+                    same = rows is columns and place == other
+                    if rows is columns and other < place:
+                        continue
+                    block = _distances(a, a if same else half.unit(j), same)
+                    result[j[:, None], i] = block.T
+                    result[i[:, None], j] = block
+    return result
 
 
-def _normalized(x: torch.Tensor) -> torch.Tensor:
-    # By the largest number first: squares could leave the range of the dtype. The direction is the same.
-    largest = x.detach().abs().amax(dim=1, keepdim=True)
-    bad = ~(largest.isfinite() & (largest > 0))
-    if bad.any():
-        row = int(bad.nonzero()[0, 0])
-        raise ValueError(f"Row {row} of the packed embeddings holds NaN, infinity, or a half that is all zeros.")
-    x = x / largest
-    return x / x.norm(dim=1, keepdim=True)
+def squared_distances_backward(
+    gradient: torch.Tensor, x: torch.Tensor, modality: torch.Tensor | None, split: int | None
+) -> torch.Tensor:
+    """Gradient by the embeddings: that of 2 - 2 cos."""
+    halves, comparisons = _comparisons(x, modality, split)
+    with torch.autocast(x.device.type, enabled=False):
+        gradient = (gradient + gradient.T).mul_(-2)
+        towards = {half: torch.zeros_like(half.values, dtype=half.dtype) for half in halves}
+        for half, rows, columns in comparisons:
+            weight = gradient[rows[:, None], columns]
+            towards[half][rows] += weight @ half.unit(columns)
+            if rows is not columns:
+                towards[half][columns] += weight.T @ half.unit(rows)
+        return torch.cat([half.backward(towards[half]) for half in halves], dim=1).to(x.dtype)
+
+
+class _Half:
+    """Some dimensions of all slices, which are L2-normalised a few at a time: all would take as much memory again."""
+
+    def __init__(self, values: torch.Tensor):
+        self.values = values
+        self.dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        # By the largest number first: squares could leave the range of the dtype. The direction is the same.
+        self.largest = torch.linalg.vector_norm(values, math.inf, dim=1, keepdim=True, dtype=self.dtype)
+        bad = ~(self.largest.isfinite() & (self.largest > 0))
+        if bad.any():
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(f"Row {row} of the packed embeddings holds NaN, infinity, or a half that is all zeros.")
+        parts = zip(values.split(BLOCK), self.largest.split(BLOCK), strict=True)
+        self.norm = torch.cat([torch.linalg.vector_norm(part / large, dim=1, keepdim=True) for part, large in parts])
+
+    def unit(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.values[rows].to(self.dtype).div_(self.largest[rows]).div_(self.norm[rows])
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        unit = self.values / self.largest / self.norm
+        return (gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit) / self.norm / self.largest
+
+
+def _comparisons(
+    x: torch.Tensor, modality: torch.Tensor | None, split: int | None
+) -> tuple[list[_Half], list[tuple[_Half, torch.Tensor, torch.Tensor]]]:
+    """The halves of the slices, and which half of which slices is compared with that of which others."""
+    if split is None:
+        half, everything = _Half(x), torch.arange(len(x), device=x.device)
+        return [half], [(half, everything, everything)]
+    text, image = ((modality == kind).nonzero()[:, 0].to(x.device) for kind in (0, 1))
+    uni, cross = _Half(x[:, :split]), _Half(x[:, split:])
+    return [uni, cross], [(uni, text, text), (uni, image, image), (cross, text, image)]
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor, same: bool) -> torch.Tensor:
     """Squared distances of unit vectors; `same` says that `a` and `b` are the same ones."""
     distances = torch.addmm(a.new_tensor(2.0), a, b.T, alpha=-2).clamp_(min=0)
-    with torch.no_grad():
-        close = distances < CLOSE
-        if same:
-            distances.fill_diagonal_(0)
-            close.fill_diagonal_(False)
-        if a.dtype == torch.float32:
-            rows, columns = (close.any(dim=dim).nonzero()[:, 0].split(BLOCK) for dim in (1, 0))
-            for i in rows:
-                x = a[i].double()
-                for j in columns:
-                    y, at = b[j].double(), (i[:, None], j)
-                    exact = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
-                    distances[at] = torch.where(close[at], exact.clamp(min=0).float(), distances[at])
+    close = distances < CLOSE
+    if same:
+        distances.fill_diagonal_(0)
+        close.fill_diagonal_(False)
+    if a.dtype == torch.float32:
+        i, j = (close.any(dim=dim).nonzero()[:, 0] for dim in (1, 0))
+        if len(i):
+            x, y, at = a[i].double(), b[j].double(), (i[:, None], j)
+            exact = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
+            distances[at] = torch.where(close[at], exact.clamp(min=0).float(), distances[at])
     return distances

@@ -4,7 +4,7 @@ import torch
 
 from . import pairs
 from ._ops import add_op_namespace_prefix, ops
-from .pairs import log_kernels, squared_distances
+from .pairs import log_kernels
 
 
 __all__ = ["expected_alignment", "packed_alignment_kernel", "recursion"]
@@ -65,12 +65,16 @@ def packed_alignment_kernel(
     mode = pairs.mode_of(normalize)
     if (modality is None) != (split is None):
         raise ValueError("`modality` and `split` go together: pass both for the triple kernel, or neither.")
+    if embeddings.is_cuda:
+        result = recursion(
+            _squared_distances(embeddings, modality, split),
+            *(offsets, prefixes, other_prefixes),
+            delta=delta,
+            normalize=normalize,
+        )
+        return result if log else result.exp()
     if embeddings.dtype in (torch.bfloat16, torch.float16):
         embeddings = embeddings.float()
-    if embeddings.is_cuda:
-        distances = squared_distances(embeddings, modality, split)
-        result = recursion(distances, offsets, prefixes, other_prefixes, delta=delta, normalize=normalize)
-        return result.to(embeddings.dtype) if log else result.exp().to(embeddings.dtype)
     offsets, prefixes = offsets.contiguous(), prefixes.contiguous()
     other_prefixes = None if other_prefixes is None else other_prefixes.contiguous()
     modality = None if modality is None else modality.contiguous()
@@ -115,9 +119,7 @@ def expected_alignment(
     """
     modality = pairs.both(modality_x, modality_y)
     with torch.no_grad():
-        slices = torch.cat([x, y])
-        slices = slices if slices.dtype == torch.float64 else slices.float()
-        distances = squared_distances(slices, modality, split)[: len(x), len(x) :]
+        distances = pairs.squared_distances(torch.cat([x, y]), modality, split)[: len(x), len(x) :]
         if distances.is_cuda:
             return pairs.expected_alignment(_launch_backward, distances, delta)
         return ops.expected_alignment(distances.contiguous(), delta)
@@ -160,12 +162,29 @@ def recursion(
 )
 def _squared_distances(embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None) -> torch.Tensor:
     """An op of its own, because what it does depends on the values: torch.compile cannot look inside."""
-    return squared_distances(embeddings, modality, split)
+    return pairs.squared_distances(embeddings, modality, split)
 
 
 @_squared_distances.register_fake
 def _(embeddings, modality, split):
-    return embeddings.new_empty(len(embeddings), len(embeddings))
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    return embeddings.new_empty(len(embeddings), len(embeddings), dtype=dtype)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("squared_distances_backward"),
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor embeddings, Tensor? modality, int? split) -> Tensor",
+)
+def _squared_distances_backward(
+    gradient: torch.Tensor, embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None
+) -> torch.Tensor:
+    return pairs.squared_distances_backward(gradient, embeddings, modality, split)
+
+
+@_squared_distances_backward.register_fake
+def _(gradient, embeddings, modality, split):
+    return torch.empty_like(embeddings)
 
 
 def _setup_distances(ctx, inputs, output):
@@ -175,21 +194,7 @@ def _setup_distances(ctx, inputs, output):
 
 def _distances_backward(ctx, gradient):
     embeddings, modality = ctx.saved_tensors
-    weight = -2 * (gradient + gradient.T)
-
-    def half(x, weight):
-        # By the largest number first, as on the way there.
-        largest = x.abs().amax(dim=1, keepdim=True)
-        norm = (x / largest).norm(dim=1, keepdim=True)
-        unit = x / largest / norm
-        towards = weight @ unit
-        return (towards - (towards * unit).sum(dim=1, keepdim=True) * unit) / norm / largest
-
-    if ctx.split is None:
-        return half(embeddings, weight), None, None
-    same = modality[:, None] == modality
-    uni, cross = embeddings[:, : ctx.split], embeddings[:, ctx.split :]
-    return torch.cat([half(uni, weight * same), half(cross, weight * ~same)], dim=1), None, None
+    return _squared_distances_backward(gradient, embeddings, modality, ctx.split), None, None
 
 
 _squared_distances.register_autograd(_distances_backward, setup_context=_setup_distances)
@@ -263,5 +268,6 @@ def _no_second_derivative(ctx, gradient):
     )
 
 
+_squared_distances_backward.register_autograd(_no_second_derivative)
 torch.library.register_autograd(add_op_namespace_prefix("log_recursion_backward"), _no_second_derivative)
 torch.library.register_autograd(add_op_namespace_prefix("log_recursion"), _backward, setup_context=_setup_context)
