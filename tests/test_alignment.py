@@ -144,6 +144,23 @@ def test_scale_of_slices_does_not_matter(factor):
 
 
 @pytest.mark.parametrize("triple", [False, True])
+def test_triangles_of_many_slices(monkeypatch, triple):
+    """Blocks that are cut in two give the values and the gradient of whole ones."""
+    lengths = (9, 3, 12, 1, 8, 7, 10)
+    embeddings, offsets = pack(sequences(lengths, dim=6))
+    prefixes = torch.stack([torch.arange(len(lengths)), torch.tensor(lengths)], dim=1)
+    options = {"modality": torch.cat(codes(lengths)), "split": 3} if triple else {}
+    results = []
+    for size in (1000, 4):
+        monkeypatch.setattr(kernel, "SQUARE", size)
+        x = embeddings.clone().requires_grad_()
+        value = packed_alignment_kernel(x, offsets, prefixes, backend="torch", **options)
+        value[0, 2:].sum().backward()
+        results.append((value.detach(), x.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("triple", [False, True])
 def test_memory(triple):
     """No more than 1.5 times the inputs, the output and the matrix of inner products."""
     lengths = torch.randint(2, 9, (128,), generator=torch.Generator().manual_seed(0))

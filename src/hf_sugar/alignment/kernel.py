@@ -28,6 +28,8 @@ CHUNK_CELLS = 1 << 17
 # Below this size padding costs less than starting another chunk.
 SMALL_CHUNK_CELLS = 1 << 15
 PADDING = 1.3
+# Up to this size, both triangles of a symmetric matrix cost less than two calls.
+SQUARE = 256
 
 # Finite, because -inf would meet itself in a difference and give NaN gradients.
 LOG_ZERO = -1e30
@@ -491,6 +493,15 @@ class _Slices:
 
 def _squared_distances(a: torch.Tensor, b: torch.Tensor, same: bool) -> torch.Tensor:
     """Squared distances of unit vectors; `same` says that `a` and `b` are the same ones."""
+    if same and len(a) > SQUARE:
+        # Both triangles hold the same numbers.
+        distances, cut = a.new_empty(len(a), len(a)), len(a) // 2
+        top, bottom = slice(cut), slice(cut, None)
+        distances[top, bottom] = _squared_distances(a[top], a[bottom], False)
+        distances[bottom, top] = distances[top, bottom].T
+        for part in (top, bottom):
+            distances[part, part] = _squared_distances(a[part], a[part], True)
+        return distances
     distances = torch.addmm(a.new_tensor(2.0), a, b.T, alpha=-2).clamp_(min=0)
     # The gradient stays that of 2 - 2 cos.
     with torch.no_grad():
