@@ -385,7 +385,8 @@ void product(T* a, T* b, T* c, int64_t n, int64_t m, int64_t d, int64_t stride) 
 
 template <typename T>
 struct Slices {
-  const T* embeddings;
+  const void* embeddings;
+  ScalarType type;
   const int64_t* modality;
   const int64_t* offsets;
   int64_t count, samples, d, uni, cross;
@@ -414,6 +415,21 @@ struct Slices {
         }
       }
     }
+  }
+
+  // A slice in T. Narrow dtypes are widened one slice at a time, because all at once would take twice the memory.
+  const T* slice(int64_t i, std::vector<T>& widened) const {
+    const auto widen = [&](const auto* x) {
+      std::copy(x + i * d, x + (i + 1) * d, widened.begin());
+      return widened.data();
+    };
+    if (type == ScalarType::BFloat16) {
+      return widen(static_cast<const torch::headeronly::BFloat16*>(embeddings));
+    }
+    if (type == ScalarType::Half) {
+      return widen(static_cast<const torch::headeronly::Half*>(embeddings));
+    }
+    return static_cast<const T*>(embeddings) + i * d;
   }
 
   // 0 good, 1 NaN or infinity, 2, 3, 4 zeros in all, in the first, in the second half.
@@ -469,7 +485,9 @@ struct Slices {
       }
     }
     torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+      std::vector<T> widened(type == kType<T> ? 0 : d);
       for (int64_t i = begin; i < end; ++i) {
+        const T* x = slice(i, widened);
         const int64_t sample = sample_of[i], within = i - offsets[sample];
         T *to[2] = {}, *to_cross[2] = {};
         for (size_t k = 0; k < sides.size(); ++k) {
@@ -479,9 +497,9 @@ struct Slices {
             to_cross[k] = sides[k]->cross.get() + row * cross;
           }
         }
-        int problem = half(embeddings + i * d, uni, to[0], to[1], cross ? 3 : 2);
+        int problem = half(x, uni, to[0], to[1], cross ? 3 : 2);
         if (!problem && cross) {
-          problem = half(embeddings + i * d + uni, cross, to_cross[0], to_cross[1], 4);
+          problem = half(x + uni, cross, to_cross[0], to_cross[1], 4);
         }
         if (problem) {
           const int64_t code = i * 8 + problem;
@@ -663,7 +681,8 @@ void log_alignment(
   const int64_t d = embeddings.size(1), uni = modality ? split : d;
   Op<T> op(prefixes, others, starts, samples, true, delta, normalize);
   const Slices<T> slices{
-      static_cast<const T*>(embeddings.const_data_ptr()),
+      embeddings.const_data_ptr(),
+      embeddings.scalar_type(),
       modality ? static_cast<const int64_t*>(modality->const_data_ptr()) : nullptr,
       starts,
       embeddings.size(0),
@@ -850,12 +869,16 @@ void visits(const Tensor& distances, double delta, Tensor& result) {
       static_cast<T*>(result.mutable_data_ptr()), m);
 }
 
-bool is_double(const Tensor& tensor, const char* name) {
+void check_matrix(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), "`", name, "` must be on the CPU.");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), "`", name, "` must be contiguous with 2 dimensions.");
+}
+
+bool is_double(const Tensor& tensor, const char* name) {
+  check_matrix(tensor, name);
   STD_TORCH_CHECK(
       tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double, "`", name,
       "` must be float32 or float64.");
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), "`", name, "` must be contiguous with 2 dimensions.");
   return tensor.scalar_type() == ScalarType::Double;
 }
 
@@ -864,7 +887,12 @@ bool is_double(const Tensor& tensor, const char* name) {
 Tensor gak_log_alignment(
     const Tensor& embeddings, const Tensor& offsets, const Tensor& prefixes, const std::optional<Tensor>& others,
     const std::optional<Tensor>& modality, int64_t split, double delta, int64_t normalize) {
-  const bool twice = is_double(embeddings, "embeddings");
+  check_matrix(embeddings, "embeddings");
+  const ScalarType type = embeddings.scalar_type();
+  const bool twice = type == ScalarType::Double;
+  STD_TORCH_CHECK(
+      twice || type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "`embeddings` must be bfloat16, float16, float32 or float64.");
   const int64_t samples = check_offsets(offsets, embeddings.size(0));
   check_prefixes(prefixes, others);
   check_delta(delta);
@@ -882,7 +910,7 @@ Tensor gak_log_alignment(
     }
   }
   const int64_t sizes[] = {prefixes.size(0), others ? others->size(0) : prefixes.size(0)};
-  Tensor result = torch::stable::new_empty(embeddings, {sizes, 2});
+  Tensor result = torch::stable::new_empty(embeddings, {sizes, 2}, twice ? ScalarType::Double : ScalarType::Float);
   (twice ? log_alignment<double> : log_alignment<float>)(
       embeddings, offsets, samples, prefixes, others, modality, split, delta, normalize, result);
   return result;

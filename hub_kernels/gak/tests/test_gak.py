@@ -72,6 +72,20 @@ def test_reference(gak, device, triple, dtype, exact):
         compare(some, expected[3:9, ::3], tolerance)
 
 
+@pytest.mark.parametrize("triple", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_of_half_precision(gak, device, triple, dtype):
+    """That of the same numbers in float32, rounded."""
+    inputs = gen_inputs(6, 5, 24, 2, triple=triple, dtype=dtype, device=device)
+    narrow = inputs.pop("embeddings").requires_grad_()
+    wide = narrow.detach().float().requires_grad_()
+    values = [gak.packed_alignment_kernel(x, **inputs, log=True) for x in (narrow, wide)]
+    assert torch.equal(*values)
+    gradients = [torch.autograd.grad(v.sum(), x)[0] for v, x in zip(values, (narrow, wide), strict=True)]
+    assert gradients[0].dtype == dtype
+    torch.testing.assert_close(gradients[0], gradients[1].to(dtype))
+
+
 @pytest.mark.parametrize("delta", [0.01, 0.03, 0.1, 1.0, 100.0])
 def test_close_and_equal_slices(gak, device, delta):
     inputs = gen_inputs(8, 6, 48, shortest=1, triple=True)
@@ -263,10 +277,11 @@ def test_opcheck(gak, device):
     torch.library.opcheck(ops.log_recursion.default, (phi, inputs["offsets"], inputs["prefixes"], None, 1.0, 3))
     leaf = inputs["embeddings"].clone().requires_grad_()
     torch.library.opcheck(ops.squared_distances.default, (leaf, torch.arange(len(leaf)) % 2, 3))
-    torch.library.opcheck(
-        ops.log_alignment.default,
-        (inputs["embeddings"], inputs["offsets"], inputs["prefixes"], None, None, 0, 1.0, 1),
-    )
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = inputs["embeddings"].to(dtype)
+        torch.library.opcheck(
+            ops.log_alignment.default, (x, inputs["offsets"], inputs["prefixes"], None, None, 0, 1.0, 1)
+        )
 
 
 def test_errors(gak, device):
@@ -286,7 +301,7 @@ def test_errors(gak, device):
         ((x, offsets, torch.tensor([[2, 1]])), {}, "names sample 2 of 2"),
         ((x, offsets, prefixes[:0]), {}, "at least one row"),
         ((x, offsets, prefixes, torch.tensor([[0, 9]])), {}, "`other_prefixes.0.`"),
-        ((x.int(), offsets, prefixes), {}, "`embeddings` must be float32 or float64"),
+        ((x.int(), offsets, prefixes), {}, "`embeddings` must be bfloat16"),
         ((nan, offsets, prefixes), {}, "Slice 1 of sequence 1 .row 3.*NaN"),
         ((zero, offsets, prefixes), {}, "Slice 2 of sequence 1.*all zeros"),
         (

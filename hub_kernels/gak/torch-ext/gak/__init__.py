@@ -73,8 +73,6 @@ def packed_alignment_kernel(
             normalize=normalize,
         )
         return result if log else result.exp()
-    if embeddings.dtype in (torch.bfloat16, torch.float16):
-        embeddings = embeddings.float()
     offsets, prefixes = offsets.contiguous(), prefixes.contiguous()
     other_prefixes = None if other_prefixes is None else other_prefixes.contiguous()
     modality = None if modality is None else modality.contiguous()
@@ -167,8 +165,7 @@ def _squared_distances(embeddings: torch.Tensor, modality: torch.Tensor | None, 
 
 @_squared_distances.register_fake
 def _(embeddings, modality, split):
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    return embeddings.new_empty(len(embeddings), len(embeddings), dtype=dtype)
+    return embeddings.new_empty(len(embeddings), len(embeddings), dtype=_wide(embeddings))
 
 
 @torch.library.custom_op(
@@ -219,9 +216,14 @@ def _longest(row_length, column_length):
     return longest
 
 
+def _wide(embeddings):
+    return torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+
+
 @torch.library.register_fake(add_op_namespace_prefix("log_alignment"))
 def _(embeddings, offsets, prefixes, others, modality, split, delta, normalize):
-    return embeddings.new_empty(len(prefixes), len(prefixes if others is None else others))
+    columns = prefixes if others is None else others
+    return embeddings.new_empty(len(prefixes), len(columns), dtype=_wide(embeddings))
 
 
 @torch.library.register_fake(add_op_namespace_prefix("log_recursion"))
