@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 
 # The tests never reach for the Hub; read by huggingface_hub when it is imported, so set before anything else.
@@ -41,20 +40,3 @@ def hub(hub_server, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers_hub, "_hf_api", None)
     yield hub_server
     hub_server.faults.clear()
-
-
-# Tests that compare bits between processes. MKL does not give the same bits from process to process on AMD.
-SAME_BITS = {
-    "test_two_ranks_write_what_one_process_writes",
-    "test_two_runs_at_once_write_what_one_writes",
-    "test_a_run_that_is_killed_goes_on_to_the_same_bytes",
-}
-
-
-def pytest_collection_modifyitems(items):
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text():
-        skip = pytest.mark.skip(reason="compares bits between processes, and MKL's differ on AMD")
-        for item in items:
-            if item.originalname in SAME_BITS:
-                item.add_marker(skip)

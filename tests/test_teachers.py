@@ -938,7 +938,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import test_teachers as t
 from hf_sugar.teachers import TeacherCache, TripleEncoder
-encoder = TripleEncoder(*sys.argv[3:6], device="cpu")
+encoder = TripleEncoder(*sys.argv[3:6], device="cpu", batch_size=3)
 counts = TeacherCache.for_encoder(sys.argv[2], encoder).fill(t.stories(sys.argv[6] == "stream"), encoder, rows_per_shard=8)
 print("COUNTS", dict(counts))
 """
