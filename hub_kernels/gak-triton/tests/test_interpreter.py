@@ -68,6 +68,25 @@ def test_autocast(gak, device):
         assert torch.equal(gak.packed_alignment_kernel(**inputs), expected)
 
 
+@pytest.mark.parametrize("triple", [False, True])
+@pytest.mark.parametrize("other", [False, True])
+def test_blocks(gak, device, monkeypatch, other, triple):
+    """A few slices and a few pairs at a time give what all at once give."""
+    inputs = gen_inputs(4, 4, 6, 2, shortest=1, triple=triple, device=device)
+    inputs["embeddings"][1] = inputs["embeddings"][0] + 0.01
+    inputs["other_prefixes"] = inputs["prefixes"][[4, 1, 6]] if other else None
+    x = inputs.pop("embeddings").requires_grad_()
+    results = []
+    for block, pairs in ((512, 1 << 17), (3, 10)):
+        monkeypatch.setattr(gak.pairs, "BLOCK", block)
+        monkeypatch.setattr(gak.pairs, "PAIRS", pairs)
+        value = gak.packed_alignment_kernel(x, **inputs, normalize="self+count", log=True)
+        weights = torch.arange(1.0, value.numel() + 1, device=device).view_as(value)
+        results.append((value.detach(), torch.autograd.grad((value * weights).sum(), x)[0]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    compare(results[1][0], reference(x, **inputs, normalize="self+count"), 1e-5)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's allocator gives")
 @pytest.mark.parametrize("normalize", MODES)
 @pytest.mark.parametrize("other", [False, True])

@@ -223,13 +223,14 @@ def squared_distances_backward(
     """Gradient by the embeddings: that of 2 - 2 cos."""
     halves, comparisons = _comparisons(x, modality, split)
     with torch.autocast(x.device.type, enabled=False):
-        gradient = (gradient + gradient.T).mul_(-2)
         towards = {half: torch.zeros_like(half.values, dtype=half.dtype) for half in halves}
         for half, rows, columns in comparisons:
-            weight = gradient[rows[:, None], columns]
-            towards[half][rows] += weight @ half.unit(columns)
-            if rows is not columns:
-                towards[half][columns] += weight.T @ half.unit(rows)
+            unit = half.unit(columns)
+            for i in rows.split(BLOCK):
+                weight = (gradient[i[:, None], columns] + gradient[columns[:, None], i].T).mul_(-2)
+                towards[half][i] += weight @ unit
+                if rows is not columns:
+                    towards[half][columns] += weight.T @ half.unit(i)
         return torch.cat([half.backward(towards[half]) for half in halves], dim=1).to(x.dtype)
 
 
