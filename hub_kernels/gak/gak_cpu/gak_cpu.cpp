@@ -103,8 +103,10 @@ struct Side {
   std::vector<int64_t> length_index;
   std::vector<double> self;  // (prefixes, lengths of the other side)
   int64_t slices = 0;
-  // Normalised halves; inside a block texts come first, `place` says where a slice went.
-  std::unique_ptr<T[]> uni, cross;
+  // Normalised halves, which the two sides share where they use the same slices; inside a block texts come first, `place`
+  // says where a slice went.
+  std::unique_ptr<T[]> memory;
+  T *uni = nullptr, *cross = nullptr;
   std::vector<int32_t> place;
 
   Side(const Tensor& tensor, const int64_t* offsets, int64_t samples, bool compact, const char* name) {
@@ -392,8 +394,6 @@ struct Slices {
   int64_t count, samples, d, uni, cross;
 
   void arrange(Side<T>& side) const {
-    side.uni.reset(new T[side.slices * uni]);
-    side.cross.reset(new T[side.slices * cross]);
     side.place.resize(side.slices);
     int64_t sample = 0;
     for (Block& block : side.blocks) {
@@ -472,10 +472,21 @@ struct Slices {
       std::fill(sample_of.begin() + offsets[s], sample_of.begin() + offsets[s + 1], s);
     }
     std::vector<Side<T>*> sides{&op.rows};
+    if (!op.symmetric && op.columns->need != op.rows.need) {
+      sides.push_back(op.columns);
+    }
+    for (Side<T>* side : sides) {
+      side->memory.reset(new T[side->slices * d]);
+      side->uni = side->memory.get();
+      side->cross = side->uni + side->slices * uni;
+    }
     arrange(op.rows);
     if (!op.symmetric) {
       arrange(*op.columns);
-      sides.push_back(op.columns);
+      if (sides.size() == 1) {
+        op.columns->uni = op.rows.uni;
+        op.columns->cross = op.rows.cross;
+      }
     }
     std::vector<int64_t> block_start[2];
     for (size_t k = 0; k < sides.size(); ++k) {
@@ -493,8 +504,8 @@ struct Slices {
         for (size_t k = 0; k < sides.size(); ++k) {
           if (within < sides[k]->need[sample]) {
             const int64_t at = sides[k]->start[sample] + within, row = block_start[k][at] + sides[k]->place[at];
-            to[k] = sides[k]->uni.get() + row * uni;
-            to_cross[k] = sides[k]->cross.get() + row * cross;
+            to[k] = sides[k]->uni + row * uni;
+            to_cross[k] = sides[k]->cross + row * cross;
           }
         }
         int problem = half(x, uni, to[0], to[1], cross ? 3 : 2);
@@ -527,9 +538,9 @@ struct Slices {
   void distances(const Op<T>& op, const Block& a, const Block& b, T* tile) const {
     const int64_t height = a.last_slice - a.first_slice, width = b.last_slice - b.first_slice;
     const bool diagonal = op.symmetric && a.begin == b.begin;
-    T *left = op.rows.uni.get() + a.first_slice * uni, *right = op.columns->uni.get() + b.first_slice * uni;
-    T* left_cross = op.rows.cross.get() + a.first_slice * cross;
-    T* right_cross = op.columns->cross.get() + b.first_slice * cross;
+    T *left = op.rows.uni + a.first_slice * uni, *right = op.columns->uni + b.first_slice * uni;
+    T* left_cross = op.rows.cross + a.first_slice * cross;
+    T* right_cross = op.columns->cross + b.first_slice * cross;
     const int64_t texts = a.texts, column_texts = b.texts;
     const auto same = [&](int64_t from, int64_t to, int64_t column_from, int64_t column_to) {
       const int64_t strip = diagonal ? kStrip : to - from;
@@ -624,8 +635,8 @@ struct Slices {
             const int64_t x = block->first_slice + r, y = block->first_slice + c;
             own[i * n + j] = own[j * n + i] =
                 (r < block->texts) == (c < block->texts)
-                    ? loops<T>().squared_distance(side.uni.get() + x * uni, side.uni.get() + y * uni, uni)
-                    : loops<T>().squared_distance(side.cross.get() + x * cross, side.cross.get() + y * cross, cross);
+                    ? loops<T>().squared_distance(side.uni + x * uni, side.uni + y * uni, uni)
+                    : loops<T>().squared_distance(side.cross + x * cross, side.cross + y * cross, cross);
           }
         }
         for (int64_t p : prefixes[sample]) {

@@ -70,6 +70,11 @@ def test_reference(gak, device, triple, dtype, exact):
             log=True,
         )
         compare(some, expected[3:9, ::3], tolerance)
+        # both sides need the same slices
+        turned = gak.packed_alignment_kernel(
+            **inputs, other_prefixes=inputs["prefixes"].flip(0), delta=delta, normalize=normalize, log=True
+        )
+        compare(turned, expected.flip(1), tolerance)
 
 
 @pytest.mark.parametrize("triple", [False, True])
