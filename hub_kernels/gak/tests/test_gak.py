@@ -271,6 +271,9 @@ def test_compile(gak, device):
     compiled(leaf).sum().backward()
     twice(other).sum().backward()
     torch.testing.assert_close(leaf.grad, other.grad)
+    turned = x.T.contiguous().T.requires_grad_()
+    compiled(turned).sum().backward()
+    torch.testing.assert_close(turned.grad, other.grad)
 
 
 def test_opcheck(gak, device):
@@ -281,7 +284,10 @@ def test_opcheck(gak, device):
     ops = gak._ops.ops
     torch.library.opcheck(ops.log_recursion.default, (phi, inputs["offsets"], inputs["prefixes"], None, 1.0, 3))
     leaf = inputs["embeddings"].clone().requires_grad_()
-    torch.library.opcheck(ops.squared_distances.default, (leaf, torch.arange(len(leaf)) % 2, 3))
+    codes = torch.arange(len(leaf)) % 2
+    torch.library.opcheck(ops.squared_distances.default, (leaf, codes, 3))
+    for x in (leaf.detach(), leaf.detach().T.contiguous().T):
+        torch.library.opcheck(ops.squared_distances_backward.default, (phi.detach(), x, codes, 3))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = inputs["embeddings"].to(dtype)
         torch.library.opcheck(

@@ -21,7 +21,7 @@ IMAGE = 1
 NORMALIZATIONS = (None, "self", "count", "self+count")
 
 # A block is a run of samples whose slices share one Gram matrix, a chunk a set of pairs that share one recursion. They
-# bound the memory (about 20 MB), except that a single longer sequence is never cut.
+# bound the memory (about 20 MB for 1536 dimensions), except that a single longer sequence is never cut.
 BLOCK_SLICES = 1024
 BLOCK_PREFIXES = 512
 CHUNK_CELLS = 1 << 17
@@ -38,8 +38,9 @@ LOG_RANGE = 690
 LARGEST_DISTANCE = 4.01
 # Below, exponents of a kernel could leave the range that the compiled ones set aside for them.
 SMALLEST_DELTA = 1e-3
-# Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64.
-CLOSE = 0.1
+# Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64, of so
+# many rows and columns at a time.
+CLOSE, CLOSE_BLOCK = 0.1, 48
 
 
 def global_alignment_kernel(
@@ -509,13 +510,17 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor, same: bool) -> torch.Te
         if same:
             distances.fill_diagonal_(0)
             close.fill_diagonal_(False)
-        i, j = (close.any(dim=dim).nonzero()[:, 0] for dim in (1, 0))
-        if len(i) and a.dtype == torch.float32:
+        if a.dtype == torch.float32 and close.any():
             # MPS has no float64.
-            x, y = (side.to("cpu" if side.device.type == "mps" else side.device).double() for side in (a[i], b[j]))
-            exact = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
-            at = i[:, None], j
-            distances[at] = torch.where(close[at], exact.clamp(min=0).to(distances), distances[at])
+            device = "cpu" if a.device.type == "mps" else a.device
+            rows, columns = (close.any(dim=dim).nonzero()[:, 0].split(CLOSE_BLOCK) for dim in (1, 0))
+            for i in rows:
+                x = a[i].to(device).double()
+                for j in columns:
+                    y, at = b[j].to(device).double(), (i[:, None], j)
+                    squares = [torch.linalg.vector_norm(side, dim=1).square() for side in (x, y)]
+                    exact = (x @ y.T).mul_(-2).add_(squares[0][:, None]).add_(squares[1])
+                    distances[at] = torch.where(close[at], exact.clamp_(min=0).to(distances), distances[at])
     return distances
 
 

@@ -5,7 +5,6 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from . import pairs
 from .pairs import log_kernels
@@ -249,7 +248,7 @@ def recursion(
 
     Args:
         distances (`torch.Tensor` of shape `(total_slices, total_slices)`):
-            Squared distances between all slices, symmetric, between 0 and 4.
+            Squared distances between all slices, float32 or float64, symmetric, between 0 and 4.
         offsets, prefixes, other_prefixes, delta, normalize:
             As for [`packed_alignment_kernel`].
 
@@ -290,10 +289,11 @@ class _SquaredDistances(torch.autograd.Function):
         return pairs.squared_distances(embeddings, modality, split)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
         embeddings, modality = ctx.saved_tensors
-        return pairs.squared_distances_backward(gradient, embeddings, modality, ctx.split), None, None
+        with torch.no_grad():
+            result = pairs.squared_distances_backward(gradient, embeddings, modality, ctx.split)
+        return pairs.NoSecondDerivative.apply(result, embeddings, gradient), None, None
 
 
 def _launch(distances, row_start, row_length, column_start, column_length, delta, own, symmetric):

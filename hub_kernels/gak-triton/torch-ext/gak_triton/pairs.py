@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 
 SELF, COUNT = 1, 2
@@ -15,8 +14,8 @@ NORMALIZATIONS = {None: 0, False: 0, True: SELF, "self": SELF, "count": COUNT, "
 SMALLEST_DELTA = 1e-3
 # Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64.
 CLOSE = 0.1
-# Slices that are compared, and pairs whose `log K` is held in float64, at a time.
-BLOCK, PAIRS = 512, 1 << 17
+# Slices that are compared, slices that are compared in float64, and pairs whose kernels are computed at a time.
+BLOCK, CLOSE_BLOCK, PAIRS = 512, 128, 1 << 17
 
 Prefixes = tuple[torch.Tensor, torch.Tensor]  # where they start, and their lengths
 
@@ -25,6 +24,11 @@ def both(modality_x: torch.Tensor | None, modality_y: torch.Tensor | None) -> to
     if (modality_x is None) != (modality_y is None):
         raise ValueError("`modality_x` and `modality_y` go together: pass both or neither.")
     return None if modality_x is None else torch.cat([modality_x, modality_y])
+
+
+def _check_delta(delta: float):
+    if not SMALLEST_DELTA <= delta < math.inf:
+        raise ValueError(f"`delta` must be finite and at least {SMALLEST_DELTA}, got {delta}.")
 
 
 def mode_of(normalize: bool | str | None) -> int:
@@ -54,15 +58,22 @@ def log_kernels(
     sample; `group` says where each sample begins.
     """
     mode = mode_of(normalize)
-    if not SMALLEST_DELTA <= delta < math.inf:
-        raise ValueError(f"`delta` must be finite and at least {SMALLEST_DELTA}, got {delta}.")
+    _check_delta(delta)
+    if distances.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`distances` must be float32 or float64, got {distances.dtype}.")
     if distances.ndim != 2 or distances.shape[0] != distances.shape[1]:
         raise ValueError(f"`distances` must be square, got shape {tuple(distances.shape)}.")
     for name, index in {"offsets": offsets, "prefixes": prefixes, "other_prefixes": other_prefixes}.items():
         if index is not None and index.dtype != torch.int64:
             raise ValueError(f"`{name}` must be an int64 tensor, got {index.dtype}.")
     offsets = offsets.to(distances.device)
-    if offsets[0] != 0 or offsets[-1] != len(distances) or not (offsets[1:] > offsets[:-1]).all():
+    if (
+        offsets.ndim != 1
+        or len(offsets) < 2
+        or offsets[0] != 0
+        or offsets[-1] != len(distances)
+        or not (offsets[1:] > offsets[:-1]).all()
+    ):
         raise ValueError(f"`offsets` must increase from 0 to {len(distances)}, the number of slices.")
 
     def side(name: str, rows: torch.Tensor) -> Prefixes:
@@ -83,77 +94,88 @@ def log_kernels(
 class _LogKernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, distances, launch, launch_backward, rows, columns, delta, mode):
-        phi = distances.float().contiguous()
-        ctx.save_for_backward(phi, *rows, *columns)
+        ctx.save_for_backward(distances, *rows, *columns)
         ctx.symmetric = symmetric = rows is columns
-        ctx.launch_backward, ctx.delta, ctx.mode, ctx.dtype = launch_backward, delta, mode, distances.dtype
-        (start, length), (column_start, column_length) = rows, columns
-        if mode & SELF:
-            lengths, column_place = column_length.unique(return_inverse=True)
-            row_self = launch(phi, start, length, start, lengths, delta, True, False).div_(2)
-            column_self, row_place = row_self, column_place
-            if not symmetric:
-                lengths, row_place = length.unique(return_inverse=True)
-                column_self = launch(phi, column_start, column_length, column_start, lengths, delta, True, False).div_(
-                    2
-                )
-        if mode & COUNT:
-            longest = max(int(length.max()), int(column_length.max()))
-            counts = _log_counts(1 << (longest - 1).bit_length()).to(phi.device)
-            if mode & SELF:
-                own = counts.diagonal() / 2
-                counts = counts - own[:, None] - own
+        ctx.launch_backward, ctx.delta, ctx.mode = launch_backward, delta, mode
+        phi = distances.float().contiguous()
 
-        result = distances.new_empty(len(start), len(column_start))
-        step = max(1, PAIRS // len(column_start))
-        for first in range(0, len(start), step):
-            i, j = slice(first, first + step), slice(first if symmetric else 0, None)
-            values = launch(phi, start[i], length[i], column_start[j], column_length[j], delta, False, symmetric)
+        def half_self(side, partners):
+            lengths, place = partners.unique(return_inverse=True)
+            return launch(phi, *side, side[0], lengths, delta, True, False).div_(2)[:, place]
+
+        result = distances.new_empty(len(rows[0]), len(columns[0]))
+        # By length, so that the rows of a block meet the other side at few bandwidths.
+        row_order = rows[1].argsort(stable=True)
+        column_order = row_order if symmetric else torch.arange(result.shape[1], device=phi.device)
+        step = max(1, PAIRS // result.shape[1])
+        for first in range(0, len(result), step):
+            i, j = row_order[first : first + step], column_order[first if symmetric else 0 :]
+            a, b = tuple(part[i] for part in rows), tuple(part[j] for part in columns)
+            values = launch(phi, *a, *b, delta, False, symmetric)
             if mode & SELF:
-                values -= row_self[i][:, column_place[j]]
-                values -= column_self[j][:, row_place[i]].T
+                row_self = half_self(a, b[1])
+                values -= row_self
+                values -= (row_self if symmetric and len(i) == len(j) else half_self(b, a[1])).T
             if mode & COUNT:
-                values -= counts[length[i, None] - 1, column_length[j] - 1]
+                values -= _log_counts(a[1], b[1], mode)
             if symmetric:
-                corner = values[:, : len(values)]
+                # What lies below the diagonal was not computed.
+                corner = values[:, : len(i)]
                 corner.copy_(corner.triu() + corner.triu(1).T)
-                result[j, i] = values.T
-            result[i, j] = values
+                result[j[:, None], i] = values.T.to(result.dtype)
+            result[i[:, None], j] = values.to(result.dtype)
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
-        phi, *prefixes = ctx.saved_tensors
-        rows, columns = prefixes[:2], prefixes[2:]
-
-        def by_distances(gradient, rows, columns, own):
-            row_order, row_group = _groups(rows[0])
-            if own:
-                # A row meets itself: all its columns write to the same place.
-                column_order = torch.arange(len(columns[1]), device=phi.device)
-                column_group = column_order.new_tensor([0, len(columns[1])])
+        distances, *prefixes = ctx.saved_tensors
+        with torch.no_grad():
+            phi, rows, columns = distances.float().contiguous(), prefixes[:2], prefixes[2:]
+            launch = functools.partial(_launch_backward, ctx.launch_backward, phi, ctx.delta)
+            if ctx.symmetric:
+                # Only the upper triangle was computed; the kernels pass over zeros.
+                result = launch(gradient.triu() + gradient.tril(-1).T, rows, rows, False)
+                sides = [(gradient + gradient.T, rows, rows)]
             else:
-                column_order, column_group = _groups(columns[0])
-            gradient = gradient[row_order[:, None], column_order].float()
-            rows = *(part[row_order] for part in rows), row_group
-            columns = columns[0] if own else columns[0][column_order], columns[1][column_order], column_group
-            return ctx.launch_backward(gradient, phi, rows, columns, ctx.delta, own, False)
+                result = launch(gradient, rows, columns, False)
+                sides = [(gradient, rows, columns), (gradient.T, columns, rows)]
+            if ctx.mode & SELF:
+                for shares, side, partners in sides:
+                    lengths, place = partners[1].unique(return_inverse=True)
+                    # A product, because adding up at an index comes in no fixed order on a GPU.
+                    same_length = F.one_hot(place, len(lengths)).double()
+                    parts = shares.split(max(1, PAIRS // shares.shape[1]))
+                    shares = torch.cat([part.double() @ same_length for part in parts])
+                    result += launch(shares / -2, side, (side[0], lengths), True)
+        return NoSecondDerivative.apply(result.to(distances.dtype), distances, gradient), *[None] * 6
 
-        if ctx.symmetric:
-            # Only the upper triangle was computed; the kernels pass over zeros.
-            result = by_distances(gradient.triu() + gradient.tril(-1).T, rows, rows, False)
-            sides = [(gradient + gradient.T, rows, rows)]
-        else:
-            result = by_distances(gradient, rows, columns, False)
-            sides = [(gradient, rows, columns), (gradient.T, columns, rows)]
-        if ctx.mode & SELF:
-            for shares, side, partners in sides:
-                lengths, place = partners[1].unique(return_inverse=True)
-                # A product, because adding up at an index comes in no fixed order on a GPU.
-                shares = shares.double() @ F.one_hot(place, len(lengths)).double()
-                result += by_distances(shares / -2, side, (side[0], lengths), True)
-        return result.to(ctx.dtype), None, None, None, None, None, None
+
+def _launch_backward(launch_backward, phi, delta, gradient, rows, columns, own):
+    row_order, row_group = _groups(rows[0])
+    if own:
+        # A row meets itself: all its columns write to the same place.
+        column_order = torch.arange(len(columns[1]), device=phi.device)
+        column_group = column_order.new_tensor([0, len(columns[1])])
+    else:
+        column_order, column_group = _groups(columns[0])
+    gradient = gradient[row_order[:, None], column_order].float()
+    rows = *(part[row_order] for part in rows), row_group
+    columns = columns[0] if own else columns[0][column_order], columns[1][column_order], column_group
+    return launch_backward(gradient, phi, rows, columns, delta, own, False)
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """Hands on a gradient that depends on some tensors, and complains about its derivative, which would be left out."""
+
+    @staticmethod
+    def forward(ctx, gradient, *tensors):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *gradient):
+        raise NotImplementedError(
+            "The compiled alignment kernel has no second derivative: use the PyTorch implementation."
+        )
 
 
 def _groups(start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,6 +189,9 @@ def expected_alignment(
     launch_backward: Callable[..., torch.Tensor], distances: torch.Tensor, delta: float
 ) -> torch.Tensor:
     """Shares of the kernel that pass through each cell, from squared distances of shape `(n, m)`."""
+    _check_delta(delta)
+    if not distances.numel():
+        raise ValueError("Both sequences need at least one slice.")
     rows, columns = (
         tuple(torch.tensor(values, device=distances.device) for values in ([0], [length], [0, 1]))
         for length in distances.shape
@@ -175,9 +200,22 @@ def expected_alignment(
     return launch_backward(weight, distances.float().contiguous(), rows, columns, delta, False, True)
 
 
+def _log_counts(rows: torch.Tensor, columns: torch.Tensor, mode: int) -> torch.Tensor:
+    """log of the numbers of alignments of some lengths with others, each divided by those with itself for both modes."""
+    sides = [lengths.unique(return_inverse=True) for lengths in (rows, columns)]
+    row_index, column_index = (lengths.cpu() - 1 for lengths, _ in sides)
+    longest = int(max(row_index[-1], column_index[-1])) + 1
+    table = _log_count_table(1 << (longest - 1).bit_length())
+    counts = table[row_index][:, column_index]
+    if mode & SELF:
+        own = table.diagonal() / 2
+        counts -= own[row_index, None] + own[column_index]
+    return counts.to(rows.device)[sides[0][1]][:, sides[1][1]]
+
+
 @torch.compiler.disable
 @functools.lru_cache(maxsize=4)
-def _log_counts(longest: int) -> torch.Tensor:
+def _log_count_table(longest: int) -> torch.Tensor:
     """log of the number of alignments of all lengths up to `longest`, one anti-diagonal after the other."""
     table = torch.zeros(longest, longest, dtype=torch.float64)
     for t in range(2, 2 * longest - 1):
@@ -192,7 +230,7 @@ def squared_distances(x: torch.Tensor, modality: torch.Tensor | None, split: int
     Squared distances of all slices, of the half that their modalities call for (Eq. 6): float32, or float64 for float64
     slices. Symmetric blocks are taken once. Not differentiable by itself: see [`squared_distances_backward`].
     """
-    if x.ndim != 2 or not x.is_floating_point():
+    if x.ndim != 2 or x.shape[1] == 0 or not x.is_floating_point():
         raise ValueError(f"`embeddings` must be a floating-point matrix, got {x.dtype} of shape {tuple(x.shape)}.")
     if (modality is None) != (split is None):
         raise ValueError("`modality` and `split` go together: pass both for the triple kernel, or neither.")
@@ -235,7 +273,7 @@ def squared_distances_backward(
 
 
 class _Half:
-    """Some dimensions of all slices, which are L2-normalised a few at a time: all would take as much memory again."""
+    """Some dimensions of all slices, L2-normalised a few at a time where no gradient needs them all."""
 
     def __init__(self, values: torch.Tensor):
         self.values = values
@@ -276,10 +314,13 @@ def _distances(a: torch.Tensor, b: torch.Tensor, same: bool) -> torch.Tensor:
     if same:
         distances.fill_diagonal_(0)
         close.fill_diagonal_(False)
-    if a.dtype == torch.float32:
-        i, j = (close.any(dim=dim).nonzero()[:, 0] for dim in (1, 0))
-        if len(i):
-            x, y, at = a[i].double(), b[j].double(), (i[:, None], j)
-            exact = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
-            distances[at] = torch.where(close[at], exact.clamp(min=0).float(), distances[at])
+    if a.dtype == torch.float32 and close.any():
+        rows, columns = (close.any(dim=dim).nonzero()[:, 0].split(CLOSE_BLOCK) for dim in (1, 0))
+        for i in rows:
+            x = a[i].double()
+            for j in columns:
+                y, at = b[j].double(), (i[:, None], j)
+                squares = [torch.linalg.vector_norm(side, dim=1).square() for side in (x, y)]
+                exact = (x @ y.T).mul_(-2).add_(squares[0][:, None]).add_(squares[1])
+                distances[at] = torch.where(close[at], exact.clamp_(min=0).float(), distances[at])
     return distances

@@ -29,8 +29,8 @@ def packed_alignment_kernel(
     Global alignment kernel between prefixes of packed samples.
 
     The op L2-normalises the slices (with `split`, each half on its own), so their scale does not matter. Inner products
-    are taken once for every pair of slices, a tile at a time; the recursion runs for every pair of prefixes in float64
-    with a bandwidth of its own. With gradients the whole matrix of squared distances is kept for the backward pass.
+    are taken once for every pair of slices, on CPUs a tile at a time; the recursion runs for every pair of prefixes in
+    float64 with a bandwidth of its own. With gradients, and on CUDA, the whole matrix of squared distances is held.
 
     Args:
         embeddings (`torch.Tensor` of shape `(total_slices, dim)`):
@@ -79,11 +79,11 @@ def packed_alignment_kernel(
     if embeddings.requires_grad and torch.is_grad_enabled():
         distances = _squared_distances(embeddings, modality, split)
         result = ops.log_recursion(distances, offsets, prefixes, other_prefixes, delta, mode)
-    else:
-        result = ops.log_alignment(
-            embeddings.detach().contiguous(), offsets, prefixes, other_prefixes, modality, split or 0, delta, mode
-        )
-    return result if log else result.exp()
+        return result if log else result.exp()
+    result = ops.log_alignment(
+        embeddings.detach().contiguous(), offsets, prefixes, other_prefixes, modality, split or 0, delta, mode
+    )
+    return result if log else result.exp_()
 
 
 def expected_alignment(
@@ -181,7 +181,7 @@ def _squared_distances_backward(
 
 @_squared_distances_backward.register_fake
 def _(gradient, embeddings, modality, split):
-    return torch.empty_like(embeddings)
+    return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
 
 
 def _setup_distances(ctx, inputs, output):
@@ -264,12 +264,6 @@ def _backward(ctx, gradient):
     return result, None, None, None, None, None
 
 
-def _no_second_derivative(ctx, gradient):
-    raise NotImplementedError(
-        "The compiled alignment kernel has no second derivative: use the PyTorch implementation."
-    )
-
-
-_squared_distances_backward.register_autograd(_no_second_derivative)
-torch.library.register_autograd(add_op_namespace_prefix("log_recursion_backward"), _no_second_derivative)
+_squared_distances_backward.register_autograd(pairs.NoSecondDerivative.backward)
+torch.library.register_autograd(add_op_namespace_prefix("log_recursion_backward"), pairs.NoSecondDerivative.backward)
 torch.library.register_autograd(add_op_namespace_prefix("log_recursion"), _backward, setup_context=_setup_context)
