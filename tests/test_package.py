@@ -1,3 +1,5 @@
+import doctest
+import importlib
 import re
 import shutil
 import subprocess
@@ -23,6 +25,17 @@ def test_import_is_light():
     heavy = "torch", "transformers", "trl", "datasets", "numpy"
     result = run(f"import sys, hf_sugar; print([name for name in {heavy!r} if name in sys.modules])")
     assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize("name", ["alignment.kernel", "evaluation.metrics", "training.loss", "world.dataset"])
+def test_examples_print_what_they_say(name):
+    """Of the docstrings that need no checkpoint."""
+    module = importlib.import_module(f"hf_sugar.{name}")
+    parser = doctest.DocTestParser()
+    runner = doctest.DocTestRunner()
+    for item in doctest.DocTestFinder().find(module):
+        runner.run(parser.get_doctest(item.docstring.replace("```", ""), item.globs, item.name, item.filename, 0))
+    assert runner.summarize().attempted and not runner.failures
 
 
 def test_every_promised_name_is_there():

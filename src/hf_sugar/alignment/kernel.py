@@ -117,8 +117,8 @@ def global_alignment_kernel(
 
     >>> x = [torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
     >>> global_alignment_kernel(x, normalize=None)
-    tensor([[3.0000, 0.1165],
-            [0.1165, 1.0000]])
+    tensor([[3.0000, 0.1193],
+            [0.1193, 1.0000]])
     ```
     """
     if backend not in BACKENDS:

@@ -134,8 +134,8 @@ def recall_at_k(
 
     ```python
     >>> hits = recall_at_k(np.array([[0.9, 0.1], [0.8, 0.3]]), relevant=[0, 1], ks=(1, 2))
-    >>> hits[1].mean(), hits[2].mean()
-    (0.5, 1.0)
+    >>> print(hits[1].mean(), hits[2].mean())
+    0.5 1.0
     ```
     """
     positions = ranks(scores, relevant)
