@@ -117,21 +117,25 @@ def pytorch_recursion(distances: torch.Tensor, inputs: dict) -> Callable[[], Non
     return lambda: kernel._log_kernels(distances, offsets, prefixes, prefixes, i, j, totals, OPTIONS["delta"])
 
 
-def peak_extra_memory(case: str, backend: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--memory", case, backend]
+def peak_extra_memory(case: str, backend: str, dtype: str = "float32") -> dict[str, float]:
+    command = [sys.executable, __file__, "--memory", case, backend, dtype]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def measure_memory(case: str, backend: str):
+def measure_memory(case: str, backend: str, dtype: str):
     """In a process of its own: what one call adds to the resident memory at its peak, in MB (Linux)."""
 
     def resident(field: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
+    def inputs_in_dtype(case: str) -> dict:
+        inputs = inputs_of(case)
+        return inputs | {"embeddings": inputs["embeddings"].to(getattr(torch, dtype))}
+
     # What a process takes once, such as the pages of BLAS's code, is no part of a call.
-    packed_alignment_kernel(**inputs_of("32x8x1536"), **OPTIONS, backend=backend)
-    inputs = inputs_of(case)
+    packed_alignment_kernel(**inputs_in_dtype("32x8x1536"), **OPTIONS, backend=backend)
+    inputs = inputs_in_dtype(case)
     # What the allocator keeps of what was freed would hide what the call takes.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -142,7 +146,7 @@ def measure_memory(case: str, backend: str):
         packed_alignment_kernel(**inputs, **OPTIONS, backend=backend)
     steps = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     slices, prefixes = len(inputs["embeddings"]), len(inputs["prefixes"])
-    limit = 4 * (inputs["embeddings"].numel() + slices**2 + prefixes**2) / 2**20
+    limit = (inputs["embeddings"].nbytes + 4 * (slices**2 + prefixes**2)) / 2**20
     print(json.dumps({"peak": peak, "tensors": max(accumulate(steps)) / 2**20, "inputs, output and Gram": limit}))
 
 
@@ -152,7 +156,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-tslearn", action="store_true", help="leave out tslearn, which takes most of the time")
-    parser.add_argument("--memory", nargs=2, metavar=("CASE", "BACKEND"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=3, metavar=("CASE", "BACKEND", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         measure_memory(*arguments.memory)
@@ -234,6 +238,28 @@ def main():
         print(
             f"\n64 ragged samples of at most 12 slices: {times['compiled']:.2f}, tslearn {best:.0f}, {best / times['compiled']:.0f}x"
         )
+
+    far = inputs_of(arguments.cases[0])
+    near = far | {"embeddings": far["embeddings"] * 0.02 + 1 / 40}
+    times = alternate(
+        {
+            f"{name} {backend}": partial(packed_alignment_kernel, **inputs, **OPTIONS, backend=backend)
+            for name, inputs in {"far": far, "near": near}.items()
+            for backend in ("local", "torch")
+        },
+        arguments.repeats,
+    )
+    slower = {backend: times[f"near {backend}"] / times[f"far {backend}"] for backend in ("local", "torch")}
+    print(
+        f"\n{arguments.cases[0]}, all slices nearly equal: compiled {slower['local']:.1f} times as long, "
+        f"PyTorch {slower['torch']:.1f}"
+    )
+    memory = {backend: peak_extra_memory(arguments.cases[0], backend, "bfloat16") for backend in ("local", "torch")}
+    print(
+        f"{arguments.cases[0]} in bfloat16, extra MB: compiled {memory['local']['peak']:.1f}, "
+        f"PyTorch {memory['torch']['tensors']:.1f} (tensors), "
+        f"limit {1.5 * memory['local']['inputs, output and Gram']:.1f}"
+    )
 
     many = {count: gen_inputs(256, 8, 64, count // 256) for count in (256, 2048)}
     functions = {}
