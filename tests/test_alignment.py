@@ -160,24 +160,41 @@ def test_triangles_of_many_slices(monkeypatch, triple):
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("noise", [1, 0.1])  # 0.1: all nearly equal, and compared in float64
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("triple", [False, True])
-def test_memory(triple, noise):
+@pytest.mark.parametrize(
+    ("samples", "slices", "dim", "every", "noise"),
+    [
+        (128, 8, 512, False, 1),
+        (128, 8, 512, False, 0.1),  # all nearly equal, and compared in float64
+        (64, 8, 1536, False, 1),
+        (40, 8, 64, True, 1),  # every prefix: the output is as large as the Gram matrix
+        (1, 30, 256, True, 1),  # as many self-kernels as pairs
+        (2, 200, 64, False, 1),  # more cells than anything else
+    ],
+)
+def test_memory(samples, slices, dim, every, noise, triple, dtype, other):
     """No more than 1.5 times the inputs, the output and the matrix of inner products."""
-    lengths = torch.randint(2, 9, (128,), generator=torch.Generator().manual_seed(0))
-    embeddings, offsets = pack(sequences(lengths.tolist(), dim=512, dtype=torch.float32))
-    embeddings = noise * embeddings + 1 - noise
-    modality = torch.randint(0, 2, (len(embeddings),), generator=torch.Generator().manual_seed(1))
-    options = {"modality": modality, "split": 256} if triple else {}
-    prefixes = torch.stack([torch.arange(128), lengths], dim=1)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, slices + 1, (samples,), generator=generator) if samples > 2 else [slices] * samples
+    embeddings, offsets = pack(sequences(list(map(int, lengths)), dim=dim, dtype=torch.float32))
+    embeddings = (noise * embeddings + 1 - noise).to(dtype)
+    options = {"modality": torch.randint(0, 2, (len(embeddings),), generator=generator), "split": dim // 2}
+    prefixes = torch.tensor([[s, n] for s, m in enumerate(lengths) for n in (range(1, m + 1) if every else [m])])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        packed_alignment_kernel(embeddings, offsets, prefixes, normalize="self+count", backend="torch", **options)
+        value = packed_alignment_kernel(
+            *(embeddings, offsets, prefixes, prefixes[::2] if other else None),
+            normalize="self+count",
+            backend="torch",
+            **options if triple else {},
+        )
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    limit = 1.5 * 4 * (embeddings.numel() + len(embeddings) ** 2 + len(prefixes) ** 2)
+    limit = 1.5 * (embeddings.nbytes + value.nbytes + 4 * len(embeddings) ** 2)
     assert 0.2 * limit < peak < limit
 
 
@@ -407,7 +424,7 @@ def test_blocks_and_chunks_change_nothing(monkeypatch):
     cross = packed_alignment_kernel(embeddings, offsets, prefixes[:9], prefixes[4:], **options)
     torch.testing.assert_close(cross, whole[:9, 4:], rtol=1e-9, atol=0)
     monkeypatch.setattr(kernel, "BLOCK_SLICES", 17)
-    monkeypatch.setattr(kernel, "BLOCK_PREFIXES", 3)
+    monkeypatch.setattr(kernel, "GROUP_PAIRS", 7)
     monkeypatch.setattr(kernel, "CHUNK_CELLS", 50)
     monkeypatch.setattr(kernel, "SMALL_CHUNK_CELLS", 20)
     torch.testing.assert_close(
@@ -423,11 +440,11 @@ def test_chunks_stay_small_and_cover_everything():
     n, m = np.sort(generator.integers(1, 200, (2, 3000)), axis=0)
     order = np.lexsort((np.where(n % 2, m, -m), n))
     n, m = n[order], m[order]
-    chunks = list(kernel._chunks(n, m))
+    limit, diagonals = 1 << 17, 8
+    chunks = list(kernel._chunks(n, m, limit, diagonals))
     assert [k for chunk in chunks for k in range(chunk.start, chunk.stop)] == list(range(3000))
-    cells = [int(n[k].max() * m[k].max() * len(n[k])) for k in chunks]
-    assert max(cells) <= kernel.CHUNK_CELLS
-    assert sum(cells) <= 1.5 * int((n * m).sum())
+    assert max(n[k].max() * min(diagonals, m[k].max()) * len(n[k]) for k in chunks) <= limit
+    assert sum(n[k].max() * m[k].max() * len(n[k]) for k in chunks) <= 1.5 * (n * m).sum()
 
 
 # Gradients and extremes

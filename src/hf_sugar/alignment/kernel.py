@@ -1,9 +1,11 @@
 """Global alignment kernel between sequences of slice embeddings, in PyTorch."""
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +22,14 @@ IMAGE = 1
 
 NORMALIZATIONS = (None, "self", "count", "self+count")
 
-# A block is a run of samples whose slices share one Gram matrix, a chunk a set of pairs that share one recursion. They
-# bound the memory (about 20 MB for 1536 dimensions), except that a single longer sequence is never cut.
+# A block is a run of samples whose slices share one Gram matrix (a longer sample is never cut), a group some pairs of its
+# prefixes, a chunk those of them that share one recursion, of which some diagonals are held at a time. Smaller inputs get
+# smaller groups and chunks, so that the memory stays in proportion.
 BLOCK_SLICES = 1024
-BLOCK_PREFIXES = 512
+NARROW_SLICES = 512
+GROUP_PAIRS = 1 << 15
 CHUNK_CELLS = 1 << 17
+CHUNK_DIAGONALS = 8
 # Below this size padding costs less than starting another chunk.
 SMALL_CHUNK_CELLS = 1 << 15
 PADDING = 1.3
@@ -232,7 +237,6 @@ def packed_alignment_kernel(
     symmetric = other_prefixes is None
     rows = _check_prefixes("prefixes", prefixes, offsets)
     columns = rows if symmetric else _check_prefixes("other_prefixes", other_prefixes, offsets)
-    by_self = normalize in ("self", "self+count")
 
     compiled = compiled_kernel(embeddings.device.type, backend)
     if compiled is not None:
@@ -259,66 +263,129 @@ def packed_alignment_kernel(
 
     with torch.autocast(embeddings.device.type, enabled=False):
         slices = _Slices(embeddings, offsets, modality, split)
-        row_order, column_order = (np.argsort(p[:, 0], kind="stable") for p in (rows, columns))
-        rows, columns = rows[row_order], columns[column_order]
-        row_blocks, column_blocks = _blocks(rows, offsets), _blocks(columns, offsets)
+        return _kernel_matrix(slices, rows, columns, symmetric, delta, normalize, log)
 
-        def self_kernels(prefixes: np.ndarray, squared_distances: torch.Tensor, partners: np.ndarray) -> torch.Tensor:
-            lengths, inverse = np.unique(partners[:, 1], return_inverse=True)
-            i, length = (index.ravel() for index in np.indices((len(prefixes), len(lengths))))
-            totals = prefixes[i, 1] + lengths[length]
-            table = _log_kernels(squared_distances, offsets, prefixes, prefixes, i, i, totals, delta)
-            return table.view(len(prefixes), -1)[:, inverse]
 
-        def own_distances(prefixes: np.ndarray) -> torch.Tensor:
-            return slices.squared_distances(_span(prefixes, offsets), _span(prefixes, offsets))
+def _kernel_matrix(
+    slices: "_Slices",
+    rows: np.ndarray,
+    columns: np.ndarray,
+    symmetric: bool,
+    delta: float,
+    normalize: str | None,
+    log: bool,
+) -> torch.Tensor:
+    by_self, by_count = normalize in ("self", "self+count"), normalize in ("count", "self+count")
+    offsets, total = slices.offsets, int(slices.offsets[-1])
+    (row_lengths, row_index), (column_lengths, column_index) = (
+        np.unique(p[:, 1], return_inverse=True) for p in (rows, columns)
+    )
+    result = slices.new_zeros(len(rows), len(columns))
 
-        wide = _wide(slices.dtype, embeddings.device)
-        result = torch.zeros(len(rows), len(columns), dtype=wide, device=embeddings.device)
-        row_self = []
-        for row_block in row_blocks:
-            for column_block in column_blocks:
-                if symmetric and column_block.start < row_block.start:
-                    continue
-                a, b = rows[row_block], columns[column_block]
-                distances = slices.squared_distances(_span(a, offsets), _span(b, offsets))
-                diagonal = symmetric and column_block == row_block
-                if diagonal and by_self:
-                    row_self.append(self_kernels(a, distances, columns))
-                if diagonal:
-                    i, j = np.triu_indices(len(a), k=1 if by_self else 0)
-                else:
-                    i, j = (index.ravel() for index in np.indices((len(a), len(b))))
-                if len(i) == 0:
-                    continue
-                values = _log_kernels(distances, offsets, a, b, i, j, a[i, 1] + b[j, 1], delta)
-                tile = result.new_zeros(len(a), len(b)).index_put(
-                    (torch.as_tensor(i, device=result.device), torch.as_tensor(j, device=result.device)), values
-                )
-                if diagonal:
-                    tile = tile + tile.triu(1).T
-                elif symmetric:
-                    result[column_block, row_block] = tile.T
-                result[row_block, column_block] = tile
+    # What self-kernels, indices of pairs and recursions may take. What autograd keeps is in no proportion anyway.
+    spare = slices.nbytes + result.element_size() * (result.numel() + total**2) // 4
+    group, cells = (1 << 18, CHUNK_CELLS) if slices.traced else (spare // 300 + 1, spare // 32 + 1)
+    group, cells = min(group, GROUP_PAIRS), min(cells, CHUNK_CELLS)
+    # Self-kernels are kept if they are few. Else, with some long samples, they are computed for each group, and all slices
+    # are one block, which holds every sample with itself.
+    few = 8 * (len(rows) * len(column_lengths) + len(columns) * len(row_lengths)) <= spare // 4
+    one_block = total <= BLOCK_SLICES or (by_self and not few)
+    row_blocks, column_blocks = (
+        _blocks(p, offsets, total if one_block else BLOCK_SLICES, whole=one_block and by_self) for p in (rows, columns)
+    )
+    if by_count and few:
+        counts = _log_counts(row_lengths, column_lengths, by_self).to(
+            result.device, _wide(result.dtype, result.device)
+        )
+    if by_self and few:
+        row_self = result.new_zeros(len(rows), len(column_lengths), dtype=_wide(result.dtype, result.device))
+        column_self = row_self if symmetric else row_self.new_zeros(len(columns), len(row_lengths))
+    held = {}
 
-        if by_self and symmetric:
-            row_self = torch.cat(row_self)
-            result = result - (row_self + row_self.T) / 2
-            # The diagonal was left out above: it is 1 by definition.
-            result = result.masked_fill(torch.eye(len(rows), dtype=torch.bool, device=result.device), 0.0)
-        elif by_self:
-            row_self = [self_kernels(rows[k], own_distances(rows[k]), columns) for k in row_blocks]
-            column_self = [self_kernels(columns[k], own_distances(columns[k]), rows) for k in column_blocks]
-            result = result - (torch.cat(row_self) + torch.cat(column_self).T) / 2
-        if normalize in ("count", "self+count"):
-            n, m = torch.from_numpy(rows[:, 1]), torch.from_numpy(columns[:, 1])
-            count = log_delannoy(n[:, None], m[None, :])
-            if normalize == "self+count":
-                count = count - (log_delannoy(n, n)[:, None] + log_delannoy(m, m)[None, :]) / 2
-            result = result - count.to(result)
+    def distances(a: tuple[int, int], b: tuple[int, int]) -> torch.Tensor:
+        if (a, b) not in held:
+            held.clear()
+            held[a, b] = slices.squared_distances(slice(*a), slice(*b))
+        return held[a, b]
 
-        result = result[np.argsort(row_order)][:, np.argsort(column_order)]
-        return (result if log else result.exp()).to(slices.dtype)
+    def own(prefixes: np.ndarray, lengths: np.ndarray, span: tuple[int, int]) -> torch.Tensor:
+        """Half of log K of prefixes with themselves, at the bandwidths that they have with prefixes of some lengths."""
+        lengths, place = np.unique(lengths, return_inverse=True)
+        i, j = _all_pairs(len(prefixes), len(lengths))
+        start, n = offsets[prefixes[i, 0]] - span[0], prefixes[i, 1]
+        values = _log_kernels(distances(span, span), start, start, n, n, n + lengths[j], delta, cells)
+        return values.view(len(prefixes), len(lengths))[:, place] / 2
+
+    def fill(row_block: "_Block", column_block: "_Block", triangle: bool = False):
+        """The pairs of two blocks, both by length; of a block with itself, those above the diagonal."""
+        end = 0
+        while end < len(row_block.prefixes):
+            b = column_block.prefixes[end if triangle else 0 :]
+            begin, end = end, end + max(1, group // len(b))
+            a = row_block.prefixes[begin:end]
+            (row, n), (column, m) = rows[a].T, columns[b].T
+            i, j = _all_pairs(len(a), len(b))
+            if triangle:
+                # With self-kernels, the diagonal is 1.
+                above = i < j if by_self else i <= j
+                i, j = i[above], j[above]
+            values = _log_kernels(
+                distances(row_block.span, column_block.span),
+                (offsets[row] - row_block.span[0])[i],
+                (offsets[column] - column_block.span[0])[j],
+                n[i],
+                m[j],
+                n[i] + m[j],
+                delta,
+                cells,
+            )
+            if triangle:
+                place = (torch.from_numpy(i).to(values.device), torch.from_numpy(j).to(values.device))
+                values = values.new_zeros(len(a), len(b)).index_put(place, values)
+            values = values.view(len(a), len(b))
+            if by_self and few:
+                values = values - row_self[a][:, column_index[b]] - column_self[b][:, row_index[a]].T
+            elif by_self:
+                values = values - own(rows[a], m, row_block.span) - own(columns[b], n, column_block.span).T
+            if by_count and few:
+                values = values - counts[row_index[a]][:, column_index[b]]
+            elif by_count:
+                values = values - _log_counts(n, m, by_self).to(values)
+            if triangle:
+                corner = values[:, : len(a)].triu(1 if by_self else 0)
+                values = torch.cat([corner + corner.triu(1).T, values[:, len(a) :]], dim=1)
+            values = (values if log else values.exp()).to(result.dtype)
+            if symmetric:
+                result[b[:, None], a] = values.T
+            result[a[:, None], b] = values
+
+    if symmetric:
+        # Blocks with themselves first: they hold the self-kernels that all others are divided by.
+        for block in row_blocks:
+            if by_self and few:
+                row_self[block.prefixes] = own(rows[block.prefixes], column_lengths, block.span)
+            fill(block, block, triangle=True)
+        for a, b in itertools.combinations(row_blocks, 2):
+            fill(a, b)
+        return result
+    if by_self and few:
+        for block in row_blocks:
+            row_self[block.prefixes] = own(rows[block.prefixes], column_lengths, block.span)
+        for block in column_blocks:
+            column_self[block.prefixes] = own(columns[block.prefixes], row_lengths, block.span)
+    for a, b in itertools.product(row_blocks, column_blocks):
+        fill(a, b)
+    return result
+
+
+def _log_counts(n: np.ndarray, m: np.ndarray, by_self: bool) -> torch.Tensor:
+    """log of the numbers of alignments of some lengths with others, each divided by those with itself if asked for."""
+    (n, row), (m, column) = (np.unique(lengths, return_inverse=True) for lengths in (n, m))
+    n, m = torch.from_numpy(n), torch.from_numpy(m)
+    counts = log_delannoy(n[:, None], m)
+    if by_self:
+        counts -= (log_delannoy(n, n)[:, None] + log_delannoy(m, m)) / 2
+    return counts[row][:, column]
 
 
 def expected_alignment(
@@ -367,13 +434,13 @@ def expected_alignment(
     with torch.autocast(x.device.type, enabled=False), torch.no_grad():
         slices = _Slices(torch.cat([x, y]), offsets, modality, split)
         squared_distances = slices.squared_distances(slice(0, n), slice(n, n + m))
-        order, _ = _diagonal_order(n, m)
-        cells = _log_local_kernel(squared_distances / (delta**2 * (n + m))).reshape(-1, 1)[order]
+        row, column = (torch.from_numpy(part[:, 0]).to(x.device) for part in _cells(n, m, 0, n + m - 1))
+        cells = _log_local_kernel(squared_distances / (delta**2 * (n + m)))[row, column, None]
         with torch.enable_grad():
             cells.requires_grad_()
-            log_kernel = _recursion(cells, n, m)[-2].sum()
+            log_kernel = _recursion(cells, n, m, 0, n + m - 1)[-2].sum()
         visits = torch.autograd.grad(log_kernel, cells)[0]
-        return torch.empty_like(visits).index_copy_(0, torch.from_numpy(order).to(x.device), visits).view(n, m)
+        return squared_distances.index_put((row, column), visits[:, 0])
 
 
 def log_delannoy(n: int | torch.Tensor, m: int | torch.Tensor) -> torch.Tensor:
@@ -409,13 +476,13 @@ def log_delannoy(n: int | torch.Tensor, m: int | torch.Tensor) -> torch.Tensor:
 @functools.lru_cache(maxsize=16)
 def _log_delannoy_table(n: int, m: int) -> torch.Tensor:
     row = [1] * m
-    table = [[0.0] * m]
-    for _ in range(1, n):
+    table = np.zeros((n, m))
+    for i in range(1, n):
         previous, row = row, [1]
         for j in range(1, m):
             row.append(row[-1] + previous[j] + previous[j - 1])
-        table.append([math.log(count) for count in row])
-    return torch.tensor(table, dtype=torch.float64)
+        table[i] = [math.log(count) for count in row]
+    return torch.from_numpy(table)
 
 
 class _Slices:
@@ -430,6 +497,9 @@ class _Slices:
         # Codes lead the index arithmetic, which is done on the host.
         self.modality = None if modality is None else modality.cpu().numpy()
         self.dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        self.traced = embeddings.requires_grad and torch.is_grad_enabled()
+        self.nbytes = embeddings.nbytes
+        self.new_zeros = functools.partial(embeddings.new_zeros, dtype=self.dtype)
         if split is None:
             halves = {"is all zeros and has no direction": embeddings}
         else:
@@ -437,6 +507,10 @@ class _Slices:
                 f"is all zeros in its first {split} dimensions": embeddings[:, :split],
                 f"is all zeros after its first {split} dimensions": embeddings[:, split:],
             }
+        # Slices that are converted at a time: in float32, all would take twice the memory of narrow ones.
+        self.part = len(embeddings)
+        if embeddings.element_size() < self.dtype.itemsize and not self.traced:
+            self.part = min(NARROW_SLICES, len(embeddings) // 4 + 1)
         # Only norms are kept: unit vectors of all slices would take as much memory as the slices.
         self.halves = [self._measured(half, complaint) for complaint, half in halves.items()]
 
@@ -471,24 +545,39 @@ class _Slices:
 
         def unit(place: np.ndarray, half: int) -> torch.Tensor:
             vectors, norms = self.halves[half]
-            return vectors[place].to(self.dtype) / norms[place]
+            return vectors[place].to(self.dtype).div_(norms[place])
 
-        if self.modality is None:
+        if self.modality is None and max(map(len, places)) <= self.part:
             a = unit(places[0], 0)
             return compare(a, a if same else unit(places[1], 0), same)
-        # Each of the four kinds of pairs needs one half of the embeddings only.
-        result = self.halves[0][1].new_empty(*map(len, places))
-        for code, other in ((TEXT, TEXT), (IMAGE, IMAGE), (TEXT, IMAGE), (IMAGE, TEXT)):
-            if same and (code, other) == (IMAGE, TEXT):
-                break
-            half = 0 if code == other else 1
-            i, j = (np.flatnonzero(self.modality[p] == c) for p, c in zip(places, (code, other), strict=True))
-            a = unit(places[0][i], half)
+        if self.modality is None:
+            kinds = [(0, *(np.arange(len(place)) for place in places))]
+        else:
+            # Each of the four kinds of pairs needs one half of the embeddings only.
+            codes = [self.modality[place] for place in places]
+            kinds = [
+                (0 if code == other else 1, np.flatnonzero(codes[0] == code), np.flatnonzero(codes[1] == other))
+                for code, other in ((TEXT, TEXT), (IMAGE, IMAGE), (TEXT, IMAGE), (IMAGE, TEXT))
+            ]
+            if same:
+                # The last is the one before, mirrored.
+                kinds.pop()
+        result = self.new_zeros(*map(len, places))
+        for half, i, j in kinds:
             alike = same and half == 0
-            values = compare(a, a if alike else unit(places[1][j], half), alike)
-            result[i[:, None], j] = values
-            if same and half == 1:
-                result[j[:, None], i] = values.T
+            for begin in range(0, len(i), self.part):
+                row = i[begin : begin + self.part]
+                a = unit(places[0][row], half)
+                for other in range(begin if alike else 0, len(j), self.part):
+                    column = j[other : other + self.part]
+                    twin = alike and other == begin
+                    values = compare(a, a if twin else unit(places[1][column], half), twin)
+                    at = (row[:, None], column)
+                    if self.modality is None:
+                        at = (slice(row[0], row[-1] + 1), slice(column[0], column[-1] + 1))
+                    result[at] = values
+                    if same and not twin:
+                        result.T[at] = values
         return result
 
 
@@ -587,76 +676,112 @@ def _check_prefixes(name: str, prefixes: torch.Tensor, offsets: np.ndarray) -> n
     return prefixes
 
 
-def _blocks(prefixes: np.ndarray, offsets: np.ndarray) -> list[slice]:
-    """Cuts prefixes that are sorted by sample into runs that span few slices."""
+def _all_pairs(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.repeat(np.arange(n, dtype=np.int32), m), np.tile(np.arange(m, dtype=np.int32), n)
+
+
+class _Block(NamedTuple):
+    prefixes: np.ndarray  # which ones, by length
+    span: tuple[int, int]  # of the slices of their samples
+
+
+def _blocks(prefixes: np.ndarray, offsets: np.ndarray, slices: int, whole: bool) -> list[_Block]:
+    """Prefixes of samples that span about so many slices; `whole` makes the span all slices."""
+    by_sample = np.argsort(prefixes[:, 0], kind="stable")
+    sample = prefixes[by_sample, 0]
     blocks, start = [], 0
     for stop in range(1, len(prefixes) + 1):
-        full = stop == len(prefixes) or (
-            offsets[prefixes[stop, 0] + 1] - offsets[prefixes[start, 0]] > BLOCK_SLICES
-            or stop - start == BLOCK_PREFIXES
-        )
-        if full:
-            blocks.append(slice(start, stop))
+        if stop == len(prefixes) or offsets[sample[stop] + 1] - offsets[sample[start]] > slices:
+            members = by_sample[start:stop]
+            members = members[np.argsort(prefixes[members, 1], kind="stable")]
+            span = (
+                (0, int(offsets[-1])) if whole else (int(offsets[sample[start]]), int(offsets[sample[stop - 1] + 1]))
+            )
+            blocks.append(_Block(members, span))
             start = stop
     return blocks
 
 
-def _span(prefixes: np.ndarray, offsets: np.ndarray) -> slice:
-    """All slices of the samples of prefixes that are sorted by sample."""
-    return slice(offsets[prefixes[0, 0]], offsets[prefixes[-1, 0] + 1])
-
-
 def _log_kernels(
     squared_distances: torch.Tensor,
-    offsets: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    i: np.ndarray,
-    j: np.ndarray,
+    row_start: np.ndarray,
+    column_start: np.ndarray,
+    n: np.ndarray,
+    m: np.ndarray,
     totals: np.ndarray,
     delta: float,
+    cells: int,
 ) -> torch.Tensor:
-    """log K of the pairs `(a[i], b[j])`, each at the bandwidth of the total length given with it."""
+    """
+    log K of pairs, each of `n` slices from `row_start` on with `m` from `column_start` on, at the bandwidth of the total
+    length given with it. About so many cells are held at a time.
+    """
+    if len(n) == 0:
+        return squared_distances.new_zeros(0)
     width = squared_distances.shape[1]
     flat, device = squared_distances.flatten(), squared_distances.device
-    row_start, column_start = offsets[a[0, 0]], offsets[b[0, 0]]
-
-    n, m = a[i, 1], b[j, 1]
-    corner = (offsets[a[i, 0]] - row_start) * width + offsets[b[j, 0]] - column_start
+    corner = row_start * width + column_start
     # K is symmetric, so the shorter sequence can always be the one whose index runs along a diagonal.
     swap = n > m
     down, right = np.where(swap, 1, width), np.where(swap, width, 1)
     n, m = np.minimum(n, m), np.maximum(n, m)
     # Lengths of neighbours are close when m runs up and down in turn as n grows.
     order = np.lexsort((np.where(n % 2, m, -m), n))
-    jobs = np.stack([n, m, corner, down, right])[:, order]
     # Half the bytes of the indices, which are most of the work on small lengths.
     index_type = torch.int32 if flat.numel() < 1 << 30 else torch.int64
+    dtype = np.int32 if index_type == torch.int32 else np.int64
+    jobs = np.stack([part[order].astype(dtype) for part in (n, m, corner, down, right)])
     wide = _wide(flat.dtype, device)
     scale = torch.as_tensor(1 / (delta**2 * totals[order]), dtype=wide, device=device)
+    traced = flat.requires_grad and torch.is_grad_enabled()
 
     def log_kernels(flat: torch.Tensor, chunk: slice) -> torch.Tensor:
-        rows, columns = int(jobs[0, chunk].max()), int(jobs[1, chunk].max())
-        cells, position = _diagonal_order(rows, columns)
+        n, m = jobs[:2, chunk]
+        rows, columns = int(n.max()), int(m.max())
         job = torch.from_numpy(jobs[2:, chunk]).to(device, index_type)
-        row, column = (torch.from_numpy(part).to(device, index_type)[:, None] for part in divmod(cells, columns))
-        # Cells outside a shorter pair read some other finite distance, and nothing of that pair depends on them.
-        index = (row * job[1]).addcmul_(column, job[2]).add_(job[0]).clamp_(max=len(flat) - 1)
-        exponent = flat.index_select(0, index.flatten()).view_as(index).to(wide) * scale[chunk]
-        del index
-        steps = jobs[0, chunk] + jobs[1, chunk] - 1
-        # Past the rows of zeros of every diagonal before.
-        last = torch.from_numpy(position[jobs[0, chunk] - 1, jobs[1, chunk] - 1] + 2 * steps - 1).to(device)
-        lowest = (steps * (LARGEST_DISTANCE / (delta**2 * totals[order][chunk]) + math.log(2))).max()
+        lowest = ((n + m - 1) * (LARGEST_DISTANCE / (delta**2 * totals[order][chunk]) + math.log(2))).max()
         highest = (rows + columns) * math.log(1 + math.sqrt(2))
-        if max(lowest, highest) < LOG_RANGE and wide == torch.float64:
-            similarity = exponent.neg_().exp_()
-            kernels = _recursion(similarity / (2 - similarity), rows, columns, linear=True)
-            return kernels.gather(0, last[None]).squeeze(0).log()
-        return _recursion(_log_local_kernel(exponent), rows, columns).gather(0, last[None]).squeeze(0)
+        linear = max(lowest, highest) < LOG_RANGE and wide == torch.float64
+        first, sizes = _diagonals(rows, columns)
+        # Each diagonal has a row of zeros before and after it.
+        begin = np.cumsum(sizes + 2) - sizes - 1
+        last = n + m - 2
+        result, before, start = scale.new_empty(len(n)), (), 0
+        while start < len(sizes):
+            stop = len(sizes)
+            if not traced:
+                fitting = np.searchsorted(np.cumsum(sizes[start:]) * len(n), cells, side="right")
+                stop = min(stop, start + max(1, int(fitting)))
+            # Parts of long grids are many, and would fill the cache.
+            grid = _cells if stop - start == len(sizes) else _cells.__wrapped__
+            row, column = (torch.from_numpy(part).to(device, index_type) for part in grid(rows, columns, start, stop))
+            # Cells outside a shorter pair read some other finite distance, and nothing of that pair depends on them.
+            index = (row * job[1]).addcmul_(column, job[2]).add_(job[0]).clamp_(max=len(flat) - 1)
+            exponent = flat.index_select(0, index.flatten()).view_as(index).to(wide).mul_(scale[chunk])
+            del index
+            if linear:
+                similarity = exponent.neg_().exp_()
+                local = similarity / (2 - similarity)
+                del similarity
+            else:
+                local = _log_local_kernel(exponent)
+            del exponent
+            diagonals = _recursion(local, rows, columns, start, stop, before, linear)
+            ended = np.flatnonzero((start <= last) & (last < stop))
+            place = begin[last[ended]] - begin[start] + 1 + n[ended] - 1 - first[last[ended]]
+            values = diagonals[torch.from_numpy(place).to(device), torch.from_numpy(ended).to(device)]
+            values = values.log() if linear else values
+            if len(ended) == len(n):
+                return values
+            result[torch.from_numpy(ended).to(device)] = values
+            done = diagonals.split((sizes[start:stop] + 2).tolist())[-2:]
+            before = [*before, *(diagonal.clone() for diagonal in done)][-2:]
+            del diagonals, done, local
+            start = stop
+        return result
 
-    chunks = _chunks(jobs[0], jobs[1])
-    if flat.requires_grad and torch.is_grad_enabled():
+    chunks = _chunks(jobs[0], jobs[1], cells, len(jobs[0]) if traced else CHUNK_DIAGONALS)
+    if traced:
         # Run again on the way back, so that no more than a chunk is ever held.
         values = [
             checkpoint(log_kernels, flat, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
@@ -671,37 +796,50 @@ def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if device.type == "mps" else torch.float64
 
 
-def _chunks(n: np.ndarray, m: np.ndarray) -> Iterator[slice]:
-    """Cuts pairs, sorted by lengths, into runs that are padded little and fit in memory."""
+def _chunks(n: np.ndarray, m: np.ndarray, cells: int, diagonals: int) -> Iterator[slice]:
+    """
+    Cuts pairs, sorted by lengths, into runs that are padded little, and of which so many diagonals have no more than so
+    many cells (of a single pair they may).
+    """
+
+    def most(rows: int, columns: int) -> int:
+        return max(1, cells // (rows * min(columns, diagonals)))
+
     change = np.flatnonzero(np.diff(n, prepend=0) | np.diff(m, prepend=0)).tolist()
     start = used = rows = columns = 0
     for begin, end in zip(change, [*change[1:], len(n)], strict=True):
         wider, higher = max(rows, int(n[begin])), max(columns, int(m[begin]))
-        cells = int(n[begin] * m[begin]) * (end - begin)
+        area = int(n[begin] * m[begin]) * (end - begin)
         padded = wider * higher * (end - start)
         if begin > start and (
-            padded > CHUNK_CELLS or (padded > SMALL_CHUNK_CELLS and padded > PADDING * (used + cells))
+            end - start > most(wider, higher) or (padded > SMALL_CHUNK_CELLS and padded > PADDING * (used + area))
         ):
-            yield from _pieces(start, begin, rows * columns)
+            yield from _pieces(start, begin, most(rows, columns))
             start, used, wider, higher = begin, 0, int(n[begin]), int(m[begin])
-        rows, columns, used = wider, higher, used + cells
-    yield from _pieces(start, len(n), rows * columns)
+        rows, columns, used = wider, higher, used + area
+    yield from _pieces(start, len(n), most(rows, columns))
 
 
-def _pieces(start: int, stop: int, cells: int) -> Iterator[slice]:
-    step = max(1, CHUNK_CELLS // cells)
+def _pieces(start: int, stop: int, step: int) -> Iterator[slice]:
     for begin in range(start, stop, step):
         yield slice(begin, min(begin + step, stop))
 
 
+@functools.lru_cache(maxsize=64)
+def _diagonals(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first row of each anti-diagonal of a grid, and how many cells it has."""
+    t = np.arange(rows + columns - 1)
+    first = np.maximum(0, t - columns + 1)
+    return first, np.minimum(t, rows - 1) - first + 1
+
+
 @functools.lru_cache(maxsize=16)
-def _diagonal_order(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of an (n, m) grid anti-diagonal by anti-diagonal, and where each cell stands in that order."""
-    diagonal = np.arange(n)[:, None] + np.arange(m)
-    order = np.argsort(diagonal, axis=None, kind="stable")
-    position = np.empty_like(order)
-    position[order] = np.arange(n * m)
-    return order, position.reshape(n, m)
+def _cells(rows: int, columns: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of the cells of some anti-diagonals, of shape `(cells, 1)`."""
+    first, sizes = (part[start:stop] for part in _diagonals(rows, columns))
+    row = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes - first, sizes)
+    column = np.repeat(np.arange(start, stop), sizes) - row
+    return row.astype(np.int32)[:, None], column.astype(np.int32)[:, None]
 
 
 def _log_local_kernel(exponent: torch.Tensor) -> torch.Tensor:
@@ -709,30 +847,39 @@ def _log_local_kernel(exponent: torch.Tensor) -> torch.Tensor:
     return -exponent - torch.log1p(-torch.expm1(-exponent))
 
 
-def _recursion(local: torch.Tensor, n: int, m: int, linear: bool = False) -> torch.Tensor:
+def _recursion(
+    local: torch.Tensor,
+    rows: int,
+    columns: int,
+    start: int,
+    stop: int,
+    before: Sequence[torch.Tensor] = (),
+    linear: bool = False,
+) -> torch.Tensor:
     """
     Theorem 1 in log space, or `linear`, one anti-diagonal at a time for all pairs together.
 
-    `local` has shape `(n * m, pairs)`, cells in the order of `_diagonal_order`. The result has a row of zeros (in log
-    space) before and after the cells of each diagonal: the kernel of whole sequences is its last row but one.
+    `local` has shape `(cells, pairs)` and holds the anti-diagonals from `start` to `stop - 1`; `before` are the results for
+    the (at most two) diagonals that come before. The result has a row of zeros (in log space) before and after the cells
+    of each diagonal.
     """
-    first = [max(0, t - m + 1) for t in range(n + m - 1)]
-    sizes = [min(t, n - 1) - first[t] + 1 for t in range(n + m - 1)]
-    diagonals = local.split(sizes)
+    first, sizes = (part[:stop].tolist() for part in _diagonals(rows, columns))
     zero = 0.0 if linear else LOG_ZERO
     add, multiply = (torch.add, torch.mul) if linear else (torch.logaddexp, torch.add)
     # Where autograd looks on, nothing can be written in place.
     traced = local.requires_grad and torch.is_grad_enabled()
-    result = None if traced else local.new_full((n * m + 2 * len(sizes), local.shape[1]), zero)
-    done = [] if traced else result.split([size + 2 for size in sizes])
-    for t, (current, size) in enumerate(zip(diagonals, sizes, strict=True)):
-        place = None if traced else done[t][1:-1]
+    padded = [size + 2 for size in sizes[start:]]
+    result = None if traced else local.new_full((sum(padded), local.shape[1]), zero)
+    done = [*before] if traced else [*before, *result.split(padded)]
+    for t, current in enumerate(local.split(sizes[start:]), start):
+        now, size = t - start + len(before), sizes[t]
+        place = None if traced else done[now][1:-1]
         if t > 0:
             up = first[t] - first[t - 1]
-            kernels = add(done[t - 1][up : up + size], done[t - 1][up + 1 : up + 1 + size], out=place)
+            kernels = add(done[now - 1][up : up + size], done[now - 1][up + 1 : up + 1 + size], out=place)
             if t > 1:
                 corner = first[t] - first[t - 2]
-                kernels = add(kernels, done[t - 2][corner : corner + size], out=place)
+                kernels = add(kernels, done[now - 2][corner : corner + size], out=place)
             current = multiply(current, kernels, out=place)
         if traced:
             done.append(F.pad(current, (0, 0, 1, 1), value=zero))
