@@ -170,7 +170,7 @@ def test_triangles_of_many_slices(monkeypatch, triple):
         (128, 8, 512, False, 0.1),  # all nearly equal, and compared in float64
         (64, 8, 1536, False, 1),
         (40, 8, 64, True, 1),  # every prefix: the output is as large as the Gram matrix
-        (1, 30, 256, True, 1),  # as many self-kernels as pairs
+        (1, 40, 256, True, 1),  # as many self-kernels as pairs
         (2, 200, 64, False, 1),  # more cells than anything else
     ],
 )

@@ -55,6 +55,9 @@ struct Loops {
       void* workspace, T* gradient, int64_t gradient_stride);
   double (*sum_of_squares)(const T* x, int64_t d);
   void (*scale)(const T* x, int64_t d, double factor, T* result);
+  // From bfloat16 and from float16.
+  void (*widen_brain)(const uint16_t* x, int64_t d, T* result);
+  void (*widen_half)(const uint16_t* x, int64_t d, T* result);
   double (*squared_distance)(const T* a, const T* b, int64_t d);
   // Turns cosines of unit vectors into squared distances, in place; returns the least.
   T (*distances)(T* cosines, int64_t count);

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -29,6 +30,8 @@ constexpr int64_t kSelf = 1, kCount = 2;
 constexpr int64_t kBlock = 1024;
 // Rows of a symmetric product that are multiplied at once: what they waste below the diagonal is half their square.
 constexpr int64_t kStrip = 64;
+// Fewest dimensions that are multiplied at once.
+constexpr int64_t kNarrow = 16;
 // Below this squared distance, 2 - 2 cos loses too many digits in float32: the difference is taken instead.
 constexpr double kClose = 0.1;
 // Below, exponents of a kernel could leave the range that is set aside for them.
@@ -61,27 +64,24 @@ const gak::Loops<T>& loops() {
   }
 }
 
-struct Free {
-  void operator()(void* memory) const {
-    std::free(memory);
-  }
-};
-
-// Grows only; vectors want their alignment.
+// Grows only, and loses what it held. Vectors want their alignment. (aligned_alloc would do, but asks for more than it
+// takes, so that it never finds room where one like it was freed.)
 class Workspace {
  public:
   void* reserve(int64_t bytes) {
+    constexpr int64_t alignment = 64;
     if (bytes > size_) {
-      size_ = (bytes + 63) / 64 * 64;
-      memory_.reset(std::aligned_alloc(64, size_));
-      STD_TORCH_CHECK(memory_, "The alignment kernel could not get ", size_, " bytes of memory.");
+      memory_.reset();
+      memory_.reset(new char[bytes + alignment]);
+      size_ = bytes;
     }
-    return memory_.get();
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
+    return memory_.get() + (alignment - address % alignment) % alignment;
   }
 
  private:
   int64_t size_ = 0;
-  std::unique_ptr<void, Free> memory_;
+  std::unique_ptr<char[]> memory_;
 };
 
 // `start` is the first row of the sample in the matrix that the recursion reads.
@@ -93,6 +93,27 @@ struct Block {
   int64_t begin, end, first_slice, last_slice, texts;
 };
 
+// A number for each of a run of prefixes (or lengths) and each of a run of lengths of the other side: self-kernels at the
+// bandwidth of the two, or numbers of alignments.
+struct Table {
+  int64_t first = 0, first_length = 0, width = 0;
+  std::unique_ptr<double[]> values;
+
+  void reset(int64_t begin, int64_t end, int64_t begin_length, int64_t end_length) {
+    first = begin;
+    first_length = begin_length;
+    width = end_length - begin_length;
+    values.reset();
+    values.reset(new double[(end - begin) * width]);
+  }
+  double* of(int64_t prefix) {
+    return values.get() + (prefix - first) * width;
+  }
+  double at(int64_t prefix, int64_t length) const {
+    return values[(prefix - first) * width + length - first_length];
+  }
+};
+
 // One set of prefixes, sorted by block and then by length, and the slices they use.
 template <typename T>
 struct Side {
@@ -101,13 +122,13 @@ struct Side {
   std::vector<int64_t> start, need;  // per sample
   std::vector<int64_t> lengths;      // distinct, ascending
   std::vector<int64_t> length_index;
-  std::vector<double> self;  // (prefixes, lengths of the other side)
   int64_t slices = 0;
-  // Normalised halves, which the two sides share where they use the same slices; inside a block texts come first, `place`
-  // says where a slice went.
-  std::unique_ptr<T[]> memory;
-  T *uni = nullptr, *cross = nullptr;
+  // Inside a block texts come first: `place` says where a slice went, `source` which embedding came there.
   std::vector<int32_t> place;
+  std::vector<int64_t> source;
+  // Normalised halves in that order, which the two sides share where they use the same slices. Narrow dtypes have none.
+  std::unique_ptr<T[]> memory;
+  T* halves[2] = {};
 
   Side(const Tensor& tensor, const int64_t* offsets, int64_t samples, bool compact, const char* name) {
     const int64_t* rows = static_cast<const int64_t*>(tensor.const_data_ptr());
@@ -143,12 +164,17 @@ struct Side {
         lengths.push_back(l);
       }
     }
+  }
+
+  // Blocks of about so many slices; a sample is never cut.
+  void cut(int64_t size) {
+    const int64_t count = prefixes.size();
     std::stable_sort(
         prefixes.begin(), prefixes.end(), [](const Prefix& a, const Prefix& b) { return a.sample < b.sample; });
     int64_t begin = 0;
     const auto last = [&](int64_t p) { return prefixes[p].start + need[prefixes[p].sample]; };
     for (int64_t end = 1; end <= count; ++end) {
-      if (end == count || (last(end) - prefixes[begin].start > kBlock && prefixes[end].sample != prefixes[end - 1].sample)) {
+      if (end == count || (last(end) - prefixes[begin].start > size && prefixes[end].sample != prefixes[end - 1].sample)) {
         blocks.push_back({begin, end, prefixes[begin].start, last(end - 1), 0});
         begin = end;
       }
@@ -159,17 +185,33 @@ struct Side {
           [](const Prefix& a, const Prefix& b) { return a.length < b.length; });
     }
   }
+
+  // The prefixes of a block whose lengths lie in a run of the distinct ones.
+  Block within(Block block, int64_t first_length, int64_t last_length) const {
+    const auto at = [&](int64_t index) {
+      return std::partition_point(
+                 prefixes.begin() + block.begin, prefixes.begin() + block.end,
+                 [&](const Prefix& prefix) { return length_index[prefix.length] < index; }) -
+             prefixes.begin();
+    };
+    const int64_t begin = at(first_length), end = at(last_length);
+    block.begin = begin;
+    block.end = end;
+    return block;
+  }
 };
 
-// log of the Delannoy numbers of all pairs of some lengths (ascending), by the plain sum with exponents of its own.
-std::vector<double> log_counts(const std::vector<int64_t>& lengths) {
-  const int64_t longest = lengths.back(), count = lengths.size();
-  std::vector<double> mantissa(longest, 1.0), table(count * count, 0.0);
-  std::vector<int64_t> exponent(longest, 0);
-  for (int64_t i = 1, row = lengths[0] == 1; row < count; ++i) {
+// Delannoy numbers, row after row, by the plain sum with exponents of its own: `row(n, log)` is told n and may ask for
+// log(m) of all m up to `columns`.
+template <typename Row>
+void delannoy(int64_t rows, int64_t columns, const Row& row) {
+  std::vector<double> mantissa(columns, 1.0);
+  std::vector<int64_t> exponent(columns, 0);
+  const auto log = [&](int64_t m) { return gak::log_of(mantissa[m - 1], exponent[m - 1]); };
+  for (int64_t i = 0; i < rows; ++i) {
     double corner = 1.0, left = 1.0;
     int64_t corner_exponent = 0, left_exponent = 0;
-    for (int64_t j = 1; j < longest; ++j) {
+    for (int64_t j = 1; i > 0 && j < columns; ++j) {
       const int64_t top = std::max(std::max(left_exponent, corner_exponent), exponent[j]);
       const auto part = [&](double value, int64_t own) { return top - own > 1000 ? 0.0 : __builtin_ldexp(value, int(own - top)); };
       double sum = part(left, left_exponent) + part(mantissa[j], exponent[j]) + part(corner, corner_exponent);
@@ -183,15 +225,8 @@ std::vector<double> log_counts(const std::vector<int64_t>& lengths) {
       left = mantissa[j] = sum;
       left_exponent = exponent[j] = sum_exponent;
     }
-    if (lengths[row] == i + 1) {
-      for (int64_t column = 0; column < count; ++column) {
-        const int64_t j = lengths[column] - 1;
-        table[row * count + column] = gak::log_of(mantissa[j], exponent[j]);
-      }
-      ++row;
-    }
+    row(i + 1, log);
   }
-  return table;
 }
 
 // Whether every cell of the recursion stays a normal double without rescaling. A function of the pair alone.
@@ -222,8 +257,9 @@ struct Shuffle {
 template <typename T>
 class Op {
  public:
+  // `spare` is the memory, in bytes, that self-kernels and counts may take.
   Op(const Tensor& prefixes, const std::optional<Tensor>& others, const int64_t* offsets, int64_t samples,
-     bool compact, double delta, int64_t normalize)
+     bool compact, double delta, int64_t normalize, int64_t spare)
       : rows(prefixes, offsets, samples, compact, "prefixes"), symmetric(!others), delta(delta), normalize(normalize) {
     if (others) {
       other_.emplace_back(*others, offsets, samples, compact, "other_prefixes");
@@ -233,23 +269,29 @@ class Op {
     for (int64_t total = 0; total <= longest; ++total) {
       bandwidths_.emplace_back(std::max<int64_t>(total, 1), delta);
     }
+    const int64_t n = rows.lengths.size(), m = columns->lengths.size();
+    int64_t numbers = normalize & kCount ? n * m : 0;
     if (normalize & kSelf) {
-      rows.self.resize(rows.prefixes.size() * columns->lengths.size());
-      if (!symmetric) {
-        columns->self.resize(columns->prefixes.size() * rows.lengths.size());
-      }
+      numbers += rows.prefixes.size() * m + columns->prefixes.size() * n;
     }
-    if (normalize & kCount) {
-      std::vector<int64_t> lengths;
-      std::set_union(
-          rows.lengths.begin(), rows.lengths.end(), columns->lengths.begin(), columns->lengths.end(),
-          std::back_inserter(lengths));
-      counts_ = log_counts(lengths);
-      counted_ = lengths.size();
-      count_index_.resize(lengths.back() + 1);
-      for (int64_t k = 0; k < counted_; ++k) {
-        count_index_[lengths[k]] = k;
-      }
+    const int64_t bytes = numbers * int64_t(sizeof(double));
+    if (bytes > spare) {
+      // So many lengths at a time, in whole groups of lanes.
+      const int64_t lanes = loops<T>().lanes;
+      part_ = std::max<int64_t>(lanes, n * spare / bytes / lanes * lanes);
+    } else {
+      part_ = n;
+    }
+    // Parts take turns at every tile. There is one only then: they are for few, long samples.
+    const int64_t size = part_ < n ? INT64_MAX : kBlock;
+    rows.cut(size);
+    if (!symmetric) {
+      columns->cut(size);
+    }
+    if ((normalize & kSelf) && (normalize & kCount)) {
+      const int64_t last = std::max(rows.lengths.back(), columns->lengths.back());
+      own_count_.resize(last + 1);
+      delannoy(last, last, [&](int64_t length, const auto& log) { own_count_[length] = log(length); });
     }
   }
 
@@ -257,53 +299,127 @@ class Op {
     return {column, length, bandwidths_[total].scale, bandwidths_[total].extended};
   }
 
-  // Self-kernels of one prefix at the bandwidths of all its partners. Its sample begins at row and column `at`.
-  void self_kernels(
-      Side<T>& side, int64_t p, const Side<T>& partners, gak::Tile<T> tile, int64_t at, Workspace& workspace) {
-    const Prefix& prefix = side.prefixes[p];
-    const int64_t n = prefix.length, count = partners.lengths.size();
-    std::vector<gak::Lane> lanes;
-    for (int64_t length : partners.lengths) {
-      // The pair's bandwidth, but n slices against n.
-      const double scale = bandwidths_[n + length].scale;
-      lanes.push_back({at, n, scale, needs_exponents(2 * n, scale)});
+  // All pairs. `tile_of` gives the squared distances of two blocks; of a block with itself, of the pairs of samples in
+  // their order, and of each sample with itself in both directions. Without symmetry no tile holds the latter: then
+  // `own` computes the self-kernels of some prefixes of a side.
+  template <typename TileOf, typename Own>
+  void run(const TileOf& tile_of, const Own& own, T* result) {
+    const int64_t count = rows.lengths.size();
+    Table of_rows, of_columns;
+    for (int64_t first = 0; first < count; first += part_) {
+      const int64_t last = std::min(first + part_, count);
+      const int64_t first_column = symmetric ? first : 0;
+      if (normalize & kCount) {
+        count_alignments(first, last, first_column);
+      }
+      if (normalize & kSelf) {
+        int64_t begin = 0, end = rows.prefixes.size();
+        if (part_ < count) {
+          const Block near = rows.within(rows.blocks[0], first, last);
+          begin = near.begin;
+          end = near.end;
+        }
+        of_rows.reset(begin, end, first_column, columns->lengths.size());
+        of_columns.reset(symmetric ? end : 0, columns->prefixes.size(), first, last);
+        if (!symmetric) {
+          own(rows, begin, end, *columns, of_rows);
+          own(*columns, 0, columns->prefixes.size(), rows, of_columns);
+        }
+      }
+      if (!symmetric) {
+        for (const Block& a : rows.blocks) {
+          for (const Block& b : columns->blocks) {
+            kernels(rows.within(a, first, last), b, tile_of(a, b), of_rows, of_columns, result);
+          }
+        }
+        continue;
+      }
+      // Blocks against themselves first: they hold the self-kernels that all others are divided by.
+      for (const Block& a : rows.blocks) {
+        const Block near = rows.within(a, first, last), rest = rows.within(a, last, count);
+        const gak::Tile<T> tile = tile_of(a, a);
+        if (normalize & kSelf) {
+          self_kernels(near, tile, of_rows);
+          self_kernels(rest, tile, of_columns);
+        }
+        kernels(near, near, tile, of_rows, of_rows, result);
+        kernels(near, rest, tile, of_rows, of_columns, result);
+        kernels(rest, near, tile, of_columns, of_rows, result);
+      }
+      for (size_t i = 0; i < rows.blocks.size(); ++i) {
+        for (size_t j = i + 1; j < rows.blocks.size(); ++j) {
+          kernels(rows.blocks[i], rows.blocks[j], tile_of(rows.blocks[i], rows.blocks[j]), of_rows, of_rows, result);
+        }
+      }
     }
-    loops<T>().log_kernels(
-        tile.from(at), n, lanes.data(), count, workspace.reserve((n + 1) * loops<T>().row_bytes), &side.self[p * count]);
   }
 
-  // Everything of one pair of blocks. Of a block with itself, the tile holds the pairs of samples in their order only.
-  void tile_kernels(const Block& a, const Block& b, gak::Tile<T> tile, T* result) {
-    const bool diagonal = symmetric && a.begin == b.begin;
-    const int64_t height = a.end - a.begin;
-    const Shuffle shuffle(height);
-    if (diagonal && (normalize & kSelf)) {
-      torch::stable::parallel_for(0, height, 1, [&](int64_t begin, int64_t end) {
-        Workspace workspace;
-        for (int64_t w = begin; w < end; ++w) {
-          const int64_t p = a.begin + shuffle(w);
-          self_kernels(rows, p, rows, tile, rows.prefixes[p].start - a.first_slice, workspace);
-        }
-      });
+  // Self-kernels of one prefix, at the bandwidths of the table. Its sample begins at row and column `at`.
+  void self_kernels(
+      const Side<T>& side, int64_t p, const Side<T>& partners, gak::Tile<T> tile, int64_t at, Table& table,
+      Workspace& workspace) const {
+    const int64_t n = side.prefixes[p].length;
+    std::vector<gak::Lane> lanes;
+    lanes.reserve(table.width);
+    for (int64_t l = table.first_length; l < table.first_length + table.width; ++l) {
+      // The pair's bandwidth, but n slices against n.
+      const double scale = bandwidths_[n + partners.lengths[l]].scale;
+      lanes.push_back({at, n, scale, needs_exponents(2 * n, scale)});
     }
+    double* values = table.of(p);
+    loops<T>().log_kernels(
+        tile.from(at), n, lanes.data(), lanes.size(), workspace.reserve((side.lengths.back() + 1) * loops<T>().row_bytes),
+        values);
+    for (int64_t l = 0; !own_count_.empty() && l < table.width; ++l) {
+      values[l] -= own_count_[n];
+    }
+  }
+
+  Side<T> rows;
+  Side<T>* columns;
+  bool symmetric;
+  double delta;
+  int64_t normalize;
+
+ private:
+  // From the tile of a block with itself.
+  void self_kernels(const Block& block, gak::Tile<T> tile, Table& table) const {
+    const Shuffle shuffle(block.end - block.begin);
+    torch::stable::parallel_for(0, shuffle.count, 1, [&](int64_t begin, int64_t end) {
+      Workspace workspace;
+      for (int64_t w = begin; w < end; ++w) {
+        const int64_t p = block.begin + shuffle(w);
+        self_kernels(rows, p, rows, tile, rows.prefixes[p].start - block.first_slice, table, workspace);
+      }
+    });
+  }
+
+  // Some prefixes of one pair of blocks.
+  void kernels(
+      const Block& a, const Block& b, gak::Tile<T> tile, const Table& of_rows, const Table& of_columns,
+      T* result) const {
+    const bool diagonal = symmetric && a.first_slice == b.first_slice;
+    const Shuffle shuffle(a.end - a.begin);
     const int64_t q_count = columns->prefixes.size();
-    torch::stable::parallel_for(0, height, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, shuffle.count, 1, [&](int64_t begin, int64_t end) {
       Workspace workspace;
       std::vector<int64_t> partners;
       std::vector<gak::Lane> lanes;
       std::vector<double> values;
+      partners.reserve(b.end - b.begin);
+      lanes.reserve(b.end - b.begin);
       for (int64_t w = begin; w < end; ++w) {
         const int64_t p = a.begin + shuffle(w);
         const Prefix& row = rows.prefixes[p];
-        if (diagonal && (normalize & kSelf)) {
-          result[row.out * q_count + row.out] = 0;
-        }
         partners.clear();
         lanes.clear();
         for (int64_t q = b.begin; q < b.end; ++q) {
           const Prefix& column = columns->prefixes[q];
-          const bool same = column.sample == row.sample;
-          if (diagonal && (same ? q < p || (q == p && (normalize & kSelf)) : column.sample < row.sample)) {
+          if (diagonal && q == p && (normalize & kSelf)) {
+            result[row.out * q_count + row.out] = 0;
+            continue;
+          }
+          if (diagonal && (column.sample == row.sample ? q < p : column.sample < row.sample)) {
             continue;
           }
           partners.push_back(q);
@@ -315,10 +431,20 @@ class Op {
         values.resize(lanes.size());
         loops<T>().log_kernels(
             tile.from(row.start - a.first_slice), row.length, lanes.data(), lanes.size(),
-            workspace.reserve((lanes.back().length + 1) * loops<T>().row_bytes), values.data());
+            workspace.reserve((columns->prefixes[b.end - 1].length + 1) * loops<T>().row_bytes), values.data());
         for (size_t k = 0; k < partners.size(); ++k) {
-          const Prefix& column = columns->prefixes[partners[k]];
-          const T value = T(values[k] - divisor(p, partners[k]));
+          const int64_t q = partners[k];
+          const Prefix& column = columns->prefixes[q];
+          const int64_t n = rows.length_index[row.length], m = columns->length_index[column.length];
+          double divisor = 0;
+          if (normalize & kSelf) {
+            divisor += 0.5 * (of_rows.at(p, m) + of_columns.at(q, n));
+          }
+          if (normalize & kCount) {
+            // With symmetry the shorter length, which is known to lie in the part, comes first.
+            divisor += symmetric ? counts_.at(std::min(n, m), std::max(n, m)) : counts_.at(n, m);
+          }
+          const T value = T(values[k] - divisor);
           result[row.out * q_count + column.out] = value;
           if (symmetric) {
             result[column.out * q_count + row.out] = value;
@@ -328,37 +454,23 @@ class Op {
     });
   }
 
-  double divisor(int64_t p, int64_t q) const {
-    const Prefix &row = rows.prefixes[p], &column = columns->prefixes[q];
-    double value = 0;
-    if (normalize & kSelf) {
-      value += 0.5 * (rows.self[p * columns->lengths.size() + columns->length_index[column.length]] +
-                      columns->self[q * rows.lengths.size() + rows.length_index[row.length]]);
-    }
-    if (normalize & kCount) {
-      value += count(row.length, column.length);
-      if (normalize & kSelf) {
-        value -= 0.5 * (count(row.length, row.length) + count(column.length, column.length));
+  void count_alignments(int64_t first, int64_t last, int64_t first_column) {
+    counts_.reset(first, last, first_column, columns->lengths.size());
+    int64_t index = first;
+    delannoy(rows.lengths[last - 1], columns->lengths.back(), [&](int64_t length, const auto& log) {
+      if (length == rows.lengths[index]) {
+        double* values = counts_.of(index++);
+        for (int64_t l = first_column; l < first_column + counts_.width; ++l) {
+          *values++ = log(columns->lengths[l]);
+        }
       }
-    }
-    return value;
+    });
   }
 
-  double count(int64_t n, int64_t m) const {
-    return counts_[count_index_[n] * counted_ + count_index_[m]];
-  }
-
-  Side<T> rows;
-  Side<T>* columns;
-  bool symmetric;
-  double delta;
-  int64_t normalize;
-
- private:
   std::vector<Side<T>> other_;
-  std::vector<double> counts_;
-  int64_t counted_ = 0;
-  std::vector<int64_t> count_index_;
+  int64_t part_;  // lengths whose self-kernels and counts are held at a time
+  Table counts_;                   // (lengths of rows, lengths of columns)
+  std::vector<double> own_count_;  // of each length with itself, for "self+count"
   std::vector<Bandwidth> bandwidths_;
 };
 
@@ -372,17 +484,16 @@ Tensor view(T* data, int64_t height, int64_t width, int64_t stride, int64_t step
       data, {sizes, 2}, {strides, 2}, torch::stable::Device(torch::headeronly::DeviceType::CPU), kType<T>);
 }
 
-// c = a @ b^T with the BLAS of torch.
+// c = a @ b^T, or what is added to c, with the BLAS of torch.
 template <typename T>
-void product(T* a, T* b, T* c, int64_t n, int64_t m, int64_t d, int64_t stride) {
+void product(const T* a, const T* b, T* c, int64_t n, int64_t m, int64_t d, int64_t stride, bool add) {
   if (n == 0 || m == 0) {
     return;
   }
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(view(a, n, d, d, 1)), torch::stable::detail::from(view(b, d, m, 1, d)),
-      torch::stable::detail::from(view(c, n, m, stride, 1))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+  const Tensor left = view(const_cast<T*>(a), n, d, d, 1), right = view(const_cast<T*>(b), d, m, 1, d);
+  const Tensor result = view(c, n, m, stride, 1);
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), add ? 1 : 0, 1));
 }
 
 template <typename T>
@@ -391,10 +502,33 @@ struct Slices {
   ScalarType type;
   const int64_t* modality;
   const int64_t* offsets;
-  int64_t count, samples, d, uni, cross;
+  int64_t count, samples, d;
+  int64_t widths[2];  // of the halves
+  bool narrow;
+  // Normalised slices are held, or else made when they are multiplied, some dimensions at a time: they would take twice
+  // the memory of narrow inputs, and that of two sets which share some slices.
+  bool held;
+  int64_t step;
+  // x * lift * factor has length 1: two steps, because the factor of a denormal number would itself be infinite.
+  struct Norm {
+    double lift = 1, factor = 1;
+  };
+  std::vector<Norm> norms;  // of the halves of each slice
+
+  Slices(const Tensor& tensor, const std::optional<Tensor>& modality, int64_t split, const int64_t* offsets, int64_t samples)
+      : embeddings(tensor.const_data_ptr()),
+        type(tensor.scalar_type()),
+        modality(modality ? static_cast<const int64_t*>(modality->const_data_ptr()) : nullptr),
+        offsets(offsets),
+        count(tensor.size(0)),
+        samples(samples),
+        d(tensor.size(1)),
+        widths{modality ? split : d, modality ? d - split : 0},
+        narrow(type != kType<T>) {}
 
   void arrange(Side<T>& side) const {
     side.place.resize(side.slices);
+    side.source.resize(side.slices);
     int64_t sample = 0;
     for (Block& block : side.blocks) {
       int64_t front = block.first_slice;
@@ -404,6 +538,7 @@ struct Slices {
           for (int64_t i = 0; i < side.need[s]; ++i) {
             const bool text = !modality || modality[offsets[s] + i] == 0;
             if (text == (pass == 0)) {
+              side.source[front] = offsets[s] + i;
               side.place[side.start[s] + i] = int32_t(front++ - block.first_slice);
             }
           }
@@ -417,100 +552,106 @@ struct Slices {
     }
   }
 
-  // A slice in T. Narrow dtypes are widened one slice at a time, because all at once would take twice the memory.
-  const T* slice(int64_t i, std::vector<T>& widened) const {
-    const auto widen = [&](const auto* x) {
-      std::copy(x + i * d, x + (i + 1) * d, widened.begin());
-      return widened.data();
-    };
-    if (type == ScalarType::BFloat16) {
-      return widen(static_cast<const torch::headeronly::BFloat16*>(embeddings));
+  // Some dimensions of a slice in T, copied only where its dtype is narrow.
+  const T* dimensions(int64_t slice, int64_t from, int64_t size, T* buffer) const {
+    const int64_t at = slice * d + from;
+    if (!narrow) {
+      return static_cast<const T*>(embeddings) + at;
     }
-    if (type == ScalarType::Half) {
-      return widen(static_cast<const torch::headeronly::Half*>(embeddings));
-    }
-    return static_cast<const T*>(embeddings) + i * d;
+    const auto widen = type == ScalarType::BFloat16 ? loops<T>().widen_brain : loops<T>().widen_half;
+    widen(static_cast<const uint16_t*>(embeddings) + at, size, buffer);
+    return buffer;
   }
 
-  // 0 good, 1 NaN or infinity, 2, 3, 4 zeros in all, in the first, in the second half.
-  int half(const T* x, int64_t width, T* to, T* to_other, int complaint) const {
-    const double squares = loops<T>().sum_of_squares(x, width);
+  // `problem` is 0, 1 for NaN or infinity, `complaint` for zeros.
+  static Norm norm(const T* x, int64_t width, int complaint, int& problem) {
+    double squares = loops<T>().sum_of_squares(x, width);
     const double smallest = sizeof(T) == 8 ? 1e-290 : 1e-25, largest_squares = sizeof(T) == 8 ? 1e300 : 1e35;
+    Norm norm;
     if (!(squares < largest_squares && squares > smallest)) {
       double largest = 0;
       for (int64_t i = 0; i < width; ++i) {
         const double size = x[i] < 0 ? -double(x[i]) : double(x[i]);
         if (!(size <= 1.7976931348623157e308)) {
-          return 1;
+          problem = 1;
+          return norm;
         }
         largest = std::max(largest, size);
       }
       if (largest == 0) {
-        return complaint;
+        problem = complaint;
+        return norm;
       }
-      // Two steps, because the factor of a denormal number would itself be infinite.
-      const double lift = largest < 1e-300 ? 1e300 : 1, factor = 1 / (largest * lift);
-      std::vector<T> lifted(width);
+      norm.lift = largest < 1e-300 ? 1e300 : 1 / largest;
+      squares = 0;
       for (int64_t i = 0; i < width; ++i) {
-        lifted[i] = T(x[i] * lift * factor);
-      }
-      return half(lifted.data(), width, to, to_other, complaint);
-    }
-    const double factor = 1 / __builtin_sqrt(squares);
-    for (T* target : {to, to_other}) {
-      if (target) {
-        loops<T>().scale(x, width, factor, target);
+        squares += x[i] * norm.lift * (x[i] * norm.lift);
       }
     }
-    return 0;
+    norm.factor = 1 / __builtin_sqrt(squares);
+    return norm;
   }
 
-  void normalize(Op<T>& op) const {
+  static void scale(const T* x, int64_t width, const Norm& norm, T* result) {
+    if (norm.lift == 1) {
+      loops<T>().scale(x, width, norm.factor, result);
+      return;
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      result[i] = T(x[i] * norm.lift * norm.factor);
+    }
+  }
+
+  void normalize(Op<T>& op) {
     std::atomic<int64_t> bad{INT64_MAX};
     std::vector<int64_t> sample_of(count);
     for (int64_t s = 0; s < samples; ++s) {
       std::fill(sample_of.begin() + offsets[s], sample_of.begin() + offsets[s + 1], s);
     }
-    std::vector<Side<T>*> sides{&op.rows};
-    if (!op.symmetric && op.columns->need != op.rows.need) {
-      sides.push_back(op.columns);
-    }
-    for (Side<T>* side : sides) {
-      side->memory.reset(new T[side->slices * d]);
-      side->uni = side->memory.get();
-      side->cross = side->uni + side->slices * uni;
-    }
     arrange(op.rows);
     if (!op.symmetric) {
       arrange(*op.columns);
-      if (sides.size() == 1) {
-        op.columns->uni = op.rows.uni;
-        op.columns->cross = op.rows.cross;
+    }
+    const bool alike = op.symmetric || op.columns->source == op.rows.source;
+    held = !narrow && (alike || op.rows.slices + op.columns->slices <= count);
+    step = held ? d : std::max<int64_t>(kNarrow, d / (alike ? 4 : 8));
+    norms.resize(held ? 0 : 2 * count);
+    std::vector<Side<T>*> sides;
+    std::vector<int64_t> row_of[2];
+    if (held) {
+      sides.push_back(&op.rows);
+      if (!alike) {
+        sides.push_back(op.columns);
       }
     }
-    std::vector<int64_t> block_start[2];
     for (size_t k = 0; k < sides.size(); ++k) {
-      block_start[k].resize(sides[k]->slices);
-      for (const Block& block : sides[k]->blocks) {
-        std::fill(block_start[k].begin() + block.first_slice, block_start[k].begin() + block.last_slice, block.first_slice);
+      Side<T>& side = *sides[k];
+      side.memory.reset(new T[side.slices * d]);
+      side.halves[0] = side.memory.get();
+      side.halves[1] = side.halves[0] + side.slices * widths[0];
+      row_of[k].assign(count, -1);
+      for (int64_t row = 0; row < side.slices; ++row) {
+        row_of[k][side.source[row]] = row;
       }
+    }
+    if (alike && !op.symmetric) {
+      std::copy(op.rows.halves, op.rows.halves + 2, op.columns->halves);
     }
     torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-      std::vector<T> widened(type == kType<T> ? 0 : d);
+      std::vector<T> widened(narrow ? d : 0);
       for (int64_t i = begin; i < end; ++i) {
-        const T* x = slice(i, widened);
-        const int64_t sample = sample_of[i], within = i - offsets[sample];
-        T *to[2] = {}, *to_cross[2] = {};
-        for (size_t k = 0; k < sides.size(); ++k) {
-          if (within < sides[k]->need[sample]) {
-            const int64_t at = sides[k]->start[sample] + within, row = block_start[k][at] + sides[k]->place[at];
-            to[k] = sides[k]->uni + row * uni;
-            to_cross[k] = sides[k]->cross + row * cross;
+        const T* x = dimensions(i, 0, d, widened.data());
+        int problem = 0;
+        for (int half = 0; half < 2 && widths[half] && !problem; x += widths[half++]) {
+          const Norm unit = norm(x, widths[half], half ? 4 : widths[1] ? 3 : 2, problem);
+          if (!held) {
+            norms[2 * i + half] = unit;
           }
-        }
-        int problem = half(x, uni, to[0], to[1], cross ? 3 : 2);
-        if (!problem && cross) {
-          problem = half(x + uni, cross, to_cross[0], to_cross[1], 4);
+          for (size_t k = 0; k < sides.size(); ++k) {
+            if (row_of[k][i] >= 0) {
+              scale(x, widths[half], unit, sides[k]->halves[half] + row_of[k][i] * widths[half]);
+            }
+          }
         }
         if (problem) {
           const int64_t code = i * 8 + problem;
@@ -523,7 +664,7 @@ struct Slices {
     const int64_t code = bad.load();
     if (code != INT64_MAX) {
       const int64_t row = code / 8, sample = sample_of[row];
-      const std::string edge = std::to_string(uni);
+      const std::string edge = std::to_string(widths[0]);
       const std::string what[] = {
           "", "holds NaN or infinity", "is all zeros and has no direction",
           "is all zeros in its first " + edge + " dimensions", "is all zeros after its first " + edge + " dimensions"};
@@ -533,29 +674,73 @@ struct Slices {
     }
   }
 
+  // Some normalised dimensions of a half of a slice, which stands in a row of `side`.
+  const T* unit(const Side<T>& side, int64_t row, int half, int64_t from, int64_t size, T* buffer) const {
+    if (held) {
+      return side.halves[half] + row * widths[half] + from;
+    }
+    const int64_t slice = side.source[row];
+    scale(dimensions(slice, (half ? widths[0] : 0) + from, size, buffer), size, norms[2 * slice + half], buffer);
+    return buffer;
+  }
+
+  // Calls `compare(half, left, right, size, first, last)` with some dimensions of two blocks, until it had all.
+  template <typename Compare>
+  void dimension_by_dimension(const Op<T>& op, const Block& a, const Block& b, T* buffer, const Compare& compare) const {
+    const auto take = [&](const Side<T>& side, const Block& block, int half, int64_t from, int64_t size, T* to) {
+      if (held) {
+        return unit(side, block.first_slice, half, from, size, nullptr);
+      }
+      torch::stable::parallel_for(0, block.last_slice - block.first_slice, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          unit(side, block.first_slice + r, half, from, size, to + r * size);
+        }
+      });
+      return static_cast<const T*>(to);
+    };
+    const bool same = a.first_slice == b.first_slice && (op.symmetric || op.columns->source == op.rows.source);
+    for (int half = 0; half < 2; ++half) {
+      for (int64_t from = 0; from < widths[half]; from += step) {
+        const int64_t size = std::min(step, widths[half] - from);
+        const T* left = take(op.rows, a, half, from, size, buffer);
+        const T* right =
+            same ? left : take(*op.columns, b, half, from, size, buffer + (a.last_slice - a.first_slice) * step);
+        compare(half, left, right, size, from == 0, from + size == widths[half]);
+      }
+    }
+  }
+
   // Squared distances of two blocks, texts before images. Of a block with itself, what pairs of samples in their order
   // need, and each sample with itself in both directions.
   void distances(const Op<T>& op, const Block& a, const Block& b, T* tile) const {
     const int64_t height = a.last_slice - a.first_slice, width = b.last_slice - b.first_slice;
-    const bool diagonal = op.symmetric && a.begin == b.begin;
-    T *left = op.rows.uni + a.first_slice * uni, *right = op.columns->uni + b.first_slice * uni;
-    T* left_cross = op.rows.cross + a.first_slice * cross;
-    T* right_cross = op.columns->cross + b.first_slice * cross;
+    const bool diagonal = op.symmetric && a.first_slice == b.first_slice;
     const int64_t texts = a.texts, column_texts = b.texts;
-    const auto same = [&](int64_t from, int64_t to, int64_t column_from, int64_t column_to) {
-      const int64_t strip = diagonal ? kStrip : to - from;
-      for (int64_t i = from; i < to; i += strip) {
-        const int64_t j = diagonal ? i : column_from;
+    std::unique_ptr<T[]> buffer(held ? nullptr : new T[(diagonal ? height : height + width) * step]);
+    dimension_by_dimension(op, a, b, buffer.get(), [&](int half, const T* left, const T* right, int64_t size, bool first, bool) {
+      const auto multiply = [&](int64_t from, int64_t to, int64_t column_from, int64_t column_to) {
         product(
-            left + i * uni, right + j * uni, tile + i * width + j, std::min(strip, to - i), column_to - j, uni, width);
+            left + from * size, right + column_from * size, tile + from * width + column_from, to - from,
+            column_to - column_from, size, width, !first);
+      };
+      const auto same = [&](int64_t from, int64_t to, int64_t column_from, int64_t column_to) {
+        const int64_t strip = diagonal ? kStrip : to - from;
+        for (int64_t i = from; i < to; i += strip) {
+          multiply(i, std::min(i + strip, to), diagonal ? i : column_from, column_to);
+        }
+      };
+      if (half == 0) {
+        same(0, texts, 0, column_texts);
+        same(texts, height, column_texts, width);
+      } else {
+        multiply(0, texts, column_texts, width);
+        if (!diagonal) {
+          multiply(texts, height, 0, column_texts);
+        }
       }
-    };
-    same(0, texts, 0, column_texts);
-    same(texts, height, column_texts, width);
-    product(left_cross, right_cross + column_texts * cross, tile + column_texts, texts, width - column_texts, cross, width);
-    if (!diagonal) {
-      product(left_cross + texts * cross, right_cross, tile + texts * width, height - texts, column_texts, cross, width);
-    }
+    });
+    // What is too close is marked by its sign, and holds what is known of its distance from then on.
+    std::vector<char> close(height);
     torch::stable::parallel_for(0, height, 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         T* row = tile + r * width;
@@ -565,17 +750,28 @@ struct Slices {
         }
         for (int64_t c = first; c < width; ++c) {
           if (row[c] < kClose) {
-            if (diagonal && r == c) {
-              row[c] = 0;
-            } else {
-              row[c] = (r < texts) == (c < column_texts)
-                           ? loops<T>().squared_distance(left + r * uni, right + c * uni, uni)
-                           : loops<T>().squared_distance(left_cross + r * cross, right_cross + c * cross, cross);
-            }
+            const bool itself = diagonal && r == c;
+            row[c] = itself ? T(0) : -T(0);
+            close[r] |= !itself;
           }
         }
       }
     });
+    if (std::find(close.begin(), close.end(), 1) != close.end()) {
+      dimension_by_dimension(op, a, b, buffer.get(), [&](int half, const T* left, const T* right, int64_t size, bool, bool last) {
+        torch::stable::parallel_for(0, height, 16, [&](int64_t begin, int64_t end) {
+          for (int64_t r = begin; r < end; ++r) {
+            T* row = tile + r * width;
+            for (int64_t c = diagonal ? r : 0; close[r] && c < width; ++c) {
+              if (__builtin_signbit(row[c]) && ((r < texts) == (c < column_texts)) == (half == 0)) {
+                const T distance = loops<T>().squared_distance(left + r * size, right + c * size, size) - row[c];
+                row[c] = last ? distance : -distance;
+              }
+            }
+          }
+        });
+      });
+    }
     if (diagonal) {
       mirror(op.rows, a, tile, height);
     }
@@ -612,38 +808,73 @@ struct Slices {
     }
   }
 
-  // Without symmetry no tile holds a sample against itself.
-  void self_kernels(Op<T>& op, Side<T>& side, const Side<T>& partners) const {
+  // Without symmetry no tile holds a sample against itself. `memory` has room for `most` distances, the longest sample's at
+  // least.
+  void self_kernels(
+      const Op<T>& op, const Side<T>& side, int64_t first, int64_t last, const Side<T>& partners, Table& table, T* memory,
+      int64_t most) const {
     std::vector<std::vector<int64_t>> prefixes(samples);
-    for (size_t p = 0; p < side.prefixes.size(); ++p) {
-      prefixes[side.prefixes[p].sample].push_back(p);
+    std::vector<int64_t> longest(samples, 0), present;
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t sample = side.prefixes[p].sample;
+      if (prefixes[sample].empty()) {
+        present.push_back(sample);
+      }
+      prefixes[sample].push_back(p);
+      longest[sample] = std::max(longest[sample], side.prefixes[p].length);
     }
-    const Shuffle shuffle(samples);
-    torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
-      Workspace workspace;
-      std::vector<T> own;
-      for (int64_t w = begin; w < end; ++w) {
-        const int64_t sample = shuffle(w), n = side.need[sample], start = side.start[sample];
-        const Block* block = &side.blocks[0];
-        while (n && block->last_slice <= start) {
-          ++block;
+    std::vector<int64_t> place(samples);
+    for (size_t begin = 0, end = 0; begin < present.size(); begin = end) {
+      int64_t cells = 0;
+      for (; end < present.size(); ++end) {
+        const int64_t n = longest[present[end]];
+        if (cells + n * n > most) {
+          break;
         }
-        own.assign(n * n, T(0));
-        for (int64_t i = 0; i < n; ++i) {
-          for (int64_t j = 0; j < i; ++j) {
-            const int64_t r = side.place[start + i], c = side.place[start + j];
-            const int64_t x = block->first_slice + r, y = block->first_slice + c;
-            own[i * n + j] = own[j * n + i] =
-                (r < block->texts) == (c < block->texts)
-                    ? loops<T>().squared_distance(side.uni + x * uni, side.uni + y * uni, uni)
-                    : loops<T>().squared_distance(side.cross + x * cross, side.cross + y * cross, cross);
+        place[present[end]] = cells;
+        cells += n * n;
+      }
+      std::fill(memory, memory + cells, T(0));
+      const Shuffle shuffle(end - begin);
+      torch::stable::parallel_for(0, shuffle.count, 1, [&](int64_t from, int64_t to) {
+        Workspace workspace;
+        std::vector<T> buffer;
+        for (int64_t w = from; w < to; ++w) {
+          const int64_t sample = present[begin + shuffle(w)], n = longest[sample];
+          T* own = memory + place[sample];
+          with_itself(side, sample, n, own, buffer);
+          for (int64_t p : prefixes[sample]) {
+            op.self_kernels(side, p, partners, {own, n}, 0, table, workspace);
           }
         }
-        for (int64_t p : prefixes[sample]) {
-          op.self_kernels(side, p, partners, {own.data(), n}, 0, workspace);
+      });
+    }
+  }
+
+  // Adds the squared distances of the first n slices of a sample.
+  void with_itself(const Side<T>& side, int64_t sample, int64_t n, T* own, std::vector<T>& buffer) const {
+    const int64_t start = side.start[sample];
+    const Block* block = &side.blocks[0];
+    while (block->last_slice <= start) {
+      ++block;
+    }
+    const int32_t* place = side.place.data() + start;
+    buffer.resize(held ? 0 : n * step);
+    std::vector<const T*> rows(n);
+    for (int half = 0; half < 2; ++half) {
+      for (int64_t from = 0; from < widths[half]; from += step) {
+        const int64_t size = std::min(step, widths[half] - from);
+        for (int64_t i = 0; i < n; ++i) {
+          rows[i] = unit(side, block->first_slice + place[i], half, from, size, buffer.data() + i * size);
+          for (int64_t j = 0; j < i; ++j) {
+            if (((place[i] < block->texts) == (place[j] < block->texts)) == (half == 0)) {
+              own[i * n + j] += loops<T>().squared_distance(rows[i], rows[j], size);
+              own[j * n + i] = own[i * n + j];
+            }
+          }
         }
       }
-    });
+    }
   }
 };
 
@@ -683,92 +914,78 @@ void check_delta(double delta) {
       ", got ", delta, ".");
 }
 
+// What self-kernels and counts may take, next to a matrix of squared distances and the inputs.
+int64_t spare_bytes(int64_t bytes) {
+  return std::max<int64_t>(bytes / 8, 1 << 17);
+}
+
 template <typename T>
 void log_alignment(
     const Tensor& embeddings, const Tensor& offsets, int64_t samples, const Tensor& prefixes,
     const std::optional<Tensor>& others, const std::optional<Tensor>& modality, int64_t split, double delta,
     int64_t normalize, Tensor& result) {
   const int64_t* starts = static_cast<const int64_t*>(offsets.const_data_ptr());
-  const int64_t d = embeddings.size(1), uni = modality ? split : d;
-  Op<T> op(prefixes, others, starts, samples, true, delta, normalize);
-  const Slices<T> slices{
-      embeddings.const_data_ptr(),
-      embeddings.scalar_type(),
-      modality ? static_cast<const int64_t*>(modality->const_data_ptr()) : nullptr,
-      starts,
-      embeddings.size(0),
-      samples,
-      d,
-      uni,
-      d - uni};
+  Slices<T> slices(embeddings, modality, split, starts, samples);
+  const int64_t numbers = slices.count * slices.count + result.size(0) * result.size(1);
+  Op<T> op(
+      prefixes, others, starts, samples, true, delta, normalize,
+      spare_bytes(numbers * sizeof(T) + slices.count * slices.d * (slices.narrow ? 2 : sizeof(T))));
   slices.normalize(op);
-  if (!op.symmetric && (normalize & kSelf)) {
-    slices.self_kernels(op, op.rows, *op.columns);
-    slices.self_kernels(op, *op.columns, op.rows);
-  }
-  int64_t height = 0, width = 0;
+  int64_t height = 0, width = 0, own_size = 0;
   for (const Block& block : op.rows.blocks) {
     height = std::max(height, block.last_slice - block.first_slice);
   }
   for (const Block& block : op.columns->blocks) {
     width = std::max(width, block.last_slice - block.first_slice);
   }
-  std::unique_ptr<T[]> tile(new T[height * width]);
-  T* out = static_cast<T*>(result.mutable_data_ptr());
-  // Blocks against themselves first: they hold the self-kernels that all others are divided by.
-  const size_t n = op.rows.blocks.size(), m = op.columns->blocks.size();
-  const auto run = [&](const Block& a, const Block& b) {
-    slices.distances(op, a, b, tile.get());
-    op.tile_kernels(
-        a, b,
-        {tile.get(), b.last_slice - b.first_slice, op.rows.place.data() + a.first_slice,
-         op.columns->place.data() + b.first_slice},
-        out);
-  };
-  for (size_t i = 0; op.symmetric && i < n; ++i) {
-    run(op.rows.blocks[i], op.rows.blocks[i]);
+  if (!op.symmetric && (normalize & kSelf)) {
+    const int64_t longest = std::max(op.rows.lengths.back(), op.columns->lengths.back());
+    own_size = longest * longest;
   }
-  for (size_t i = 0; i < n; ++i) {
-    for (size_t j = op.symmetric ? i + 1 : 0; j < m; ++j) {
-      run(op.rows.blocks[i], op.columns->blocks[j]);
+  // One tile, or distances inside some samples.
+  const int64_t size = std::max(height * width, own_size);
+  std::unique_ptr<T[]> memory(new T[size]);
+  std::pair<int64_t, int64_t> held{-1, -1};
+  const auto tile_of = [&](const Block& a, const Block& b) -> gak::Tile<T> {
+    const std::pair<int64_t, int64_t> wanted{a.first_slice, b.first_slice};
+    if (held != wanted) {
+      slices.distances(op, a, b, memory.get());
+      held = wanted;
     }
-  }
+    return {
+        memory.get(), b.last_slice - b.first_slice, op.rows.place.data() + a.first_slice,
+        op.columns->place.data() + b.first_slice};
+  };
+  const auto own = [&](const Side<T>& side, int64_t first, int64_t last, const Side<T>& partners, Table& table) {
+    held = {-1, -1};
+    slices.self_kernels(op, side, first, last, partners, table, memory.get(), size);
+  };
+  op.run(tile_of, own, static_cast<T*>(result.mutable_data_ptr()));
 }
 
 template <typename T>
 void log_recursion(
     const Tensor& distances, const Tensor& offsets, int64_t samples, const Tensor& prefixes,
     const std::optional<Tensor>& others, double delta, int64_t normalize, Tensor& result) {
-  Op<T> op(prefixes, others, static_cast<const int64_t*>(offsets.const_data_ptr()), samples, false, delta, normalize);
   const T* matrix = static_cast<const T*>(distances.const_data_ptr());
   const int64_t stride = distances.size(0);
-  T* out = static_cast<T*>(result.mutable_data_ptr());
-  const auto own = [&](Side<T>& side, const Side<T>& partners) {
-    const Shuffle shuffle(side.prefixes.size());
-    torch::stable::parallel_for(0, side.prefixes.size(), 1, [&](int64_t begin, int64_t end) {
+  Op<T> op(
+      prefixes, others, static_cast<const int64_t*>(offsets.const_data_ptr()), samples, false, delta, normalize,
+      spare_bytes((distances.numel() + result.numel()) * sizeof(T)));
+  const auto own = [&](const Side<T>& side, int64_t first, int64_t last, const Side<T>& partners, Table& table) {
+    const Shuffle shuffle(last - first);
+    torch::stable::parallel_for(0, shuffle.count, 1, [&](int64_t begin, int64_t end) {
       Workspace workspace;
       for (int64_t w = begin; w < end; ++w) {
-        const int64_t p = shuffle(w);
-        op.self_kernels(side, p, partners, {matrix, stride}, side.prefixes[p].start, workspace);
+        const int64_t p = first + shuffle(w);
+        op.self_kernels(side, p, partners, {matrix, stride}, side.prefixes[p].start, table, workspace);
       }
     });
   };
-  if (!op.symmetric && (normalize & kSelf)) {
-    own(op.rows, *op.columns);
-    own(*op.columns, op.rows);
-  }
-  const auto run = [&](const Block& a, const Block& b) {
-    op.tile_kernels(a, b, {matrix + a.first_slice * stride + b.first_slice, stride}, out);
+  const auto tile_of = [&](const Block& a, const Block& b) -> gak::Tile<T> {
+    return {matrix + a.first_slice * stride + b.first_slice, stride};
   };
-  const size_t n = op.rows.blocks.size(), m = op.columns->blocks.size();
-  for (size_t i = 0; op.symmetric && i < n; ++i) {
-    run(op.rows.blocks[i], op.rows.blocks[i]);
-  }
-  for (size_t i = 0; i < n; ++i) {
-    for (size_t j = op.symmetric ? i + 1 : 0; j < m; ++j) {
-      run(op.rows.blocks[i], op.columns->blocks[j]);
-    }
-  }
+  op.run(tile_of, own, static_cast<T*>(result.mutable_data_ptr()));
 }
 
 template <typename T>
@@ -776,7 +993,8 @@ void log_recursion_backward(
     const Tensor& upstream, const Tensor& distances, const Tensor& offsets, int64_t samples, const Tensor& prefixes,
     const std::optional<Tensor>& others, double delta, int64_t normalize, Tensor& result) {
   Op<T> op(
-      prefixes, others, static_cast<const int64_t*>(offsets.const_data_ptr()), samples, false, delta, normalize & kSelf);
+      prefixes, others, static_cast<const int64_t*>(offsets.const_data_ptr()), samples, false, delta, normalize & kSelf,
+      INT64_MAX);
   const T* matrix = static_cast<const T*>(distances.const_data_ptr());
   const T* g = static_cast<const T*>(upstream.const_data_ptr());
   T* out = static_cast<T*>(result.mutable_data_ptr());

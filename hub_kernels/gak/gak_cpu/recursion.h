@@ -425,6 +425,24 @@ void scale(const T* x, int64_t d, double factor, T* result) {
 }
 
 template <typename T>
+void widen_brain(const uint16_t* x, int64_t d, T* result) {
+  for (int64_t i = 0; i < d; ++i) {
+    result[i] = __builtin_bit_cast(float, uint32_t(x[i]) << 16);
+  }
+}
+
+template <typename T>
+void widen_half(const uint16_t* x, int64_t d, T* result) {
+  for (int64_t i = 0; i < d; ++i) {
+    const uint32_t sign = uint32_t(x[i] & 0x8000) << 16, rest = x[i] & 0x7fff;
+    // The exponent moves from a bias of 15 to one of 127, and its largest, that of NaN and infinity, to the largest.
+    const uint32_t normal = (rest << 13) + (rest < 0x7c00 ? 112u << 23 : 224u << 23);
+    const uint32_t denormal = __builtin_bit_cast(uint32_t, float(int32_t(rest)) * 0x1p-24f);
+    result[i] = __builtin_bit_cast(float, sign | (rest < 0x400 ? denormal : normal));
+  }
+}
+
+template <typename T>
 double squared_distance(const T* a, const T* b, int64_t d) {
   Vec sum[4] = {};
   int64_t i = 0;
@@ -470,7 +488,7 @@ T distances(T* cosines, int64_t count) {
 
 template <typename T>
 constexpr Loops<T> loops() {
-  return {log_kernels<T>, gradients<T>, sum_of_squares<T>, scale<T>, squared_distance<T>, distances<T>, kLanes,
+  return {log_kernels<T>, gradients<T>, sum_of_squares<T>, scale<T>, widen_brain<T>, widen_half<T>, squared_distance<T>, distances<T>, kLanes,
           int64_t(sizeof(Cell)) * kUnroll + int64_t(sizeof(int32_t)) * kLanes, gradient_bytes};
 }
 

@@ -4,6 +4,10 @@ import concurrent.futures
 import functools
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,6 +225,102 @@ def test_bits_do_not_depend_on_the_batch(gak, device):
         assert torch.equal(gak.recursion(phi, offsets, prefixes[order], normalize=normalize), whole[order][:, order])
         few = gak.recursion(phi, offsets, prefixes[7:12], prefixes[50:51], normalize=normalize)
         assert torch.equal(few, whole[7:12, 50:51])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("noise", [1, 0.05])  # 0.05: nearly equal slices
+@pytest.mark.parametrize("triple", [False, True])
+def test_dimensions_a_part_at_a_time(gak, device, triple, noise, dtype, exact):
+    """On CPUs, of narrow dtypes and of two sets that share some slices, but not all."""
+    inputs = gen_inputs(6, 6, 200, 2, shortest=1, triple=triple, device=device)
+    inputs["embeddings"] = (noise * inputs["embeddings"] + 1 - noise).to(dtype)
+    tolerance = max(TOLERANCE[dtype], exact)
+    for others in (None, inputs["prefixes"][::3], torch.tensor([[0, 1], [2, 1], [5, 1]])):
+        value = gak.packed_alignment_kernel(**inputs, other_prefixes=others, normalize="self+count", log=True)
+        compare(value, reference(**inputs, other_prefixes=others, normalize="self+count"), tolerance)
+
+
+@pytest.mark.parametrize("normalize", MODES)
+def test_all_prefixes_of_a_long_sample(gak, device, normalize):
+    """Their self-kernels are as many as the pairs: some lengths at a time give what the pairs give by themselves."""
+    lengths = (110, 3, 40)
+    offsets = torch.tensor([0, 110, 113, 153])
+    x = torch.randn(153, 12, generator=torch.Generator().manual_seed(0)).to(device)
+    phi = torch.from_numpy(distances(x, None, None)).float().to(device)
+    phi = torch.minimum(phi, phi.T)
+    prefixes = torch.tensor([[s, n] for s, length in enumerate(lengths) for n in range(1, length + 1)])
+    prefixes = prefixes[torch.randperm(153, generator=torch.Generator().manual_seed(1))]
+    whole = gak.recursion(phi, offsets, prefixes, normalize=normalize)
+    assert torch.equal(whole, whole.T)
+    assert torch.equal(gak.recursion(phi, offsets, prefixes[::2], prefixes[1:], normalize=normalize), whole[::2, 1:])
+    for k in range(0, 153, 17):
+        few, others = prefixes[k : k + 2], prefixes[[k, 40, 80]]
+        assert torch.equal(
+            gak.recursion(phi, offsets, few, others, normalize=normalize), whole[k : k + 2, [k, 40, 80]]
+        )
+    options = {"normalize": normalize, "log": True}
+    compare(gak.packed_alignment_kernel(x, offsets, prefixes, **options), whole, 1e-5)
+    compare(gak.packed_alignment_kernel(x, offsets, prefixes[::2], prefixes, **options), whole[::2], 1e-5)
+
+
+RESIDENT = """
+import ctypes, sys
+from pathlib import Path
+
+import torch
+from kernels import get_local_kernel
+
+samples, slices, dim, every, half = map(int, sys.argv[2:7])
+gak = get_local_kernel(Path(sys.argv[1]), backend="cpu")
+torch.set_num_threads(2)
+
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def inputs(samples, slices, dim, every):
+    x = torch.randn(samples * slices, dim, generator=torch.Generator().manual_seed(0))
+    rows = torch.cartesian_prod(torch.arange(samples), torch.arange(1, slices + 1))
+    rows = rows if every else rows[slices - 1 :: slices]
+    options = {"modality": torch.arange(len(x)) % 2, "split": dim // 2, "normalize": "self+count"}
+    x = x.to(getattr(torch, sys.argv[7]))
+    return (x, torch.arange(0, len(x) + 1, slices), rows, rows[::2].contiguous() if half else None), options
+
+
+arguments, options = inputs(32, 8, dim, 0)
+gak.packed_alignment_kernel(*arguments, **options)
+arguments, options = inputs(samples, slices, dim, every)
+ctypes.CDLL(None).malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+value = gak.packed_alignment_kernel(*arguments, **options)
+x = arguments[0]
+print(status("VmHWM") - before, 1.5 * (x.nbytes + value.nbytes + value.element_size() * len(x) ** 2))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("128", "5", "1536", "0", "0", "bfloat16"),  # would take twice the memory in float32
+        ("96", "16", "128", "1", "0", "float32"),  # every prefix
+        ("1", "250", "768", "1", "0", "float32"),  # as many self-kernels as pairs
+        ("1", "250", "768", "1", "1", "bfloat16"),
+        ("4", "100", "1536", "1", "1", "float32"),  # two sets that share some slices
+        ("1", "1024", "64", "0", "1", "float32"),
+    ],
+)
+def test_memory(device, case):
+    """What a call adds to the resident memory: at most 1.5 times the inputs, the output and the matrix of products."""
+    if device != "cpu":
+        pytest.skip("of the CPU kernel; the host side of the others is measured in gak-triton")
+    build = os.environ.get("GAK_BUILD", str(Path(__file__).resolve().parents[1]))
+    result = subprocess.run([sys.executable, "-c", RESIDENT, build, *case], capture_output=True, text=True, check=True)
+    peak, limit = map(float, result.stdout.split())
+    assert 0.1 * limit < peak < limit
 
 
 def test_same_on_every_run_and_in_threads(gak, device):
