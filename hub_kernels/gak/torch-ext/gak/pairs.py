@@ -243,9 +243,9 @@ def squared_distances(x: torch.Tensor, modality: torch.Tensor | None, split: int
     result = x.new_empty(len(x), len(x), dtype=halves[0].dtype)
     with torch.autocast(x.device.type, enabled=False):
         for half, rows, columns in comparisons:
-            for place, i in enumerate(rows.split(BLOCK)):
+            for place, i in enumerate(rows.split(half.block)):
                 a = half.unit(i)
-                for other, j in enumerate(columns.split(BLOCK)):
+                for other, j in enumerate(columns.split(half.block)):
                     same = rows is columns and place == other
                     if rows is columns and other < place:
                         continue
@@ -278,14 +278,21 @@ class _Half:
     def __init__(self, values: torch.Tensor):
         self.values = values
         self.dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        # In float32, all would take twice the memory of narrow ones.
+        self.block = BLOCK if values.dtype == self.dtype else min(BLOCK, len(values) // 4 + 1)
+        parts = values.split(self.block)
         # By the largest number first: squares could leave the range of the dtype. The direction is the same.
-        self.largest = torch.linalg.vector_norm(values, math.inf, dim=1, keepdim=True, dtype=self.dtype)
+        largest = [torch.linalg.vector_norm(part, math.inf, dim=1, keepdim=True, dtype=self.dtype) for part in parts]
+        self.largest = torch.cat(largest)
         bad = ~(self.largest.isfinite() & (self.largest > 0))
         if bad.any():
             row = int(bad.nonzero()[0, 0])
             raise ValueError(f"Row {row} of the packed embeddings holds NaN, infinity, or a half that is all zeros.")
-        parts = zip(values.split(BLOCK), self.largest.split(BLOCK), strict=True)
-        self.norm = torch.cat([torch.linalg.vector_norm(part / large, dim=1, keepdim=True) for part, large in parts])
+        norms = [
+            torch.linalg.vector_norm(part / large, dim=1, keepdim=True)
+            for part, large in zip(parts, largest, strict=True)
+        ]
+        self.norm = torch.cat(norms)
 
     def unit(self, rows: torch.Tensor) -> torch.Tensor:
         return self.values[rows].to(self.dtype).div_(self.largest[rows]).div_(self.norm[rows])
