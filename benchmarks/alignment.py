@@ -38,13 +38,17 @@ from common import gen_inputs  # noqa: E402
 
 
 CASES = {"64x8x1536": None, "256x8x1536": None, "512x16x1536": None, "64x64x1536": 4}
+# One sample with all its prefixes: of this, the memory only.
+LONG = "1x300x1536"
 OPTIONS = {"delta": 1.0, "normalize": "self+count"}
 SLOW = 1
 
 
 def inputs_of(case: str) -> dict:
     samples, slices, dim = map(int, case.split("x"))
-    inputs = gen_inputs(samples, slices, dim, CASES.get(case))
+    inputs = gen_inputs(samples, slices, dim, CASES.get(case), shortest=slices if case == LONG else 2)
+    if case == LONG:
+        inputs["prefixes"] = torch.cartesian_prod(torch.arange(samples), torch.arange(1, slices + 1))
     half = dim // 2
     x = inputs["embeddings"]
     inputs["embeddings"] = torch.cat([F.normalize(x[:, :half], dim=1), F.normalize(x[:, half:], dim=1)], dim=1)
@@ -111,10 +115,13 @@ def pysdtw_pairs(inputs: dict) -> Callable[[], None]:
 
 
 def pytorch_recursion(distances: torch.Tensor, inputs: dict) -> Callable[[], None]:
-    prefixes, offsets = inputs["prefixes"].numpy(), inputs["offsets"].numpy()
-    i, j = np.triu_indices(len(prefixes))
-    totals = prefixes[i, 1] + prefixes[j, 1]
-    return lambda: kernel._log_kernels(distances, offsets, prefixes, prefixes, i, j, totals, OPTIONS["delta"])
+    sample, length = inputs["prefixes"].numpy().T
+    start = inputs["offsets"].numpy()[sample]
+    i, j = np.triu_indices(len(sample))
+    n, m = length[i], length[j]
+    return lambda: kernel._log_kernels(
+        distances, start[i], start[j], n, m, n + m, OPTIONS["delta"], kernel.CHUNK_CELLS
+    )
 
 
 def peak_extra_memory(case: str, backend: str, dtype: str = "float32") -> dict[str, float]:
@@ -260,6 +267,12 @@ def main():
         f"PyTorch {memory['torch']['tensors']:.1f} (tensors), "
         f"limit {1.5 * memory['local']['inputs, output and Gram']:.1f}"
     )
+    for dtype in ("float32", "bfloat16"):
+        memory = peak_extra_memory(LONG, "local", dtype)
+        print(
+            f"{LONG}, all prefixes, in {dtype}, extra MB: compiled {memory['peak']:.1f}, "
+            f"limit {1.5 * memory['inputs, output and Gram']:.1f}"
+        )
 
     many = {count: gen_inputs(256, 8, 64, count // 256) for count in (256, 2048)}
     functions = {}

@@ -743,7 +743,7 @@ def _log_kernels(
         highest = (rows + columns) * math.log(1 + math.sqrt(2))
         linear = max(lowest, highest) < LOG_RANGE and wide == torch.float64
         first, sizes = _diagonals(rows, columns)
-        # Each diagonal has a row of zeros before and after it.
+        # Where their cells begin, each diagonal with a row of zeros before and after it.
         begin = np.cumsum(sizes + 2) - sizes - 1
         last = n + m - 2
         result, before, start = scale.new_empty(len(n)), (), 0
@@ -768,7 +768,7 @@ def _log_kernels(
             del exponent
             diagonals = _recursion(local, rows, columns, start, stop, before, linear)
             ended = np.flatnonzero((start <= last) & (last < stop))
-            place = begin[last[ended]] - begin[start] + 1 + n[ended] - 1 - first[last[ended]]
+            place = begin[last[ended]] - begin[start] + n[ended] - first[last[ended]]
             values = diagonals[torch.from_numpy(place).to(device), torch.from_numpy(ended).to(device)]
             values = values.log() if linear else values
             if len(ended) == len(n):
@@ -780,7 +780,7 @@ def _log_kernels(
             start = stop
         return result
 
-    chunks = _chunks(jobs[0], jobs[1], cells, len(jobs[0]) if traced else CHUNK_DIAGONALS)
+    chunks = _chunks(jobs[0], jobs[1], cells, int(m.max()) if traced else CHUNK_DIAGONALS)
     if traced:
         # Run again on the way back, so that no more than a chunk is ever held.
         values = [

@@ -14,8 +14,9 @@ NORMALIZATIONS = {None: 0, False: 0, True: SELF, "self": SELF, "count": COUNT, "
 SMALLEST_DELTA = 1e-3
 # Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64.
 CLOSE = 0.1
-# Slices that are compared, slices that are compared in float64, and pairs whose kernels are computed at a time.
-BLOCK, CLOSE_BLOCK, PAIRS = 512, 128, 1 << 17
+# Most and fewest slices that are compared at a time, slices that are compared in float64, and pairs whose kernels are
+# computed.
+BLOCK, SMALL_BLOCK, CLOSE_BLOCK, PAIRS = 512, 64, 128, 1 << 17
 
 Prefixes = tuple[torch.Tensor, torch.Tensor]  # where they start, and their lengths
 
@@ -278,8 +279,8 @@ class _Half:
     def __init__(self, values: torch.Tensor):
         self.values = values
         self.dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-        # In float32, all would take twice the memory of narrow ones.
-        self.block = BLOCK if values.dtype == self.dtype else min(BLOCK, len(values) // 4 + 1)
+        # A few even of some hundred slices: in float32, all would take twice the memory of narrow ones.
+        self.block = min(BLOCK, max(SMALL_BLOCK, len(values) // 4))
         parts = values.split(self.block)
         # By the largest number first: squares could leave the range of the dtype. The direction is the same.
         largest = [torch.linalg.vector_norm(part, math.inf, dim=1, keepdim=True, dtype=self.dtype) for part in parts]
