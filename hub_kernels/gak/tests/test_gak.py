@@ -307,8 +307,8 @@ print(status("VmHWM") - before, 1.5 * (x.nbytes + value.nbytes + value.element_s
     [
         ("128", "5", "1536", "0", "0", "bfloat16"),  # would take twice the memory in float32
         ("96", "16", "128", "1", "0", "float32"),  # every prefix
-        ("1", "250", "768", "1", "0", "float32"),  # as many self-kernels as pairs
-        ("1", "250", "768", "1", "1", "bfloat16"),
+        ("1", "330", "1536", "1", "0", "bfloat16"),  # as many self-kernels as pairs
+        ("1", "330", "768", "1", "1", "float32"),
         ("4", "100", "1536", "1", "1", "float32"),  # two sets that share some slices
         ("1", "1024", "64", "0", "1", "float32"),
     ],
