@@ -260,7 +260,11 @@ class Op {
   // `spare` is the memory, in bytes, that self-kernels and counts may take.
   Op(const Tensor& prefixes, const std::optional<Tensor>& others, const int64_t* offsets, int64_t samples,
      bool compact, double delta, int64_t normalize, int64_t spare)
-      : rows(prefixes, offsets, samples, compact, "prefixes"), symmetric(!others), delta(delta), normalize(normalize) {
+      : rows(prefixes, offsets, samples, compact, "prefixes"),
+        symmetric(!others),
+        delta(delta),
+        normalize(normalize),
+        spare_(spare) {
     if (others) {
       other_.emplace_back(*others, offsets, samples, compact, "other_prefixes");
     }
@@ -382,10 +386,16 @@ class Op {
   int64_t normalize;
 
  private:
+  // What a thread takes at least of `count` prefixes, so that their workspaces stay in proportion on many cores.
+  int64_t grain(int64_t count, int64_t longest) const {
+    const int64_t bytes = (longest + 1) * loops<T>().row_bytes, threads = std::max<int64_t>(1, 2 * (spare_ / bytes));
+    return (count + threads - 1) / threads;
+  }
+
   // From the tile of a block with itself.
   void self_kernels(const Block& block, gak::Tile<T> tile, Table& table) const {
     const Shuffle shuffle(block.end - block.begin);
-    torch::stable::parallel_for(0, shuffle.count, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, shuffle.count, grain(shuffle.count, rows.lengths.back()), [&](int64_t begin, int64_t end) {
       Workspace workspace;
       for (int64_t w = begin; w < end; ++w) {
         const int64_t p = block.begin + shuffle(w);
@@ -401,7 +411,7 @@ class Op {
     const bool diagonal = symmetric && a.first_slice == b.first_slice;
     const Shuffle shuffle(a.end - a.begin);
     const int64_t q_count = columns->prefixes.size();
-    torch::stable::parallel_for(0, shuffle.count, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, shuffle.count, grain(shuffle.count, columns->lengths.back()), [&](int64_t begin, int64_t end) {
       Workspace workspace;
       std::vector<int64_t> partners;
       std::vector<gak::Lane> lanes;
@@ -468,6 +478,7 @@ class Op {
   }
 
   std::vector<Side<T>> other_;
+  int64_t spare_;
   int64_t part_;  // lengths whose self-kernels and counts are held at a time
   Table counts_;                   // (lengths of rows, lengths of columns)
   std::vector<double> own_count_;  // of each length with itself, for "self+count"
