@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -126,7 +125,8 @@ struct Side {
   // Inside a block texts come first: `place` says where a slice went, `source` which embedding came there.
   std::vector<int32_t> place;
   std::vector<int64_t> source;
-  // Normalised halves in that order, which the two sides share where they use the same slices. Narrow dtypes have none.
+  // Normalised halves in that order, which the two sides share where they use the same slices. None where they
+  // are made a part at a time.
   std::unique_ptr<T[]> memory;
   T* halves[2] = {};
 
@@ -257,7 +257,7 @@ struct Shuffle {
 template <typename T>
 class Op {
  public:
-  // `spare` is the memory, in bytes, that self-kernels and counts may take.
+  // `spare` is the memory, in bytes, that self-kernels and counts may take, and again the workspaces of threads.
   Op(const Tensor& prefixes, const std::optional<Tensor>& others, const int64_t* offsets, int64_t samples,
      bool compact, double delta, int64_t normalize, int64_t spare)
       : rows(prefixes, offsets, samples, compact, "prefixes"),
@@ -388,7 +388,7 @@ class Op {
  private:
   // What a thread takes at least of `count` prefixes, so that their workspaces stay in proportion on many cores.
   int64_t grain(int64_t count, int64_t longest) const {
-    const int64_t bytes = (longest + 1) * loops<T>().row_bytes, threads = std::max<int64_t>(1, 2 * (spare_ / bytes));
+    const int64_t bytes = (longest + 1) * loops<T>().row_bytes, threads = std::max<int64_t>(1, spare_ / bytes);
     return (count + threads - 1) / threads;
   }
 

@@ -488,8 +488,8 @@ T distances(T* cosines, int64_t count) {
 
 template <typename T>
 constexpr Loops<T> loops() {
-  return {log_kernels<T>, gradients<T>, sum_of_squares<T>, scale<T>, widen_brain<T>, widen_half<T>, squared_distance<T>, distances<T>, kLanes,
-          int64_t(sizeof(Cell)) * kUnroll + int64_t(sizeof(int32_t)) * kLanes, gradient_bytes};
+  return {log_kernels<T>, gradients<T>, sum_of_squares<T>, scale<T>, widen_brain<T>, widen_half<T>, squared_distance<T>,
+          distances<T>, kLanes, int64_t(sizeof(Cell)) * kUnroll + int64_t(sizeof(int32_t)) * kLanes, gradient_bytes};
 }
 
 }  // namespace
