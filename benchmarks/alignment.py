@@ -120,7 +120,7 @@ def pytorch_recursion(distances: torch.Tensor, inputs: dict) -> Callable[[], Non
     i, j = np.triu_indices(len(sample))
     n, m = length[i], length[j]
     return lambda: kernel._log_kernels(
-        distances, start[i], start[j], n, m, n + m, OPTIONS["delta"], kernel.CHUNK_CELLS
+        distances, start[i], start[j], n, m, n + m, OPTIONS["delta"], kernel._Scratch(kernel.CHUNK_CELLS)
     )
 
 

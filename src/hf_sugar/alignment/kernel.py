@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ NARROW_SLICES = 512
 GROUP_PAIRS = 1 << 15
 CHUNK_CELLS = 1 << 17
 CHUNK_DIAGONALS = 8
+CACHED_CELLS = 1 << 12
 # Below this size padding costs less than starting another chunk.
 SMALL_CHUNK_CELLS = 1 << 15
 PADDING = 1.3
@@ -276,7 +278,9 @@ def _kernel_matrix(
     log: bool,
 ) -> torch.Tensor:
     by_self, by_count = normalize in ("self", "self+count"), normalize in ("count", "self+count")
-    offsets, total = slices.offsets, int(slices.offsets[-1])
+    # Pairs are many: half the bytes.
+    offsets, rows, columns = (part.astype(np.int32) for part in (slices.offsets, rows, columns))
+    total = int(offsets[-1])
     (row_lengths, row_index), (column_lengths, column_index) = (
         np.unique(p[:, 1], return_inverse=True) for p in (rows, columns)
     )
@@ -284,8 +288,8 @@ def _kernel_matrix(
 
     # What self-kernels, indices of pairs and recursions may take. What autograd keeps is in no proportion anyway.
     spare = slices.nbytes + result.element_size() * (result.numel() + total**2) // 4
-    group, cells = (1 << 18, CHUNK_CELLS) if slices.traced else (spare // 300 + 1, spare // 32 + 1)
-    group, cells = min(group, GROUP_PAIRS), min(cells, CHUNK_CELLS)
+    group = GROUP_PAIRS if slices.traced else min(GROUP_PAIRS, spare // 192 + 1)
+    scratch = _Scratch(min(CHUNK_CELLS, spare // 48 + 1))
     # Self-kernels are kept if they are few. Else, with some long samples, they are computed for each group, and all slices
     # are one block, which holds every sample with itself.
     few = 8 * (len(rows) * len(column_lengths) + len(columns) * len(row_lengths)) <= spare // 4
@@ -313,7 +317,7 @@ def _kernel_matrix(
         lengths, place = np.unique(lengths, return_inverse=True)
         i, j = _all_pairs(len(prefixes), len(lengths))
         start, n = offsets[prefixes[i, 0]] - span[0], prefixes[i, 1]
-        values = _log_kernels(distances(span, span), start, start, n, n, n + lengths[j], delta, cells)
+        values = _log_kernels(distances(span, span), start, start, n, n, n + lengths[j], delta, scratch)
         return values.view(len(prefixes), len(lengths))[:, place] / 2
 
     def fill(row_block: "_Block", column_block: "_Block", triangle: bool = False):
@@ -337,7 +341,7 @@ def _kernel_matrix(
                 m[j],
                 n[i] + m[j],
                 delta,
-                cells,
+                scratch,
             )
             if triangle:
                 place = (torch.from_numpy(i).to(values.device), torch.from_numpy(j).to(values.device))
@@ -467,22 +471,17 @@ def log_delannoy(n: int | torch.Tensor, m: int | torch.Tensor) -> torch.Tensor:
         raise ValueError("`n` and `m` must be at least 1.")
     if not n.numel():
         return torch.zeros(n.shape, dtype=torch.float64)
-    n, m = torch.minimum(n, m), torch.maximum(n, m)
-    # Powers of two, so that growing lengths do not fill the cache.
-    table = _log_delannoy_table(*(1 << (int(size.max()) - 1).bit_length() for size in (n, m)))
-    return table[n - 1, m - 1]
-
-
-@functools.lru_cache(maxsize=16)
-def _log_delannoy_table(n: int, m: int) -> torch.Tensor:
-    row = [1] * m
-    table = np.zeros((n, m))
-    for i in range(1, n):
-        previous, row = row, [1]
-        for j in range(1, m):
-            row.append(row[-1] + previous[j] + previous[j - 1])
-        table[i] = [math.log(count) for count in row]
-    return torch.from_numpy(table)
+    n, m = torch.minimum(n, m).numpy(), torch.maximum(n, m).numpy()
+    longest = int(m.max())
+    # By rows of the table of all numbers, of which one is held at a time: it would be large.
+    wanted, place = np.unique(n * (longest + 1) + m, return_inverse=True)
+    values, row, length = np.empty(len(wanted)), [1] * longest, 1
+    for index, (shorter, longer) in enumerate(divmod(pair, longest + 1) for pair in wanted.tolist()):
+        while length < shorter:
+            row = list(itertools.accumulate(map(operator.add, row[1:], row), initial=1))
+            length += 1
+        values[index] = math.log(row[longer - 1])
+    return torch.as_tensor(values[place])
 
 
 class _Slices:
@@ -702,6 +701,22 @@ def _blocks(prefixes: np.ndarray, offsets: np.ndarray, slices: int, whole: bool)
     return blocks
 
 
+class _Scratch:
+    """
+    Memory that one recursion after the other uses. Freed ones would stay with the allocator, in pieces of all sizes.
+    """
+
+    def __init__(self, cells: int):
+        self.cells = cells
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        size = math.prod(shape)
+        if name not in self.buffers or len(self.buffers[name]) < size:
+            self.buffers[name] = torch.empty(max(size, self.cells), dtype=dtype, device=device)
+        return self.buffers[name][:size].view(shape)
+
+
 def _log_kernels(
     squared_distances: torch.Tensor,
     row_start: np.ndarray,
@@ -710,77 +725,80 @@ def _log_kernels(
     m: np.ndarray,
     totals: np.ndarray,
     delta: float,
-    cells: int,
+    scratch: _Scratch,
 ) -> torch.Tensor:
     """
     log K of pairs, each of `n` slices from `row_start` on with `m` from `column_start` on, at the bandwidth of the total
-    length given with it. About so many cells are held at a time.
+    length given with it.
     """
     if len(n) == 0:
         return squared_distances.new_zeros(0)
     width = squared_distances.shape[1]
     flat, device = squared_distances.flatten(), squared_distances.device
-    corner = row_start * width + column_start
-    # K is symmetric, so the shorter sequence can always be the one whose index runs along a diagonal.
-    swap = n > m
-    down, right = np.where(swap, 1, width), np.where(swap, width, 1)
-    n, m = np.minimum(n, m), np.maximum(n, m)
-    # Lengths of neighbours are close when m runs up and down in turn as n grows.
-    order = np.lexsort((np.where(n % 2, m, -m), n))
-    # Half the bytes of the indices, which are most of the work on small lengths.
-    index_type = torch.int32 if flat.numel() < 1 << 30 else torch.int64
-    dtype = np.int32 if index_type == torch.int32 else np.int64
-    jobs = np.stack([part[order].astype(dtype) for part in (n, m, corner, down, right)])
     wide = _wide(flat.dtype, device)
-    scale = torch.as_tensor(1 / (delta**2 * totals[order]), dtype=wide, device=device)
     traced = flat.requires_grad and torch.is_grad_enabled()
+    # Half the bytes of the indices, which are most of the work on small lengths.
+    index_type, dtype = (torch.int32, np.int32) if flat.numel() < 1 << 30 else (torch.int64, np.int64)
+    # K is symmetric, so the shorter sequence can always be the one whose index runs along a diagonal.
+    shorter, longer = np.minimum(n, m), np.maximum(n, m)
+    # Lengths of neighbours are close when the longer runs up and down in turn as the shorter grows.
+    highest = int(longer.max())
+    order = np.argsort(
+        shorter.astype(dtype) * (highest + 1) + np.where(shorter % 2, longer, highest - longer), kind="stable"
+    )
+    take = (lambda *_: None) if traced else scratch
 
     def log_kernels(flat: torch.Tensor, chunk: slice) -> torch.Tensor:
-        n, m = jobs[:2, chunk]
-        rows, columns = int(n.max()), int(m.max())
-        job = torch.from_numpy(jobs[2:, chunk]).to(device, index_type)
-        lowest = ((n + m - 1) * (LARGEST_DISTANCE / (delta**2 * totals[order][chunk]) + math.log(2))).max()
-        highest = (rows + columns) * math.log(1 + math.sqrt(2))
-        linear = max(lowest, highest) < LOG_RANGE and wide == torch.float64
+        pairs = order[chunk]
+        n_, m_ = shorter[pairs], longer[pairs]
+        rows, columns = int(n_.max()), int(m_.max())
+        corner = row_start[pairs].astype(dtype) * width + column_start[pairs]
+        swap = n[pairs] > m[pairs]
+        job = np.stack([corner, np.where(swap, 1, width), np.where(swap, width, 1)])
+        job = torch.from_numpy(job).to(device, index_type)
+        scale = 1 / (delta**2 * totals[pairs])
+        lowest = ((n_ + m_ - 1) * (LARGEST_DISTANCE * scale + math.log(2))).max()
+        linear = max(lowest, (rows + columns) * math.log(1 + math.sqrt(2))) < LOG_RANGE and wide == torch.float64
+        scale = torch.as_tensor(scale, dtype=wide, device=device)
         first, sizes = _diagonals(rows, columns)
         # Where their cells begin, each diagonal with a row of zeros before and after it.
         begin = np.cumsum(sizes + 2) - sizes - 1
-        last = n + m - 2
-        result, before, start = scale.new_empty(len(n)), (), 0
+        last = n_ + m_ - 2
+        result, before, start = scale.new_empty(len(pairs)), (), 0
         while start < len(sizes):
             stop = len(sizes)
             if not traced:
-                fitting = np.searchsorted(np.cumsum(sizes[start:]) * len(n), cells, side="right")
+                fitting = np.searchsorted(np.cumsum(sizes[start:] + 2) * len(pairs), scratch.cells, side="right")
                 stop = min(stop, start + max(1, int(fitting)))
-            # Parts of long grids are many, and would fill the cache.
-            grid = _cells if stop - start == len(sizes) else _cells.__wrapped__
+            # Long grids, and their many parts, would fill the cache.
+            grid = _cells if stop - start == len(sizes) and rows * columns <= CACHED_CELLS else _cells.__wrapped__
             row, column = (torch.from_numpy(part).to(device, index_type) for part in grid(rows, columns, start, stop))
+            shape = (len(row), len(pairs))
             # Cells outside a shorter pair read some other finite distance, and nothing of that pair depends on them.
-            index = (row * job[1]).addcmul_(column, job[2]).add_(job[0]).clamp_(max=len(flat) - 1)
-            exponent = flat.index_select(0, index.flatten()).view_as(index).to(wide).mul_(scale[chunk])
-            del index
-            if linear:
-                similarity = exponent.neg_().exp_()
-                local = similarity / (2 - similarity)
-                del similarity
-            else:
-                local = _log_local_kernel(exponent)
-            del exponent
-            diagonals = _recursion(local, rows, columns, start, stop, before, linear)
+            index = torch.mul(row, job[1], out=take("index", shape, index_type, device))
+            index.addcmul_(column, job[2]).add_(job[0]).clamp_(max=len(flat) - 1)
+            near = take("distance", shape, flat.dtype, device)
+            near = torch.index_select(flat, 0, index.flatten(), out=None if traced else near.flatten()).view(shape)
+            exponent = take("exponent", shape, wide, device)
+            exponent = (near.to(wide) if traced else exponent.copy_(near)).mul_(scale)
+            local = (_local_kernel if linear else _log_local_kernel)(exponent, take("local", shape, wide, device))
+            # The exponents are done with.
+            out = take("exponent", (int((sizes[start:stop] + 2).sum()), len(pairs)), wide, device)
+            diagonals = _recursion(local, rows, columns, start, stop, before, linear, out)
             ended = np.flatnonzero((start <= last) & (last < stop))
-            place = begin[last[ended]] - begin[start] + n[ended] - first[last[ended]]
+            place = begin[last[ended]] - begin[start] + n_[ended] - first[last[ended]]
             values = diagonals[torch.from_numpy(place).to(device), torch.from_numpy(ended).to(device)]
             values = values.log() if linear else values
-            if len(ended) == len(n):
+            if len(ended) == len(pairs):
                 return values
             result[torch.from_numpy(ended).to(device)] = values
             done = diagonals.split((sizes[start:stop] + 2).tolist())[-2:]
             before = [*before, *(diagonal.clone() for diagonal in done)][-2:]
-            del diagonals, done, local
             start = stop
         return result
 
-    chunks = _chunks(jobs[0], jobs[1], cells, int(m.max()) if traced else CHUNK_DIAGONALS)
+    cells, diagonals = (CHUNK_CELLS, highest) if traced else (scratch.cells, CHUNK_DIAGONALS)
+    chunks = _chunks(shorter[order], longer[order], cells, diagonals)
     if traced:
         # Run again on the way back, so that no more than a chunk is ever held.
         values = [
@@ -803,7 +821,7 @@ def _chunks(n: np.ndarray, m: np.ndarray, cells: int, diagonals: int) -> Iterato
     """
 
     def most(rows: int, columns: int) -> int:
-        return max(1, cells // (rows * min(columns, diagonals)))
+        return max(1, cells // ((rows + 2) * min(columns + 2, diagonals)))
 
     change = np.flatnonzero(np.diff(n, prepend=0) | np.diff(m, prepend=0)).tolist()
     start = used = rows = columns = 0
@@ -842,9 +860,16 @@ def _cells(rows: int, columns: int, start: int, stop: int) -> tuple[np.ndarray, 
     return row.astype(np.int32)[:, None], column.astype(np.int32)[:, None]
 
 
-def _log_local_kernel(exponent: torch.Tensor) -> torch.Tensor:
+def _local_kernel(exponent: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """s / (2 - s) for s = exp(-exponent), which is not kept."""
+    return torch.add(exponent.new_tensor(-1), exponent.exp_(), alpha=2, out=out).reciprocal_()
+
+
+def _log_local_kernel(exponent: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """log(s / (2 - s)) for s = exp(-exponent)."""
-    return -exponent - torch.log1p(-torch.expm1(-exponent))
+    if out is None:
+        return -exponent - torch.log1p(-torch.expm1(-exponent))
+    return torch.neg(exponent, out=out).expm1_().neg_().log1p_().add_(exponent).neg_()
 
 
 def _recursion(
@@ -855,25 +880,24 @@ def _recursion(
     stop: int,
     before: Sequence[torch.Tensor] = (),
     linear: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Theorem 1 in log space, or `linear`, one anti-diagonal at a time for all pairs together.
 
     `local` has shape `(cells, pairs)` and holds the anti-diagonals from `start` to `stop - 1`; `before` are the results for
     the (at most two) diagonals that come before. The result has a row of zeros (in log space) before and after the cells
-    of each diagonal.
+    of each diagonal and is written to `out` if that is given, out of autograd's sight.
     """
     first, sizes = (part[:stop].tolist() for part in _diagonals(rows, columns))
     zero = 0.0 if linear else LOG_ZERO
     add, multiply = (torch.add, torch.mul) if linear else (torch.logaddexp, torch.add)
-    # Where autograd looks on, nothing can be written in place.
-    traced = local.requires_grad and torch.is_grad_enabled()
-    padded = [size + 2 for size in sizes[start:]]
-    result = None if traced else local.new_full((sum(padded), local.shape[1]), zero)
-    done = [*before] if traced else [*before, *result.split(padded)]
+    done = [*before]
+    if out is not None:
+        done += out.fill_(zero).split([size + 2 for size in sizes[start:]])
     for t, current in enumerate(local.split(sizes[start:]), start):
         now, size = t - start + len(before), sizes[t]
-        place = None if traced else done[now][1:-1]
+        place = None if out is None else done[now][1:-1]
         if t > 0:
             up = first[t] - first[t - 1]
             kernels = add(done[now - 1][up : up + size], done[now - 1][up + 1 : up + 1 + size], out=place)
@@ -881,8 +905,8 @@ def _recursion(
                 corner = first[t] - first[t - 2]
                 kernels = add(kernels, done[now - 2][corner : corner + size], out=place)
             current = multiply(current, kernels, out=place)
-        if traced:
+        if out is None:
             done.append(F.pad(current, (0, 0, 1, 1), value=zero))
         elif t == 0:
             place.copy_(current)
-    return torch.cat(done) if traced else result
+    return torch.cat(done) if out is None else out
