@@ -1,4 +1,7 @@
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,6 +199,56 @@ def test_memory(samples, slices, dim, every, noise, triple, dtype, other):
             peak = max(peak, held)
     limit = 1.5 * (embeddings.nbytes + value.nbytes + 4 * len(embeddings) ** 2)
     assert 0.2 * limit < peak < limit
+
+
+RESIDENT = """
+import ctypes, sys
+from pathlib import Path
+
+import torch
+from hf_sugar.alignment import packed_alignment_kernel
+
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def call(samples, slices, dim, every):
+    x = torch.randn(samples * slices, dim, generator=torch.Generator().manual_seed(0)).to(getattr(torch, sys.argv[5]))
+    rows = torch.cartesian_prod(torch.arange(samples), torch.arange(1, slices + 1))
+    rows = rows if every else rows[slices - 1 :: slices]
+    options = {"modality": torch.arange(len(x)) % 2, "split": dim // 2, "normalize": "self+count", "backend": "torch"}
+    offsets = torch.arange(0, len(x) + 1, slices)
+    return x, lambda: packed_alignment_kernel(x, offsets, rows, **options)
+
+
+call(32, 8, 1536, 0)[1]()
+x, measured = call(*map(int, sys.argv[1:5]))
+ctypes.CDLL(None).malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+value = measured()
+print(status("VmHWM") - before, 1.5 * (x.nbytes + value.nbytes + 4 * len(x) ** 2))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read where Linux shows it")
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("96", "16", "128", "1", "float32"),
+        ("96", "16", "128", "1", "bfloat16"),
+        ("256", "8", "1536", "0", "float32"),
+        ("2", "600", "1536", "0", "float32"),
+        ("2", "1000", "64", "0", "float32"),
+    ],
+)
+def test_resident_memory(case):
+    """The same of what the process takes: the allocator's rest, numpy and Python included."""
+    result = subprocess.run([sys.executable, "-c", RESIDENT, *case], capture_output=True, text=True, check=True)
+    peak, limit = map(float, result.stdout.split())
+    assert 0.1 * limit < peak < limit
 
 
 @pytest.mark.parametrize("normalize", [None, "self+count"])
