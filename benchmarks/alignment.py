@@ -163,7 +163,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-tslearn", action="store_true", help="leave out tslearn, which takes most of the time")
-    parser.add_argument("--memory", nargs=3, metavar=("CASE", "BACKEND", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--memory", nargs=3, metavar=("CASE", "BACKEND", "DTYPE"), help="print what one call takes, in MB, and stop"
+    )
     arguments = parser.parse_args()
     if arguments.memory:
         measure_memory(*arguments.memory)

@@ -288,8 +288,8 @@ def _kernel_matrix(
 
     # What self-kernels, indices of pairs and recursions may take. What autograd keeps is in no proportion anyway.
     spare = slices.nbytes + result.element_size() * (result.numel() + total**2) // 4
-    group = GROUP_PAIRS if slices.traced else min(GROUP_PAIRS, spare // 192 + 1)
-    scratch = _Scratch(min(CHUNK_CELLS, spare // 48 + 1))
+    group, cells = (GROUP_PAIRS, CHUNK_CELLS) if slices.traced else (spare // 192 + 1, spare // 48 + 1)
+    group, scratch = min(group, GROUP_PAIRS), _Scratch(min(cells, CHUNK_CELLS))
     # Self-kernels are kept if they are few. Else, with some long samples, they are computed for each group, and all slices
     # are one block, which holds every sample with itself.
     few = 8 * (len(rows) * len(column_lengths) + len(columns) * len(row_lengths)) <= spare // 4
@@ -708,13 +708,14 @@ class _Scratch:
 
     def __init__(self, cells: int):
         self.cells = cells
-        self.buffers: dict[str, torch.Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        size = math.prod(shape)
-        if name not in self.buffers or len(self.buffers[name]) < size:
-            self.buffers[name] = torch.empty(max(size, self.cells), dtype=dtype, device=device)
-        return self.buffers[name][:size].view(shape)
+        # Indices may be wider for one block than for another.
+        size, key = math.prod(shape), (name, dtype)
+        if key not in self.buffers or len(self.buffers[key]) < size:
+            self.buffers[key] = torch.empty(max(size, self.cells), dtype=dtype, device=device)
+        return self.buffers[key][:size].view(shape)
 
 
 def _log_kernels(
@@ -797,8 +798,7 @@ def _log_kernels(
             start = stop
         return result
 
-    cells, diagonals = (CHUNK_CELLS, highest) if traced else (scratch.cells, CHUNK_DIAGONALS)
-    chunks = _chunks(shorter[order], longer[order], cells, diagonals)
+    chunks = _chunks(shorter[order], longer[order], scratch.cells, highest if traced else CHUNK_DIAGONALS)
     if traced:
         # Run again on the way back, so that no more than a chunk is ever held.
         values = [
@@ -868,6 +868,7 @@ def _local_kernel(exponent: torch.Tensor, out: torch.Tensor | None) -> torch.Ten
 def _log_local_kernel(exponent: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """log(s / (2 - s)) for s = exp(-exponent)."""
     if out is None:
+        # Autograd needs the result of expm1.
         return -exponent - torch.log1p(-torch.expm1(-exponent))
     return torch.neg(exponent, out=out).expm1_().neg_().log1p_().add_(exponent).neg_()
 
