@@ -31,7 +31,7 @@ NARROW_SLICES = 512
 GROUP_PAIRS = 1 << 15
 CHUNK_CELLS = 1 << 17
 CHUNK_DIAGONALS = 8
-CACHED_CELLS = 1 << 12
+CACHED_CELLS = 1 << 8
 # Below this size padding costs less than starting another chunk.
 SMALL_CHUNK_CELLS = 1 << 15
 PADDING = 1.3
@@ -288,7 +288,7 @@ def _kernel_matrix(
 
     # What self-kernels, indices of pairs and recursions may take. What autograd keeps is in no proportion anyway.
     spare = slices.nbytes + result.element_size() * (result.numel() + total**2) // 4
-    group, cells = (GROUP_PAIRS, CHUNK_CELLS) if slices.traced else (spare // 192 + 1, spare // 48 + 1)
+    group, cells = (GROUP_PAIRS, CHUNK_CELLS) if slices.traced else (spare // 400 + 1, spare // 48 + 1)
     group, scratch = min(group, GROUP_PAIRS), _Scratch(min(cells, CHUNK_CELLS))
     # Self-kernels are kept if they are few. Else, with some long samples, they are computed for each group, and all slices
     # are one block, which holds every sample with itself.
@@ -506,10 +506,13 @@ class _Slices:
                 f"is all zeros in its first {split} dimensions": embeddings[:, :split],
                 f"is all zeros after its first {split} dimensions": embeddings[:, split:],
             }
-        # Slices that are converted at a time: in float32, all would take twice the memory of narrow ones.
+        # Slices that are taken at a time: in float32, all would take twice the memory of narrow ones. With modalities, the
+        # values of some lie beside the matrix of all, which is larger than short embeddings.
         self.part = len(embeddings)
-        if embeddings.element_size() < self.dtype.itemsize and not self.traced:
+        if not self.traced and embeddings.element_size() < self.dtype.itemsize:
             self.part = min(NARROW_SLICES, len(embeddings) // 4 + 1)
+        elif not self.traced and modality is not None and embeddings.shape[1] < len(embeddings):
+            self.part = len(embeddings) // 4 + 1
         # Only norms are kept: unit vectors of all slices would take as much memory as the slices.
         self.halves = [self._measured(half, complaint) for complaint, half in halves.items()]
 
@@ -804,9 +807,11 @@ def _log_kernels(
         values = [
             checkpoint(log_kernels, flat, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
         ]
-    else:
-        values = [log_kernels(flat, chunk) for chunk in chunks]
-    return torch.cat(values)[np.argsort(order)]
+        return torch.cat(values)[np.argsort(order)]
+    values = flat.new_empty(len(n), dtype=wide)
+    for chunk in chunks:
+        values[order[chunk]] = log_kernels(flat, chunk)
+    return values
 
 
 def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -823,9 +828,10 @@ def _chunks(n: np.ndarray, m: np.ndarray, cells: int, diagonals: int) -> Iterato
     def most(rows: int, columns: int) -> int:
         return max(1, cells // ((rows + 2) * min(columns + 2, diagonals)))
 
-    change = np.flatnonzero(np.diff(n, prepend=0) | np.diff(m, prepend=0)).tolist()
+    # As integers of Python they would take more memory than all else that pairs have.
+    change = np.append(np.flatnonzero((np.diff(n, prepend=0) != 0) | (np.diff(m, prepend=0) != 0)), len(n))
     start = used = rows = columns = 0
-    for begin, end in zip(change, [*change[1:], len(n)], strict=True):
+    for begin, end in itertools.pairwise(map(int, change)):
         wider, higher = max(rows, int(n[begin])), max(columns, int(m[begin]))
         area = int(n[begin] * m[begin]) * (end - begin)
         padded = wider * higher * (end - start)
@@ -843,10 +849,10 @@ def _pieces(start: int, stop: int, step: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, stop))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4)
 def _diagonals(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """The first row of each anti-diagonal of a grid, and how many cells it has."""
-    t = np.arange(rows + columns - 1)
+    t = np.arange(rows + columns - 1, dtype=np.int32)
     first = np.maximum(0, t - columns + 1)
     return first, np.minimum(t, rows - 1) - first + 1
 
@@ -855,9 +861,11 @@ def _diagonals(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
 def _cells(rows: int, columns: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of the cells of some anti-diagonals, of shape `(cells, 1)`."""
     first, sizes = (part[start:stop] for part in _diagonals(rows, columns))
-    row = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes - first, sizes)
-    column = np.repeat(np.arange(start, stop), sizes) - row
-    return row.astype(np.int32)[:, None], column.astype(np.int32)[:, None]
+    row = np.arange(sizes.sum(), dtype=np.int32)
+    row -= np.repeat(np.cumsum(sizes, dtype=np.int32) - sizes - first, sizes)
+    column = np.repeat(np.arange(start, stop, dtype=np.int32), sizes)
+    column -= row
+    return row[:, None], column[:, None]
 
 
 def _local_kernel(exponent: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
