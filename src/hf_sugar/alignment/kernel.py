@@ -288,7 +288,7 @@ def _kernel_matrix(
 
     # What self-kernels, indices of pairs and recursions may take. What autograd keeps is in no proportion anyway.
     spare = slices.nbytes + result.element_size() * (result.numel() + total**2) // 4
-    group, cells = (GROUP_PAIRS, CHUNK_CELLS) if slices.traced else (spare // 400 + 1, spare // 48 + 1)
+    group, cells = (GROUP_PAIRS, CHUNK_CELLS) if slices.traced else (spare // 400 + 1, spare // 64 + 1)
     group, scratch = min(group, GROUP_PAIRS), _Scratch(min(cells, CHUNK_CELLS))
     # Self-kernels are kept if they are few. Else, with some long samples, they are computed for each group, and all slices
     # are one block, which holds every sample with itself.
@@ -319,6 +319,11 @@ def _kernel_matrix(
         start, n = offsets[prefixes[i, 0]] - span[0], prefixes[i, 1]
         values = _log_kernels(distances(span, span), start, start, n, n, n + lengths[j], delta, scratch)
         return values.view(len(prefixes), len(lengths))[:, place] / 2
+
+    def keep(table: torch.Tensor, prefixes: np.ndarray, lengths: np.ndarray, block: "_Block"):
+        for piece in _pieces(0, len(block.prefixes), max(1, group // len(lengths))):
+            members = block.prefixes[piece]
+            table[members] = own(prefixes[members], lengths, block.span)
 
     def fill(row_block: "_Block", column_block: "_Block", triangle: bool = False):
         """The pairs of two blocks, both by length; of a block with itself, those above the diagonal."""
@@ -367,16 +372,16 @@ def _kernel_matrix(
         # Blocks with themselves first: they hold the self-kernels that all others are divided by.
         for block in row_blocks:
             if by_self and few:
-                row_self[block.prefixes] = own(rows[block.prefixes], column_lengths, block.span)
+                keep(row_self, rows, column_lengths, block)
             fill(block, block, triangle=True)
         for a, b in itertools.combinations(row_blocks, 2):
             fill(a, b)
         return result
     if by_self and few:
         for block in row_blocks:
-            row_self[block.prefixes] = own(rows[block.prefixes], column_lengths, block.span)
+            keep(row_self, rows, column_lengths, block)
         for block in column_blocks:
-            column_self[block.prefixes] = own(columns[block.prefixes], row_lengths, block.span)
+            keep(column_self, columns, row_lengths, block)
     for a, b in itertools.product(row_blocks, column_blocks):
         fill(a, b)
     return result
