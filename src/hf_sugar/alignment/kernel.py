@@ -32,6 +32,8 @@ GROUP_PAIRS = 1 << 15
 CHUNK_CELLS = 1 << 17
 CHUNK_DIAGONALS = 8
 CACHED_CELLS = 1 << 8
+# Each diagonal has views of several tensors, which take more memory than the numbers of a single pair.
+PART_DIAGONALS = 32
 # Below this size padding costs less than starting another chunk.
 SMALL_CHUNK_CELLS = 1 << 15
 PADDING = 1.3
@@ -390,11 +392,16 @@ def _kernel_matrix(
 def _log_counts(n: np.ndarray, m: np.ndarray, by_self: bool) -> torch.Tensor:
     """log of the numbers of alignments of some lengths with others, each divided by those with itself if asked for."""
     (n, row), (m, column) = (np.unique(lengths, return_inverse=True) for lengths in (n, m))
-    n, m = torch.from_numpy(n), torch.from_numpy(m)
-    counts = log_delannoy(n[:, None], m)
+    counts, longest = np.empty((len(n), len(m))), max(int(n[-1]), int(m[-1]))
+    itself = np.empty(longest + 1)
+    for length, numbers in zip(range(1, longest + 1), _delannoy_rows(longest), strict=False):
+        itself[length] = math.log(numbers[length - 1])
+        place = np.searchsorted(n, length)
+        if place < len(n) and n[place] == length:
+            counts[place] = [math.log(numbers[other - 1]) for other in m.tolist()]
     if by_self:
-        counts -= (log_delannoy(n, n)[:, None] + log_delannoy(m, m)) / 2
-    return counts[row][:, column]
+        counts -= (itself[n, None] + itself[m]) / 2
+    return torch.from_numpy(counts)[row][:, column]
 
 
 def expected_alignment(
@@ -478,15 +485,21 @@ def log_delannoy(n: int | torch.Tensor, m: int | torch.Tensor) -> torch.Tensor:
         return torch.zeros(n.shape, dtype=torch.float64)
     n, m = torch.minimum(n, m).numpy(), torch.maximum(n, m).numpy()
     longest = int(m.max())
-    # By rows of the table of all numbers, of which one is held at a time: it would be large.
     wanted, place = np.unique(n * (longest + 1) + m, return_inverse=True)
-    values, row, length = np.empty(len(wanted)), [1] * longest, 1
+    values, rows, length = np.empty(len(wanted)), _delannoy_rows(longest), 0
     for index, (shorter, longer) in enumerate(divmod(pair, longest + 1) for pair in wanted.tolist()):
         while length < shorter:
-            row = list(itertools.accumulate(map(operator.add, row[1:], row), initial=1))
-            length += 1
+            row, length = next(rows), length + 1
         values[index] = math.log(row[longer - 1])
     return torch.as_tensor(values[place])
+
+
+def _delannoy_rows(longest: int) -> Iterator[list[int]]:
+    """Rows of the table of all numbers, of which one is held at a time: it would be large."""
+    row = [1] * longest
+    while True:
+        yield row
+        row = list(itertools.accumulate(map(operator.add, row[1:], row), initial=1))
 
 
 class _Slices:
@@ -515,7 +528,7 @@ class _Slices:
         # values of some lie beside the matrix of all, which is larger than short embeddings.
         self.part = len(embeddings)
         if not self.traced and embeddings.element_size() < self.dtype.itemsize:
-            self.part = min(NARROW_SLICES, len(embeddings) // 4 + 1)
+            self.part = min(NARROW_SLICES, len(embeddings) // (8 if split is None else 4) + 1)
         elif not self.traced and modality is not None and embeddings.shape[1] < len(embeddings):
             self.part = len(embeddings) // 4 + 1
         # Only norms are kept: unit vectors of all slices would take as much memory as the slices.
@@ -530,7 +543,10 @@ class _Slices:
         if not ((largest > limit) & (largest < 1 / limit)).all():
             # The squares would leave the range of the dtype. The direction is the same.
             half = half.to(self.dtype) / largest
-        return half, torch.linalg.vector_norm(half, dim=1, keepdim=True, dtype=self.dtype)
+        norms = [
+            torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=self.dtype) for part in half.split(self.part)
+        ]
+        return half, torch.cat(norms)
 
     def _refuse(self, bad: torch.Tensor, what: str):
         if bad.any():
@@ -778,7 +794,7 @@ def _log_kernels(
             stop = len(sizes)
             if not traced:
                 fitting = np.searchsorted(np.cumsum(sizes[start:] + 2) * len(pairs), scratch.cells, side="right")
-                stop = min(stop, start + max(1, int(fitting)))
+                stop = min(stop, start + max(1, int(fitting)), start + PART_DIAGONALS)
             # Long grids, and their many parts, would fill the cache.
             grid = _cells if stop - start == len(sizes) and rows * columns <= CACHED_CELLS else _cells.__wrapped__
             row, column = (torch.from_numpy(part).to(device, index_type) for part in grid(rows, columns, start, stop))
@@ -801,7 +817,8 @@ def _log_kernels(
             if len(ended) == len(pairs):
                 return values
             result[torch.from_numpy(ended).to(device)] = values
-            done = diagonals.split((sizes[start:stop] + 2).tolist())[-2:]
+            last_two = (sizes[start:stop][-2:] + 2).tolist()
+            done = diagonals[-sum(last_two) :].split(last_two)
             before = [*before, *(diagonal.clone() for diagonal in done)][-2:]
             start = stop
         return result
