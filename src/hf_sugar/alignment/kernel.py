@@ -32,8 +32,8 @@ GROUP_PAIRS = 1 << 15
 CHUNK_CELLS = 1 << 17
 CHUNK_DIAGONALS = 8
 CACHED_CELLS = 1 << 8
-# Each diagonal has views of several tensors, which take more memory than the numbers of a single pair.
-PART_DIAGONALS = 32
+# What the objects of a call take, however small its inputs.
+CALL_BYTES = 1 << 16
 # Below this size padding costs less than starting another chunk.
 SMALL_CHUNK_CELLS = 1 << 15
 PADDING = 1.3
@@ -290,7 +290,8 @@ def _kernel_matrix(
 
     # What self-kernels, indices of pairs and recursions may take. What autograd keeps is in no proportion anyway.
     spare = slices.nbytes + result.element_size() * (result.numel() + total**2) // 4
-    group, cells = (GROUP_PAIRS, CHUNK_CELLS) if slices.traced else (spare // 400 + 1, spare // 64 + 1)
+    spare -= min(spare // 4, CALL_BYTES)
+    group, cells = (GROUP_PAIRS, CHUNK_CELLS) if slices.traced else (spare // 400 + 1, spare // 48 + 1)
     group, scratch = min(group, GROUP_PAIRS), _Scratch(min(cells, CHUNK_CELLS))
     # Self-kernels are kept if they are few. Else, with some long samples, they are computed for each group, and all slices
     # are one block, which holds every sample with itself.
@@ -732,6 +733,8 @@ class _Scratch:
 
     def __init__(self, cells: int):
         self.cells = cells
+        # Of each diagonal there are views, which take more memory than the few numbers that it may have.
+        self.diagonals = cells // 128 + 8
         self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -794,7 +797,7 @@ def _log_kernels(
             stop = len(sizes)
             if not traced:
                 fitting = np.searchsorted(np.cumsum(sizes[start:] + 2) * len(pairs), scratch.cells, side="right")
-                stop = min(stop, start + max(1, int(fitting)), start + PART_DIAGONALS)
+                stop = min(stop, start + max(1, int(fitting)), start + scratch.diagonals)
             # Long grids, and their many parts, would fill the cache.
             grid = _cells if stop - start == len(sizes) and rows * columns <= CACHED_CELLS else _cells.__wrapped__
             row, column = (torch.from_numpy(part).to(device, index_type) for part in grid(rows, columns, start, stop))
