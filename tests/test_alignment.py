@@ -1,4 +1,7 @@
 import math
+import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,7 +204,7 @@ def test_memory(samples, slices, dim, every, noise, triple, dtype, other):
     assert 0.2 * limit < peak < limit
 
 
-RESIDENT = """
+MEMORY = """
 import ctypes, sys
 from pathlib import Path
 
@@ -209,27 +212,49 @@ import torch
 from hf_sugar.alignment import packed_alignment_kernel
 
 
+def call(samples, slices, dim, every, dtype, other=False, triple=True, backend="torch"):
+    x = torch.randn(samples * slices, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = torch.cartesian_prod(torch.arange(samples), torch.arange(1, slices + 1))
+    rows = rows if every else rows[slices - 1 :: slices]
+    options = {"modality": torch.arange(len(x)) % 2, "split": dim // 2} if triple else {}
+    options |= {"normalize": "self+count", "backend": backend}
+    arguments = x, torch.arange(0, len(x) + 1, slices), rows, rows[::2].contiguous() if other else None
+    return x, lambda: packed_alignment_kernel(*arguments, **options)
+
+
+def limit(x, value):
+    return 1.5 * (x.nbytes + value.nbytes + value.element_size() * len(x) ** 2)
+
+"""
+
+RESIDENT = """
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def call(samples, slices, dim, every):
-    x = torch.randn(samples * slices, dim, generator=torch.Generator().manual_seed(0)).to(getattr(torch, sys.argv[5]))
-    rows = torch.cartesian_prod(torch.arange(samples), torch.arange(1, slices + 1))
-    rows = rows if every else rows[slices - 1 :: slices]
-    options = {"modality": torch.arange(len(x)) % 2, "split": dim // 2, "normalize": "self+count", "backend": "torch"}
-    offsets = torch.arange(0, len(x) + 1, slices)
-    return x, lambda: packed_alignment_kernel(x, offsets, rows, **options)
-
-
-call(32, 8, 1536, 0)[1]()
-x, measured = call(*map(int, sys.argv[1:5]))
+call(32, 8, 1536, False, torch.float32)[1]()
+x, measured = call(*map(int, sys.argv[1:5]), getattr(torch, sys.argv[5]))
 ctypes.CDLL(None).malloc_trim(0)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 value = measured()
-print(status("VmHWM") - before, 1.5 * (x.nbytes + value.nbytes + 4 * len(x) ** 2))
+print(status("VmHWM") - before, limit(x, value))
+"""
+
+HELD = """
+libc = ctypes.CDLL(None)
+libc.heap_held.restype = libc.heap_most.restype = ctypes.c_long
+for dtype in torch.float32, torch.bfloat16, torch.float64:
+    for other in False, True:
+        for triple in False, True:
+            x, measured = call(*map(int, sys.argv[1:5]), dtype, other, triple, sys.argv[5])
+            # The first call makes what stays with BLAS and in caches.
+            measured()
+            before = libc.heap_held()
+            libc.heap_reset()
+            value = measured()
+            print(libc.heap_most() - before, limit(x, value))
 """
 
 
@@ -246,9 +271,44 @@ print(status("VmHWM") - before, 1.5 * (x.nbytes + value.nbytes + 4 * len(x) ** 2
 )
 def test_resident_memory(case):
     """The same of what the process takes: the allocator's rest, numpy and Python included."""
-    result = subprocess.run([sys.executable, "-c", RESIDENT, *case], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY + RESIDENT, *case], capture_output=True, text=True, check=True
+    )
     peak, limit = map(float, result.stdout.split())
     assert 0.1 * limit < peak < limit
+
+
+@pytest.fixture(scope="module")
+def counted_heap(tmp_path_factory):
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or platform.libc_ver()[0] != "glibc":
+        pytest.skip("needs a C compiler and glibc, whose allocator is counted")
+    library = tmp_path_factory.mktemp("heap") / "heap.so"
+    subprocess.run(
+        [compiler, "-O2", "-shared", "-fPIC", Path(__file__).with_name("heap.c"), "-o", library], check=True
+    )
+    return {**os.environ, "LD_PRELOAD": str(library), "PYTHONMALLOC": "malloc"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("32", "4", "64", "0"),  # nothing but small objects
+        ("16", "8", "128", "1"),
+        ("64", "8", "64", "0"),
+        ("64", "8", "1536", "0"),
+        ("2", "400", "64", "0"),
+        ("1", "60", "1536", "1"),
+    ],
+)
+def test_held_memory(counted_heap, case):
+    """The same of all that is allocated, tensors or not, down to the smallest inputs."""
+    command = [sys.executable, "-c", MEMORY + HELD, *case, "torch"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=counted_heap)
+    peaks = [[float(number) for number in line.split()] for line in result.stdout.splitlines()]
+    assert len(peaks) == 12
+    for peak, limit in peaks:
+        assert 0.2 * limit < peak < limit
 
 
 @pytest.mark.parametrize("normalize", [None, "self+count"])
