@@ -525,13 +525,14 @@ class _Slices:
                 f"is all zeros in its first {split} dimensions": embeddings[:, :split],
                 f"is all zeros after its first {split} dimensions": embeddings[:, split:],
             }
-        # Slices that are taken at a time: in float32, all would take twice the memory of narrow ones. With modalities, the
-        # values of some lie beside the matrix of all, which is larger than short embeddings.
+        # Slices that are taken at a time. Unit vectors of all would be as much memory as the slices, of narrow ones twice
+        # that, and the products of two kinds lie beside the matrix that they go into.
         self.part = len(embeddings)
-        if not self.traced and embeddings.element_size() < self.dtype.itemsize:
-            self.part = min(NARROW_SLICES, len(embeddings) // (8 if split is None else 4) + 1)
-        elif not self.traced and modality is not None and embeddings.shape[1] < len(embeddings):
-            self.part = len(embeddings) // 4 + 1
+        if not self.traced:
+            narrow = embeddings.element_size() < self.dtype.itemsize
+            self.part = len(embeddings) // (8 if narrow and split is None else 4) + 1
+            if narrow:
+                self.part = min(NARROW_SLICES, self.part)
         # Only norms are kept: unit vectors of all slices would take as much memory as the slices.
         self.halves = [self._measured(half, complaint) for complaint, half in halves.items()]
 
