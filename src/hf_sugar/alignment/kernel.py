@@ -48,8 +48,8 @@ LARGEST_DISTANCE = 4.01
 # Below, exponents of a kernel could leave the range that the compiled ones set aside for them.
 SMALLEST_DELTA = 1e-3
 # Below this squared distance, 2 - 2 cos loses too many digits in float32: the product is taken again in float64, of so
-# many rows and columns at a time.
-CLOSE, CLOSE_BLOCK = 0.1, 48
+# many rows at a time.
+CLOSE, CLOSE_ROWS = 0.1, 48
 
 
 def global_alignment_kernel(
@@ -627,14 +627,16 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor, same: bool) -> torch.Te
         if a.dtype == torch.float32 and close.any():
             # MPS has no float64.
             device = "cpu" if a.device.type == "mps" else a.device
-            rows, columns = (close.any(dim=dim).nonzero()[:, 0].split(CLOSE_BLOCK) for dim in (1, 0))
-            for i in rows:
-                x = a[i].to(device).double()
-                for j in columns:
-                    y, at = b[j].to(device).double(), (i[:, None], j)
+            rows, columns = (close.any(dim=dim).nonzero()[:, 0] for dim in (1, 0))
+            for i in rows.split(CLOSE_ROWS):
+                exact = torch.zeros(len(i), len(columns), dtype=torch.float64, device=device)
+                # In float64, both sides together take half the memory of `a`.
+                for dims in _pieces(0, a.shape[1], max(1, a.numel() // (4 * (len(i) + len(columns))))):
+                    x, y = (side[index, dims].to(device).double() for side, index in ((a, i), (b, columns)))
                     squares = [torch.linalg.vector_norm(side, dim=1).square() for side in (x, y)]
-                    exact = (x @ y.T).mul_(-2).add_(squares[0][:, None]).add_(squares[1])
-                    distances[at] = torch.where(close[at], exact.clamp_(min=0).to(distances), distances[at])
+                    exact.addmm_(x, y.T, alpha=-2).add_(squares[0][:, None]).add_(squares[1])
+                at = (i[:, None], columns)
+                distances[at] = torch.where(close[at], exact.clamp_(min=0).to(distances), distances[at])
     return distances
 
 
