@@ -212,14 +212,17 @@ import torch
 from hf_sugar.alignment import packed_alignment_kernel
 
 
-def call(samples, slices, dim, every, dtype, other=False, triple=True, backend="torch"):
-    x = torch.randn(samples * slices, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
-    rows = torch.cartesian_prod(torch.arange(samples), torch.arange(1, slices + 1))
-    rows = rows if every else rows[slices - 1 :: slices]
+def call(samples, slices, dim, every, dtype, other=False, triple=True, ragged=False):
+    # Ragged ones are nearly equal too, which takes more memory.
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, slices + 1, (samples,), generator=generator) if ragged else torch.full((samples,), slices)
+    offsets = torch.cat([torch.tensor([0]), lengths.cumsum(0)])
+    x = torch.randn(int(offsets[-1]), dim, generator=generator)
+    x = (1 + 0.03 * x if ragged else x).to(dtype)
+    rows = torch.tensor([[s, n] for s in range(samples) for n in range(1 if every else lengths[s], lengths[s] + 1)])
     options = {"modality": torch.arange(len(x)) % 2, "split": dim // 2} if triple else {}
-    options |= {"normalize": "self+count", "backend": backend}
-    arguments = x, torch.arange(0, len(x) + 1, slices), rows, rows[::2].contiguous() if other else None
-    return x, lambda: packed_alignment_kernel(*arguments, **options)
+    arguments = x, offsets, rows, rows[::2].contiguous() if other else None
+    return x, lambda: packed_alignment_kernel(*arguments, normalize="self+count", backend="torch", **options)
 
 
 def limit(x, value):
@@ -248,7 +251,7 @@ libc.heap_held.restype = libc.heap_most.restype = ctypes.c_long
 for dtype in torch.float32, torch.bfloat16, torch.float64:
     for other in False, True:
         for triple in False, True:
-            x, measured = call(*map(int, sys.argv[1:5]), dtype, other, triple, sys.argv[5])
+            x, measured = call(*map(int, sys.argv[1:5]), dtype, other, triple, len(sys.argv) > 5)
             # The first call makes what stays with BLAS and in caches.
             measured()
             before = libc.heap_held()
@@ -290,6 +293,14 @@ def counted_heap(tmp_path_factory):
     return {**os.environ, "LD_PRELOAD": str(library), "PYTHONMALLOC": "malloc"}
 
 
+def held(counted_heap, case):
+    command = [sys.executable, "-c", MEMORY + HELD, *case]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=counted_heap)
+    peaks = [[float(number) for number in line.split()] for line in result.stdout.splitlines()]
+    assert len(peaks) == 12
+    return peaks
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -299,16 +310,20 @@ def counted_heap(tmp_path_factory):
         ("64", "8", "1536", "0"),
         ("2", "400", "64", "0"),
         ("1", "60", "1536", "1"),
+        ("64", "8", "1536", "0", "ragged"),
+        ("40", "8", "64", "1", "ragged"),
     ],
 )
 def test_held_memory(counted_heap, case):
-    """The same of all that is allocated, tensors or not, down to the smallest inputs."""
-    command = [sys.executable, "-c", MEMORY + HELD, *case, "torch"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=counted_heap)
-    peaks = [[float(number) for number in line.split()] for line in result.stdout.splitlines()]
-    assert len(peaks) == 12
-    for peak, limit in peaks:
+    """The same of all that is allocated, tensors or not, down to small inputs."""
+    for peak, limit in held(counted_heap, case):
         assert 0.2 * limit < peak < limit
+
+
+def test_memory_that_does_not_grow(counted_heap):
+    """What the objects of a call take, beside which the limit of the smallest inputs is nothing."""
+    for peak, limit in held(counted_heap, ("2", "2", "8", "0")):
+        assert limit < 1000 < peak < kernel.CALL_BYTES
 
 
 @pytest.mark.parametrize("normalize", [None, "self+count"])
