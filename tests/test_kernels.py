@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -306,6 +307,29 @@ def test_errors_are_those_of_the_pytorch_path(local):
         packed_alignment_kernel(bad.requires_grad_(), offsets, prefixes)
     with pytest.raises(ValueError, match="Slice 1 of sequence 1 .row 3.*all zeros"):
         packed_alignment_kernel(embeddings * torch.tensor([1, 1, 1, 0])[:, None], offsets, prefixes)
+    triple = {"modality": torch.tensor([0, 1, 1, 0]), "split": 2}
+    for change in [
+        {"offsets": offsets + 1},
+        {"offsets": offsets[:1]},
+        {"offsets": torch.tensor([0, 3, 3, 4])},
+        {"prefixes": prefixes[:0]},
+        {"prefixes": prefixes.T[:1].T},
+        {"prefixes": torch.tensor([[0, 3]])},
+        {"prefixes": torch.tensor([[-1, 1]])},
+        {"other_prefixes": torch.tensor([[0, 1], [1, 0]])},
+        {"delta": 0},
+        {"split": 4},
+        {"split": None},
+        {"modality": None},
+        {"modality": torch.tensor([0, 1, 1])},
+        {"modality": torch.tensor([0, 1, 1, 2])},
+        {"modality": torch.tensor([0, 1, 1, 0.5])},
+    ]:
+        arguments = dict(zip(("embeddings", "offsets", "prefixes"), ARGUMENTS, strict=True)) | triple | change
+        with pytest.raises(ValueError) as expected:
+            packed_alignment_kernel(**arguments, backend="torch")
+        with pytest.raises(ValueError, match=f"^{re.escape(str(expected.value))}$"):
+            packed_alignment_kernel(**arguments)
 
 
 SPY = """

@@ -237,36 +237,39 @@ def packed_alignment_kernel(
         raise ValueError(f"`normalize` must be a bool or one of {NORMALIZATIONS}, got {normalize!r}.")
     _check_delta(delta)
     _check_embeddings(embeddings)
-    offsets = _check_offsets(offsets, len(embeddings))
     symmetric = other_prefixes is None
-    rows = _check_prefixes("prefixes", prefixes, offsets)
-    columns = rows if symmetric else _check_prefixes("other_prefixes", other_prefixes, offsets)
+    offsets, rows = _integers("offsets", offsets), _integers("prefixes", prefixes)
+    columns = None if symmetric else _integers("other_prefixes", other_prefixes)
 
-    compiled = compiled_kernel(embeddings.device.type, backend)
+    compiled, refusal = compiled_kernel(embeddings.device.type, backend), None
     if compiled is not None:
-        _check_triple(embeddings, modality, split)
+        if modality is not None and modality.dtype != torch.int64:
+            _check_triple(embeddings, modality, split)
         try:
-            with torch.autocast(embeddings.device.type, enabled=False):
-                return compiled.packed_alignment_kernel(
-                    embeddings,
-                    torch.from_numpy(offsets),
-                    torch.from_numpy(rows),
-                    None if symmetric else torch.from_numpy(columns),
-                    delta=delta,
-                    normalize=normalize,
-                    log=log,
-                    modality=None if modality is None else modality.cpu().long(),
-                    split=split,
-                )
+            return compiled.packed_alignment_kernel(
+                embeddings,
+                offsets,
+                rows,
+                columns,
+                delta=delta,
+                normalize=normalize,
+                log=log,
+                modality=None if modality is None else modality.cpu().long(),
+                split=split,
+            )
         except NotImplementedError as error:
             logger.debug("The PyTorch implementation takes over: %s", error)
-        except (RuntimeError, ValueError):
-            # The kernels refuse bad slices; this says in one way which.
-            _Slices(embeddings, offsets, modality, split)
-            raise
+        except (RuntimeError, ValueError) as error:
+            # The kernels refuse bad inputs; the checks below say in one way which.
+            refusal = error
 
+    offsets = _check_offsets(offsets, len(embeddings))
+    rows = _check_prefixes("prefixes", rows, offsets)
+    columns = rows if symmetric else _check_prefixes("other_prefixes", columns, offsets)
     with torch.autocast(embeddings.device.type, enabled=False):
         slices = _Slices(embeddings, offsets, modality, split)
+        if refusal is not None:
+            raise refusal
         return _kernel_matrix(slices, rows, columns, symmetric, delta, normalize, log)
 
 
@@ -648,10 +651,10 @@ def _check_embeddings(embeddings: torch.Tensor):
         )
 
 
-def _integers(name: str, tensor: torch.Tensor) -> np.ndarray:
+def _integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"`{name}` must hold integers, got {tensor.dtype}.")
-    return tensor.cpu().long().contiguous().numpy()
+    return tensor.cpu().long().contiguous()
 
 
 def _check_triple(embeddings: torch.Tensor, modality: torch.Tensor | None, split: int | None):
@@ -676,7 +679,7 @@ def _check_delta(delta: float):
 
 
 def _check_offsets(offsets: torch.Tensor, total: int) -> np.ndarray:
-    offsets = _integers("offsets", offsets)
+    offsets = _integers("offsets", offsets).numpy()
     if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != total:
         raise ValueError(f"`offsets` must be one-dimensional and run from 0 to {total}, the number of slices.")
     empty = np.flatnonzero(np.diff(offsets) < 1)
@@ -686,7 +689,7 @@ def _check_offsets(offsets: torch.Tensor, total: int) -> np.ndarray:
 
 
 def _check_prefixes(name: str, prefixes: torch.Tensor, offsets: np.ndarray) -> np.ndarray:
-    prefixes = _integers(name, prefixes)
+    prefixes = _integers(name, prefixes).numpy()
     if prefixes.ndim != 2 or prefixes.shape[1] != 2 or len(prefixes) == 0:
         raise ValueError(f"`{name}` must have rows (sample, length), at least one; got shape {prefixes.shape}.")
     samples, lengths = prefixes.T
