@@ -42,6 +42,7 @@ CASES = {"64x8x1536": None, "256x8x1536": None, "512x16x1536": None, "64x64x1536
 LONG = "1x300x1536"
 OPTIONS = {"delta": 1.0, "normalize": "self+count"}
 SLOW = 1
+WARM = 0.03
 
 
 def inputs_of(case: str) -> dict:
@@ -73,8 +74,9 @@ def gram_products(inputs: dict) -> dict[str, Callable[[], None]]:
 
 def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """
-    Medians in milliseconds. A timed call follows one of the same function that is not timed, so that none finds the
-    caches as another left them; what takes more than `SLOW` seconds does not notice, and is called once a turn.
+    Medians in milliseconds. A timed call follows calls of the same function, for `WARM` seconds, that are not timed: none
+    finds the caches as another left them, or the second core asleep after a long call with one thread. What takes more
+    than `SLOW` seconds does not notice, and is called once a turn.
     """
 
     def run(name):
@@ -86,7 +88,8 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name in functions:
-            if name not in slow:
+            end = time.perf_counter() + WARM
+            while name not in slow and time.perf_counter() < end:
                 run(name)
             times[name].append(run(name))
     return {name: statistics.median(values) for name, values in times.items()}
