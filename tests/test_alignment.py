@@ -175,8 +175,13 @@ def test_triangles_of_many_slices(monkeypatch, triple):
         (128, 8, 512, False, 1),
         (128, 8, 512, False, 0.1),  # all nearly equal, and compared in float64
         (64, 8, 1536, False, 1),
-        (40, 8, 64, True, 1),  # every prefix: the output is as large as the Gram matrix
-        (1, 40, 256, True, 1),  # as many self-kernels as pairs
+        (
+            1,
+            20,
+            512,
+            True,
+            1,
+        ),  # every prefix: the output is as large as the Gram matrix, and self-kernels as many as pairs
         (2, 200, 64, False, 1),  # more cells than anything else
     ],
 )
@@ -309,6 +314,7 @@ def held(counted_heap, case):
         ("64", "8", "64", "0"),
         ("64", "8", "1536", "0"),
         ("2", "400", "64", "0"),
+        ("40", "8", "64", "1"),
         ("1", "60", "1536", "1"),
         ("64", "8", "1536", "0", "ragged"),
         ("40", "8", "64", "1", "ragged"),
