@@ -175,13 +175,8 @@ def test_triangles_of_many_slices(monkeypatch, triple):
         (128, 8, 512, False, 1),
         (128, 8, 512, False, 0.1),  # all nearly equal, and compared in float64
         (64, 8, 1536, False, 1),
-        (
-            1,
-            20,
-            512,
-            True,
-            1,
-        ),  # every prefix: the output is as large as the Gram matrix, and self-kernels as many as pairs
+        # every prefix: the output is as large as the Gram matrix, and self-kernels are as many as pairs
+        (1, 20, 512, True, 1),
         (2, 200, 64, False, 1),  # more cells than anything else
     ],
 )

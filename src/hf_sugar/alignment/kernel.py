@@ -237,20 +237,19 @@ def packed_alignment_kernel(
         raise ValueError(f"`normalize` must be a bool or one of {NORMALIZATIONS}, got {normalize!r}.")
     _check_delta(delta)
     _check_embeddings(embeddings)
-    symmetric = other_prefixes is None
-    offsets, rows = _integers("offsets", offsets), _integers("prefixes", prefixes)
-    columns = None if symmetric else _integers("other_prefixes", other_prefixes)
+    arguments = embeddings, offsets, prefixes, other_prefixes, modality, split
 
-    compiled, refusal = compiled_kernel(embeddings.device.type, backend), None
+    compiled = compiled_kernel(embeddings.device.type, backend)
     if compiled is not None:
         if modality is not None and modality.dtype != torch.int64:
+            # The conversion below would hide what is wrong.
             _check_triple(embeddings, modality, split)
         try:
             return compiled.packed_alignment_kernel(
                 embeddings,
-                offsets,
-                rows,
-                columns,
+                _integers("offsets", offsets),
+                _integers("prefixes", prefixes),
+                None if other_prefixes is None else _integers("other_prefixes", other_prefixes),
                 delta=delta,
                 normalize=normalize,
                 log=log,
@@ -259,18 +258,27 @@ def packed_alignment_kernel(
             )
         except NotImplementedError as error:
             logger.debug("The PyTorch implementation takes over: %s", error)
-        except (RuntimeError, ValueError) as error:
-            # The kernels refuse bad inputs; the checks below say in one way which.
-            refusal = error
+        except (RuntimeError, ValueError):
+            # The kernels refuse bad inputs; this says in one way which.
+            _checked(*arguments)
+            raise
 
-    offsets = _check_offsets(offsets, len(embeddings))
-    rows = _check_prefixes("prefixes", rows, offsets)
-    columns = rows if symmetric else _check_prefixes("other_prefixes", columns, offsets)
     with torch.autocast(embeddings.device.type, enabled=False):
-        slices = _Slices(embeddings, offsets, modality, split)
-        if refusal is not None:
-            raise refusal
-        return _kernel_matrix(slices, rows, columns, symmetric, delta, normalize, log)
+        return _kernel_matrix(*_checked(*arguments), other_prefixes is None, delta, normalize, log)
+
+
+def _checked(
+    embeddings: torch.Tensor,
+    offsets: torch.Tensor,
+    prefixes: torch.Tensor,
+    other_prefixes: torch.Tensor | None,
+    modality: torch.Tensor | None,
+    split: int | None,
+) -> tuple["_Slices", np.ndarray, np.ndarray]:
+    offsets = _check_offsets(offsets, len(embeddings))
+    rows = _check_prefixes("prefixes", prefixes, offsets)
+    columns = rows if other_prefixes is None else _check_prefixes("other_prefixes", other_prefixes, offsets)
+    return _Slices(embeddings, offsets, modality, split), rows, columns
 
 
 def _kernel_matrix(
