@@ -307,7 +307,9 @@ def test_errors_are_those_of_the_pytorch_path(local):
         packed_alignment_kernel(bad.requires_grad_(), offsets, prefixes)
     with pytest.raises(ValueError, match="Slice 1 of sequence 1 .row 3.*all zeros"):
         packed_alignment_kernel(embeddings * torch.tensor([1, 1, 1, 0])[:, None], offsets, prefixes)
-    triple = {"modality": torch.tensor([0, 1, 1, 0]), "split": 2}
+    good = {"embeddings": embeddings + 1, "offsets": offsets, "prefixes": prefixes}
+    good |= {"modality": torch.tensor([0, 1, 1, 0]), "split": 2}
+    packed_alignment_kernel(**good)
     for change in [
         {"offsets": offsets + 1},
         {"offsets": offsets[:1]},
@@ -325,11 +327,10 @@ def test_errors_are_those_of_the_pytorch_path(local):
         {"modality": torch.tensor([0, 1, 1, 2])},
         {"modality": torch.tensor([0, 1, 1, 0.5])},
     ]:
-        arguments = dict(zip(("embeddings", "offsets", "prefixes"), ARGUMENTS, strict=True)) | triple | change
         with pytest.raises(ValueError) as expected:
-            packed_alignment_kernel(**arguments, backend="torch")
+            packed_alignment_kernel(**good | change, backend="torch")
         with pytest.raises(ValueError, match=f"^{re.escape(str(expected.value))}$"):
-            packed_alignment_kernel(**arguments)
+            packed_alignment_kernel(**good | change)
 
 
 SPY = """
