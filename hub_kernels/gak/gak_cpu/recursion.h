@@ -47,25 +47,39 @@ GAK_INLINE Vec power_of_two(Int exponent) {
   return (Vec)((Bits)(exponent + 1023) << 52);
 }
 
-// exp(x) = mantissa * 2^exponent for x <= 0, the mantissa within a factor of sqrt(2) of 1. float inputs carry an error
-// of 6e-8 themselves, so a shorter polynomial (2e-10) does for them.
+// 2^(x * scale) = mantissa * 2^n for x * scale <= 0, the mantissa within a factor of sqrt(2) of 1; the low bits of
+// `shifted` hold n. float inputs carry an error of 6e-8 themselves, so a shorter polynomial (2.3e-10) does for them.
 template <typename T>
-GAK_INLINE Vec exp_parts(Vec x, Int& exponent) {
-  const Vec shifted = x * 1.4426950408889634 + kRound;
-  exponent = (Int)shifted - (Int)splat(kRound);
-  const Vec n = shifted - kRound;
-  const Vec r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  // Estrin's scheme: the terms are few and the latency is what counts.
-  const Vec r2 = r * r, r4 = r2 * r2;
-  Vec top = splat(1.0 / 40320.0);
-  if constexpr (sizeof(T) == 8) {
-    const Vec upper = (r * (1.0 / 6227020800.0) + 1.0 / 479001600.0);
-    const Vec lower = (r * (1.0 / 362880.0) + 1.0 / 40320.0) + r2 * (r * (1.0 / 39916800.0) + 1.0 / 3628800.0);
-    top = lower + r4 * upper;
+GAK_INLINE Vec exp2_parts(Vec x, Vec scale, Vec& shifted) {
+  shifted = x * scale + kRound;
+  const Vec f = x * scale - (shifted - kRound), f2 = f * f;
+  if constexpr (sizeof(T) == 4) {
+    // The least largest relative error on [-1/2, 1/2] among those that are 1 at 0.
+    const Vec top = f * 1.33598319986768234e-05 + 1.54613676572187586e-04;
+    const Vec upper = f * 1.33419510023690054e-03 + 9.61805691935025486e-03;
+    const Vec middle = f * 5.55040037531505445e-02 + 2.40226509207826866e-01;
+    return (f * 6.93147183816867671e-01 + 1.0) + f2 * (middle + f2 * (upper + f2 * top));
+  } else {
+    constexpr double l = 0.693147180559945309;
+    constexpr double l2 = l * l / 2, l3 = l2 * l / 3, l4 = l3 * l / 4, l5 = l4 * l / 5, l6 = l5 * l / 6, l7 = l6 * l / 7;
+    constexpr double l8 = l7 * l / 8, l9 = l8 * l / 9, l10 = l9 * l / 10, l11 = l10 * l / 11, l12 = l11 * l / 12;
+    constexpr double l13 = l12 * l / 13;
+    const Vec f4 = f2 * f2;
+    const Vec low = (f * l + 1.0) + f2 * (f * l3 + l2), middle = (f * l5 + l4) + f2 * (f * l7 + l6);
+    const Vec upper = (f * l9 + l8) + f2 * (f * l11 + l10), top = f * l13 + l12;
+    return low + f4 * (middle + f4 * (upper + f4 * top));
   }
-  const Vec low = (r + 1.0) + r2 * (r * (1.0 / 6.0) + 0.5);
-  const Vec middle = (r * (1.0 / 120.0) + 1.0 / 24.0) + r2 * (r * (1.0 / 5040.0) + 1.0 / 720.0);
-  return low + r4 * (middle + r4 * top);
+}
+
+template <typename T>
+GAK_INLINE Vec widened(typename Narrow<T>::type values) {
+#ifdef GAK_WIDEN
+  // One instruction, where GCC 12 takes one half through memory.
+  if constexpr (sizeof(T) == 4) {
+    return GAK_WIDEN(values);
+  }
+#endif
+  return __builtin_convertvector(values, Vec);
 }
 
 template <typename T>
@@ -80,7 +94,7 @@ GAK_INLINE Vec gather(const T* row, const int32_t* index) {
     values = typename Narrow<T>::type{row[index[0]], row[index[1]], row[index[2]], row[index[3]],
                                       row[index[4]], row[index[5]], row[index[6]], row[index[7]]};
   }
-  return __builtin_convertvector(values, Vec);
+  return widened<T>(values);
 }
 
 // One cell with an exponent of its own, so that nothing is lost whatever the bandwidth and the length.
@@ -101,9 +115,11 @@ GAK_INLINE Vec aligned(const Cell& cell, Int exponent) {
 
 // s = exp(-phi / 2 sigma^2) and k = s / (2 - s) in extended form.
 template <typename T>
-GAK_INLINE Cell local_kernel(Vec x, Vec& s) {
+GAK_INLINE Cell local_kernel(Vec x, Vec scale, Vec& s) {
   Cell k;
-  const Vec p = exp_parts<T>(x, k.exponent);
+  Vec shifted;
+  const Vec p = exp2_parts<T>(x, scale, shifted);
+  k.exponent = (Int)shifted - (Int)splat(kRound);
   const Int lowest = Int{} - 1000;
   s = p * power_of_two(larger(k.exponent, lowest));
   k.mantissa = p / (2.0 - s);
@@ -138,25 +154,34 @@ struct Group {
   Tile<T> tile;
   int64_t column[kLanes];
   int64_t length[kLanes];
-  Vec negative_scale[kUnroll];
+  Vec scale[kUnroll];  // exp(-phi / 2 sigma^2) = 2^(phi * scale)
   int64_t longest = 0;
   int32_t* index;  // (longest, kLanes): where a row holds the cells of a step; a shorter lane repeats its last one
 
   // Lanes beyond `count` repeat the last pair. What is left of the workspace begins at `rest`.
   GAK_INLINE Group(const Tile<T>& tile, const Lane* lanes, int64_t count, void* workspace) : tile(tile) {
+    typedef int32_t Places __attribute__((vector_size(4 * kLanes)));
+    Places at, last;
     for (int l = 0; l < kLanes; ++l) {
       const Lane& lane = lanes[l < count ? l : count - 1];
       column[l] = lane.column;
       length[l] = lane.length;
-      negative_scale[l / kWidth][l % kWidth] = -lane.scale;
+      scale[l / kWidth][l % kWidth] = -1.44269504088896341 * lane.scale;
       longest = lane.length > longest ? lane.length : longest;
+      at[l] = int32_t(lane.column);
+      last[l] = int32_t(lane.column + lane.length - 1);
     }
     index = static_cast<int32_t*>(workspace);
-    for (int l = 0; l < kLanes; ++l) {
-      for (int64_t j = 0; j < longest; ++j) {
-        const int64_t at = column[l] + (j < length[l] ? j : length[l] - 1);
-        index[j * kLanes + l] = tile.columns ? tile.columns[at] : int32_t(at);
+    int32_t* to = index;
+    for (int64_t j = 0; j < longest; ++j, to += kLanes) {
+      __builtin_memcpy(to, &at, sizeof(at));
+      if (tile.columns) {
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) {
+          to[l] = tile.columns[to[l]];
+        }
       }
+      at -= at < last;
     }
   }
 
@@ -168,8 +193,8 @@ struct Group {
     return tile.data + (tile.rows ? tile.rows[i] : i) * tile.stride;
   }
 
-  GAK_INLINE Vec exponents(const T* cells, int64_t j, int u) const {
-    return gather(cells, index + j * kLanes + u * kWidth) * negative_scale[u];
+  GAK_INLINE Vec distances(const T* cells, int64_t j, int u) const {
+    return gather(cells, index + j * kLanes + u * kWidth);
   }
 };
 
@@ -197,10 +222,10 @@ void plain(int64_t n, const Group<T>& group, Vec* row) {
     for (int64_t j = 0; j < m; ++j) {
 #pragma GCC unroll 2
       for (int u = 0; u < kUnroll; ++u) {
-        const Vec x = group.exponents(cells, j, u);
-        Int exponent;
-        const Vec p = exp_parts<T>(x, exponent);
-        const Vec s = (Vec)((Bits)p + ((Bits)exponent << 52));
+        Vec shifted;
+        const Vec p = exp2_parts<T>(group.distances(cells, j, u), group.scale[u], shifted);
+        // kRound leaves no bit behind.
+        const Vec s = (Vec)((Bits)p + ((Bits)shifted << 52));
         const Vec up = row[(j + 1) * kUnroll + u];
         // Left and up first: the sum is then the same, bit for bit, when the two sequences change places.
         const Vec value = ((left[u] + up) + corner[u]) * (s / (2.0 - s));
@@ -236,9 +261,8 @@ void extended(int64_t first, int64_t last, const Group<T>& group, Cell* row, Vec
     }
     for (int64_t j = 0; j < m; ++j) {
       for (int u = 0; u < kUnroll; ++u) {
-        const Vec x = group.exponents(cells, j, u);
         Vec s;
-        const Cell k = local_kernel<T>(x, s);
+        const Cell k = local_kernel<T>(group.distances(cells, j, u), group.scale[u], s);
         const Cell up = row[(j + 1) * kUnroll + u];
         const Int exponent = larger(larger(left[u].exponent, up.exponent), corner[u].exponent);
         const Vec from_left = aligned(left[u], exponent), from_up = aligned(up, exponent);
@@ -355,10 +379,9 @@ void gradients(
             diagonal = expected * p[2];
             Vec share = expected;
             if (to_distances) {
-              const Vec x = group.exponents(group.row(i), j, u);
               Vec s;
-              local_kernel<T>(x, s);
-              share = share * group.negative_scale[u] * (2.0 / (2.0 - s));
+              local_kernel<T>(group.distances(group.row(i), j, u), group.scale[u], s);
+              share = share * group.scale[u] * (2.0 * 0.693147180559945309 / (2.0 - s));
             }
             for (int w = 0; w < kWidth; ++w) {
               const int l = u * kWidth + w;
@@ -385,7 +408,7 @@ template <typename T>
 GAK_INLINE Vec load(const T* from) {
   typename Narrow<T>::type values;
   __builtin_memcpy(&values, from, sizeof(values));
-  return __builtin_convertvector(values, Vec);
+  return widened<T>(values);
 }
 
 // In the type of the input, a stretch at a time; what leaves its range is taken again with care by the caller.

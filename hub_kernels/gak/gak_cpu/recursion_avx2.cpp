@@ -2,5 +2,6 @@
 #pragma GCC target("avx2,fma")
 #define GAK_ISA avx2
 #define GAK_VECTOR_BYTES 32
+#define GAK_WIDEN(values) __builtin_ia32_cvtps2pd256(values)
 #include "recursion.h"
 #endif
