@@ -1,10 +1,12 @@
 #include "../torch-ext/torch_binding.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -27,10 +29,11 @@ namespace {
 constexpr int64_t kSelf = 1, kCount = 2;
 // A block is a run of samples whose slices are multiplied at once. Large enough for BLAS, small enough for the cache.
 constexpr int64_t kBlock = 1024;
-// Rows of a symmetric product that are multiplied at once: what they waste below the diagonal is half their square.
-constexpr int64_t kStrip = 64;
-// Fewest dimensions that are multiplied at once.
-constexpr int64_t kNarrow = 16;
+// A thread multiplies pieces of so many rows; what they waste below a diagonal is half their square. They have as many
+// columns, or more, which is a little faster, where that leaves many to each thread.
+constexpr int64_t kStrip = 64, kWide = 256, kManyPieces = 16;
+// Dimensions that are multiplied at once: fewest, and fewest for the sake of more threads.
+constexpr int64_t kNarrow = 16, kDeep = 256;
 // Below this squared distance, 2 - 2 cos loses too many digits in float32: the difference is taken instead.
 constexpr double kClose = 0.1;
 // Below, exponents of a kernel could leave the range that is set aside for them.
@@ -125,10 +128,6 @@ struct Side {
   // Inside a block texts come first: `place` says where a slice went, `source` which embedding came there.
   std::vector<int32_t> place;
   std::vector<int64_t> source;
-  // Normalised halves in that order, which the two sides share where they use the same slices. None where they
-  // are made a part at a time.
-  std::unique_ptr<T[]> memory;
-  T* halves[2] = {};
 
   Side(const Tensor& tensor, const int64_t* offsets, int64_t samples, bool compact, const char* name) {
     const int64_t* rows = static_cast<const int64_t*>(tensor.const_data_ptr());
@@ -252,6 +251,68 @@ struct Shuffle {
   int64_t operator()(int64_t i) const {
     return i * step % count;
   }
+};
+
+// Part of a tile that one thread computes, of the columns from `panel` to `right`.
+struct Piece {
+  int half;
+  int64_t top, bottom, panel, left, right;
+  bool close;
+
+  // Where a row begins, which is on the diagonal where that passes through.
+  int64_t first(int64_t row, bool diagonal) const {
+    return diagonal ? std::max(row, left) : left;
+  }
+};
+
+// The normalised slices that a thread multiplies. They are its own copies: what is written by one core and read by another
+// has a long way to go where the two do not share a cache.
+template <typename T>
+struct Multiplied {
+  T *left, *right;
+  std::array<int64_t, 4> held[2] = {};
+
+  // Whether it has them already. If not, it will.
+  bool holds(int side, int64_t half, int64_t from, int64_t begin, int64_t end) {
+    const std::array<int64_t, 4> wanted{half, from, begin, end};
+    return std::exchange(held[side], wanted) == wanted;
+  }
+};
+
+template <typename T>
+struct Multiplier {
+  int64_t columns = kStrip, threads, step;
+  int64_t room;  // of each thread
+
+  // For tiles of `cells` at most, halves of `width` dimensions at most, and so many bytes; but for a number for each
+  // slice of a sample at least.
+  Multiplier(int64_t cells, int64_t width, int64_t bytes, int64_t longest) {
+    const int64_t available = torch::stable::get_num_threads(), numbers = bytes / sizeof(T);
+    if (cells >= kManyPieces * available * kStrip * kWide && numbers >= available * (kStrip + kWide) * width) {
+      columns = kWide;
+    }
+    const int64_t rows = kStrip + columns;
+    threads = std::min(available, std::max<int64_t>(1, numbers / (rows * std::min(width, kDeep))));
+    step = std::min(width, std::max(kNarrow, numbers / (rows * threads)));
+    room = std::max(rows * step, longest);
+    memory_.reset(new T[threads * room]);
+  }
+
+  // Every thread takes the next piece of work when it is done with one.
+  template <typename Work>
+  void in_turn(int64_t count, const Work& work) {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t thread, int64_t) {
+      T* left = memory_.get() + thread * room;
+      Multiplied<T> mine{left, left + kStrip * step};
+      for (int64_t i; (i = next++) < count;) {
+        work(i, mine);
+      }
+    });
+  }
+
+ private:
+  std::unique_ptr<T[]> memory_;
 };
 
 template <typename T>
@@ -498,9 +559,6 @@ Tensor view(T* data, int64_t height, int64_t width, int64_t stride, int64_t step
 // c = a @ b^T, or what is added to c, with the BLAS of torch.
 template <typename T>
 void product(const T* a, const T* b, T* c, int64_t n, int64_t m, int64_t d, int64_t stride, bool add) {
-  if (n == 0 || m == 0) {
-    return;
-  }
   const Tensor left = view(const_cast<T*>(a), n, d, d, 1), right = view(const_cast<T*>(b), d, m, 1, d);
   const Tensor result = view(c, n, m, stride, 1);
   STABLE_TORCH_ERROR_CODE_CHECK(
@@ -516,10 +574,6 @@ struct Slices {
   int64_t count, samples, d;
   int64_t widths[2];  // of the halves
   bool narrow;
-  // Normalised slices are held, or else made when they are multiplied, some dimensions at a time: they would take twice
-  // the memory of narrow inputs, and that of two sets which share some slices.
-  bool held;
-  int64_t step;
   // x * lift * factor has length 1: two steps, because the factor of a denormal number would itself be infinite.
   struct Norm {
     double lift = 1, factor = 1;
@@ -537,6 +591,14 @@ struct Slices {
         widths{modality ? split : d, modality ? d - split : 0},
         narrow(type != kType<T>) {}
 
+  bool text(int64_t slice) const {
+    return !modality || modality[slice] == 0;
+  }
+
+  int64_t sample_of(int64_t slice) const {
+    return std::upper_bound(offsets, offsets + samples, slice) - offsets - 1;
+  }
+
   void arrange(Side<T>& side) const {
     side.place.resize(side.slices);
     side.source.resize(side.slices);
@@ -547,8 +609,7 @@ struct Slices {
         int64_t s = sample;
         for (; s < samples && (side.need[s] == 0 || side.start[s] < block.last_slice); ++s) {
           for (int64_t i = 0; i < side.need[s]; ++i) {
-            const bool text = !modality || modality[offsets[s] + i] == 0;
-            if (text == (pass == 0)) {
+            if (text(offsets[s] + i) == (pass == 0)) {
               side.source[front] = offsets[s] + i;
               side.place[side.start[s] + i] = int32_t(front++ - block.first_slice);
             }
@@ -613,56 +674,16 @@ struct Slices {
     }
   }
 
-  void normalize(Op<T>& op) {
+  void measure() {
     std::atomic<int64_t> bad{INT64_MAX};
-    std::vector<int64_t> sample_of(count);
-    for (int64_t s = 0; s < samples; ++s) {
-      std::fill(sample_of.begin() + offsets[s], sample_of.begin() + offsets[s + 1], s);
-    }
-    arrange(op.rows);
-    if (!op.symmetric) {
-      arrange(*op.columns);
-    }
-    const bool alike = op.symmetric || op.columns->source == op.rows.source;
-    held = !narrow && (alike || op.rows.slices + op.columns->slices <= count);
-    step = held ? d : std::max<int64_t>(kNarrow, d / (alike ? 4 : 8));
-    norms.resize(held ? 0 : 2 * count);
-    std::vector<Side<T>*> sides;
-    std::vector<int64_t> row_of[2];
-    if (held) {
-      sides.push_back(&op.rows);
-      if (!alike) {
-        sides.push_back(op.columns);
-      }
-    }
-    for (size_t k = 0; k < sides.size(); ++k) {
-      Side<T>& side = *sides[k];
-      side.memory.reset(new T[side.slices * d]);
-      side.halves[0] = side.memory.get();
-      side.halves[1] = side.halves[0] + side.slices * widths[0];
-      row_of[k].assign(count, -1);
-      for (int64_t row = 0; row < side.slices; ++row) {
-        row_of[k][side.source[row]] = row;
-      }
-    }
-    if (alike && !op.symmetric) {
-      std::copy(op.rows.halves, op.rows.halves + 2, op.columns->halves);
-    }
+    norms.resize(2 * count);
     torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
       std::vector<T> widened(narrow ? d : 0);
       for (int64_t i = begin; i < end; ++i) {
         const T* x = dimensions(i, 0, d, widened.data());
         int problem = 0;
         for (int half = 0; half < 2 && widths[half] && !problem; x += widths[half++]) {
-          const Norm unit = norm(x, widths[half], half ? 4 : widths[1] ? 3 : 2, problem);
-          if (!held) {
-            norms[2 * i + half] = unit;
-          }
-          for (size_t k = 0; k < sides.size(); ++k) {
-            if (row_of[k][i] >= 0) {
-              scale(x, widths[half], unit, sides[k]->halves[half] + row_of[k][i] * widths[half]);
-            }
-          }
+          norms[2 * i + half] = norm(x, widths[half], half ? 4 : widths[1] ? 3 : 2, problem);
         }
         if (problem) {
           const int64_t code = i * 8 + problem;
@@ -674,7 +695,7 @@ struct Slices {
     });
     const int64_t code = bad.load();
     if (code != INT64_MAX) {
-      const int64_t row = code / 8, sample = sample_of[row];
+      const int64_t row = code / 8, sample = sample_of(row);
       const std::string edge = std::to_string(widths[0]);
       const std::string what[] = {
           "", "holds NaN or infinity", "is all zeros and has no direction",
@@ -685,136 +706,119 @@ struct Slices {
     }
   }
 
-  // Some normalised dimensions of a half of a slice, which stands in a row of `side`.
-  const T* unit(const Side<T>& side, int64_t row, int half, int64_t from, int64_t size, T* buffer) const {
-    if (held) {
-      return side.halves[half] + row * widths[half] + from;
-    }
-    const int64_t slice = side.source[row];
-    scale(dimensions(slice, (half ? widths[0] : 0) + from, size, buffer), size, norms[2 * slice + half], buffer);
-    return buffer;
-  }
-
-  // Calls `compare(half, left, right, size, first, last)` with some dimensions of two blocks, until it had all.
-  template <typename Compare>
-  void dimension_by_dimension(const Op<T>& op, const Block& a, const Block& b, T* buffer, const Compare& compare) const {
-    const auto take = [&](const Side<T>& side, const Block& block, int half, int64_t from, int64_t size, T* to) {
-      if (held) {
-        return unit(side, block.first_slice, half, from, size, nullptr);
-      }
-      torch::stable::parallel_for(0, block.last_slice - block.first_slice, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          unit(side, block.first_slice + r, half, from, size, to + r * size);
-        }
-      });
-      return static_cast<const T*>(to);
-    };
-    const bool same = a.first_slice == b.first_slice && (op.symmetric || op.columns->source == op.rows.source);
-    for (int half = 0; half < 2; ++half) {
-      for (int64_t from = 0; from < widths[half]; from += step) {
-        const int64_t size = std::min(step, widths[half] - from);
-        const T* left = take(op.rows, a, half, from, size, buffer);
-        const T* right =
-            same ? left : take(*op.columns, b, half, from, size, buffer + (a.last_slice - a.first_slice) * step);
-        compare(half, left, right, size, from == 0, from + size == widths[half]);
-      }
-    }
+  // Some dimensions of a half of a slice, normalised.
+  void unit(int64_t slice, int half, int64_t from, int64_t size, T* result) const {
+    scale(dimensions(slice, (half ? widths[0] : 0) + from, size, result), size, norms[2 * slice + half], result);
   }
 
   // Squared distances of two blocks, texts before images. Of a block with itself, what pairs of samples in their order
   // need, and each sample with itself in both directions.
-  void distances(const Op<T>& op, const Block& a, const Block& b, T* tile) const {
+  void distances(const Op<T>& op, const Block& a, const Block& b, Multiplier<T>& multiplier, T* tile) const {
     const int64_t height = a.last_slice - a.first_slice, width = b.last_slice - b.first_slice;
     const bool diagonal = op.symmetric && a.first_slice == b.first_slice;
-    const int64_t texts = a.texts, column_texts = b.texts;
-    std::unique_ptr<T[]> buffer(held ? nullptr : new T[(diagonal ? height : height + width) * step]);
-    dimension_by_dimension(op, a, b, buffer.get(), [&](int half, const T* left, const T* right, int64_t size, bool first, bool) {
-      const auto multiply = [&](int64_t from, int64_t to, int64_t column_from, int64_t column_to) {
-        product(
-            left + from * size, right + column_from * size, tile + from * width + column_from, to - from,
-            column_to - column_from, size, width, !first);
-      };
-      const auto same = [&](int64_t from, int64_t to, int64_t column_from, int64_t column_to) {
-        const int64_t strip = diagonal ? kStrip : to - from;
-        for (int64_t i = from; i < to; i += strip) {
-          multiply(i, std::min(i + strip, to), diagonal ? i : column_from, column_to);
-        }
-      };
-      if (half == 0) {
-        same(0, texts, 0, column_texts);
-        same(texts, height, column_texts, width);
-      } else {
-        multiply(0, texts, column_texts, width);
-        if (!diagonal) {
-          multiply(texts, height, 0, column_texts);
+    std::vector<Piece> pieces;
+    const auto cut = [&](int half, int64_t top, int64_t bottom, int64_t left, int64_t right, bool triangle) {
+      for (int64_t j = left; j < right; j += multiplier.columns) {
+        const int64_t end = std::min(j + multiplier.columns, right);
+        for (int64_t i = top; i < (triangle ? end : bottom); i += kStrip) {
+          pieces.push_back({half, i, std::min(i + kStrip, bottom), j, triangle ? std::max(i, j) : j, end, false});
         }
       }
-    });
-    // What is too close is marked by its sign, and holds what is known of its distance from then on.
-    std::vector<char> close(height);
-    torch::stable::parallel_for(0, height, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        T* row = tile + r * width;
-        const int64_t first = diagonal ? r : 0;
-        if (loops<T>().distances(row + first, width - first) >= kClose) {
-          continue;
-        }
-        for (int64_t c = first; c < width; ++c) {
-          if (row[c] < kClose) {
-            const bool itself = diagonal && r == c;
-            row[c] = itself ? T(0) : -T(0);
-            close[r] |= !itself;
-          }
-        }
-      }
-    });
-    if (std::find(close.begin(), close.end(), 1) != close.end()) {
-      dimension_by_dimension(op, a, b, buffer.get(), [&](int half, const T* left, const T* right, int64_t size, bool, bool last) {
-        torch::stable::parallel_for(0, height, 16, [&](int64_t begin, int64_t end) {
-          for (int64_t r = begin; r < end; ++r) {
-            T* row = tile + r * width;
-            for (int64_t c = diagonal ? r : 0; close[r] && c < width; ++c) {
-              if (__builtin_signbit(row[c]) && ((r < texts) == (c < column_texts)) == (half == 0)) {
-                const T distance = loops<T>().squared_distance(left + r * size, right + c * size, size) - row[c];
-                row[c] = last ? distance : -distance;
-              }
+    };
+    cut(0, 0, a.texts, 0, b.texts, diagonal);
+    cut(0, a.texts, height, b.texts, width, diagonal);
+    cut(1, 0, a.texts, b.texts, width, false);
+    if (!diagonal) {
+      cut(1, a.texts, height, 0, b.texts, false);
+    }
+    // Calls `use(piece, left, right, size, first, last)` with some dimensions of its normalised slices, until it had all.
+    const auto multiply = [&](const auto& use) {
+      multiplier.in_turn(pieces.size(), [&](int64_t i, Multiplied<T>& mine) {
+        Piece& piece = pieces[i];
+        const int64_t rows = piece.bottom - piece.top, full = widths[piece.half];
+        // Where the diagonal passes through, the rows are some of the columns.
+        const bool within = diagonal && piece.half == 0 && piece.top >= piece.panel;
+        for (int64_t from = 0; from < full; from += multiplier.step) {
+          const int64_t size = std::min(multiplier.step, full - from);
+          if (!mine.holds(1, piece.half, from, piece.panel, piece.right)) {
+            for (int64_t c = piece.panel; c < piece.right; ++c) {
+              unit(op.columns->source[b.first_slice + c], piece.half, from, size, mine.right + (c - piece.panel) * size);
             }
           }
-        });
+          if (!within && !mine.holds(0, piece.half, from, piece.top, piece.bottom)) {
+            for (int64_t r = piece.top; r < piece.bottom; ++r) {
+              unit(op.rows.source[a.first_slice + r], piece.half, from, size, mine.left + (r - piece.top) * size);
+            }
+          }
+          const T* left = within ? mine.right + (piece.top - piece.panel) * size : mine.left;
+          use(piece, left, mine.right + (piece.left - piece.panel) * size, size, from == 0, from + size == full);
+        }
+        if (diagonal) {
+          mirror(op.rows, a, piece, tile);
+        }
       });
-    }
-    if (diagonal) {
-      mirror(op.rows, a, tile, height);
-    }
+    };
+    multiply([&](Piece& piece, const T* left, const T* right, int64_t size, bool first, bool last) {
+      product(
+          left, right, tile + piece.top * width + piece.left, piece.bottom - piece.top, piece.right - piece.left, size, width,
+          !first);
+      if (last) {
+        piece.close = from_cosines(piece, diagonal, width, tile);
+      }
+    });
+    pieces.erase(
+        std::remove_if(pieces.begin(), pieces.end(), [](const Piece& piece) { return !piece.close; }), pieces.end());
+    multiply([&](Piece& piece, const T* left, const T* right, int64_t size, bool, bool last) {
+      for (int64_t r = piece.top; r < piece.bottom; ++r) {
+        T* row = tile + r * width;
+        for (int64_t c = piece.first(r, diagonal); c < piece.right; ++c) {
+          if (__builtin_signbit(row[c])) {
+            const T distance =
+                loops<T>().squared_distance(left + (r - piece.top) * size, right + (c - piece.left) * size, size) - row[c];
+            row[c] = last ? distance : -distance;
+          }
+        }
+      }
+    });
   }
 
-  // Images with texts from texts with images, and the lower triangle of every sample.
-  void mirror(const Side<T>& side, const Block& block, T* tile, int64_t size) const {
-    constexpr int64_t step = 16;
-    const int64_t texts = block.texts, bands = (size - texts + step - 1) / step;
-    torch::stable::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = texts + step * begin; r < std::min(texts + step * end, size); r += step) {
-        for (int64_t c = 0; c < texts; c += step) {
-          for (int64_t i = r; i < std::min(r + step, size); ++i) {
-            for (int64_t j = c; j < std::min(c + step, texts); ++j) {
-              tile[i * size + j] = tile[j * size + i];
-            }
-          }
-        }
-      }
-    });
-    for (int64_t s = 0; s < samples; ++s) {
-      if (side.need[s] == 0 || side.start[s] < block.first_slice || side.start[s] >= block.last_slice) {
+  // What is too close is marked by its sign, and holds what is known of its distance from then on. Whether there is any.
+  static bool from_cosines(const Piece& piece, bool diagonal, int64_t width, T* tile) {
+    bool close = false;
+    for (int64_t r = piece.top; r < piece.bottom; ++r) {
+      T* row = tile + r * width;
+      const int64_t first = piece.first(r, diagonal);
+      if (loops<T>().distances(row + first, piece.right - first) >= kClose) {
         continue;
       }
-      const int32_t* place = side.place.data() + side.start[s];
-      for (int64_t i = 0; i < side.need[s]; ++i) {
-        for (int64_t j = 0; j < i; ++j) {
-          const int64_t r = place[i], c = place[j];
-          if ((r < texts) == (c < texts)) {
-            tile[r * size + c] = tile[c * size + r];
-          }
+      for (int64_t c = first; c < piece.right; ++c) {
+        if (row[c] < kClose) {
+          const bool itself = diagonal && r == c;
+          row[c] = itself ? T(0) : -T(0);
+          close |= !itself;
         }
+      }
+    }
+    return close;
+  }
+
+  // To the columns below the diagonal of a block with itself: images with texts, or every sample with itself.
+  void mirror(const Side<T>& side, const Block& block, const Piece& piece, T* tile) const {
+    const int64_t size = block.last_slice - block.first_slice;
+    if (piece.half) {
+      for (int64_t c = piece.left; c < piece.right; ++c) {
+        for (int64_t r = piece.top; r < piece.bottom; ++r) {
+          tile[c * size + r] = tile[r * size + c];
+        }
+      }
+      return;
+    }
+    const int64_t* source = side.source.data() + block.first_slice;
+    for (int64_t r = piece.top; r < piece.bottom; ++r) {
+      const int64_t sample = sample_of(source[r]), end = offsets[sample] + side.need[sample];
+      // The slices of a sample that are of one modality stand side by side.
+      for (int64_t c = std::max(r + 1, piece.left); c < piece.right && source[c] < end; ++c) {
+        tile[c * size + r] = tile[r * size + c];
       }
     }
   }
@@ -822,8 +826,8 @@ struct Slices {
   // Without symmetry no tile holds a sample against itself. `memory` has room for `most` distances, the longest sample's at
   // least.
   void self_kernels(
-      const Op<T>& op, const Side<T>& side, int64_t first, int64_t last, const Side<T>& partners, Table& table, T* memory,
-      int64_t most) const {
+      const Op<T>& op, const Side<T>& side, int64_t first, int64_t last, const Side<T>& partners, Table& table,
+      Multiplier<T>& multiplier, T* memory, int64_t most) const {
     std::vector<std::vector<int64_t>> prefixes(samples);
     std::vector<int64_t> longest(samples, 0), present;
     for (int64_t p = first; p < last; ++p) {
@@ -846,40 +850,29 @@ struct Slices {
         cells += n * n;
       }
       std::fill(memory, memory + cells, T(0));
-      const Shuffle shuffle(end - begin);
-      torch::stable::parallel_for(0, shuffle.count, 1, [&](int64_t from, int64_t to) {
+      multiplier.in_turn(end - begin, [&](int64_t i, Multiplied<T>& mine) {
+        const int64_t sample = present[begin + i], n = longest[sample];
+        T* own = memory + place[sample];
+        with_itself(sample, n, own, mine.left, std::max<int64_t>(1, multiplier.room / n));
         Workspace workspace;
-        std::vector<T> buffer;
-        for (int64_t w = from; w < to; ++w) {
-          const int64_t sample = present[begin + shuffle(w)], n = longest[sample];
-          T* own = memory + place[sample];
-          with_itself(side, sample, n, own, buffer);
-          for (int64_t p : prefixes[sample]) {
-            op.self_kernels(side, p, partners, {own, n}, 0, table, workspace);
-          }
+        for (int64_t p : prefixes[sample]) {
+          op.self_kernels(side, p, partners, {own, n}, 0, table, workspace);
         }
       });
     }
   }
 
-  // Adds the squared distances of the first n slices of a sample.
-  void with_itself(const Side<T>& side, int64_t sample, int64_t n, T* own, std::vector<T>& buffer) const {
-    const int64_t start = side.start[sample];
-    const Block* block = &side.blocks[0];
-    while (block->last_slice <= start) {
-      ++block;
-    }
-    const int32_t* place = side.place.data() + start;
-    buffer.resize(held ? 0 : n * step);
-    std::vector<const T*> rows(n);
+  // Adds the squared distances of the first n slices of a sample, so many dimensions at a time.
+  void with_itself(int64_t sample, int64_t n, T* own, T* buffer, int64_t step) const {
+    const int64_t start = offsets[sample];
     for (int half = 0; half < 2; ++half) {
       for (int64_t from = 0; from < widths[half]; from += step) {
         const int64_t size = std::min(step, widths[half] - from);
         for (int64_t i = 0; i < n; ++i) {
-          rows[i] = unit(side, block->first_slice + place[i], half, from, size, buffer.data() + i * size);
+          unit(start + i, half, from, size, buffer + i * size);
           for (int64_t j = 0; j < i; ++j) {
-            if (((place[i] < block->texts) == (place[j] < block->texts)) == (half == 0)) {
-              own[i * n + j] += loops<T>().squared_distance(rows[i], rows[j], size);
+            if ((text(start + i) == text(start + j)) == (half == 0)) {
+              own[i * n + j] += loops<T>().squared_distance(buffer + i * size, buffer + j * size, size);
               own[j * n + i] = own[i * n + j];
             }
           }
@@ -941,8 +934,12 @@ void log_alignment(
   Op<T> op(
       prefixes, others, starts, samples, true, delta, normalize,
       spare_bytes(numbers * sizeof(T) + slices.count * slices.d * (slices.narrow ? 2 : sizeof(T))));
-  slices.normalize(op);
-  int64_t height = 0, width = 0, own_size = 0;
+  slices.measure();
+  slices.arrange(op.rows);
+  if (!op.symmetric) {
+    slices.arrange(*op.columns);
+  }
+  int64_t height = 0, width = 0, longest = 0;
   for (const Block& block : op.rows.blocks) {
     height = std::max(height, block.last_slice - block.first_slice);
   }
@@ -950,17 +947,19 @@ void log_alignment(
     width = std::max(width, block.last_slice - block.first_slice);
   }
   if (!op.symmetric && (normalize & kSelf)) {
-    const int64_t longest = std::max(op.rows.lengths.back(), op.columns->lengths.back());
-    own_size = longest * longest;
+    longest = std::max(op.rows.lengths.back(), op.columns->lengths.back());
   }
   // One tile, or distances inside some samples.
-  const int64_t size = std::max(height * width, own_size);
+  const int64_t size = std::max(height * width, longest * longest);
   std::unique_ptr<T[]> memory(new T[size]);
+  Multiplier<T> multiplier(
+      height * width, std::max(slices.widths[0], slices.widths[1]),
+      slices.count * slices.d * (slices.narrow ? 2 : sizeof(T)), longest);
   std::pair<int64_t, int64_t> held{-1, -1};
   const auto tile_of = [&](const Block& a, const Block& b) -> gak::Tile<T> {
     const std::pair<int64_t, int64_t> wanted{a.first_slice, b.first_slice};
     if (held != wanted) {
-      slices.distances(op, a, b, memory.get());
+      slices.distances(op, a, b, multiplier, memory.get());
       held = wanted;
     }
     return {
@@ -969,7 +968,7 @@ void log_alignment(
   };
   const auto own = [&](const Side<T>& side, int64_t first, int64_t last, const Side<T>& partners, Table& table) {
     held = {-1, -1};
-    slices.self_kernels(op, side, first, last, partners, table, memory.get(), size);
+    slices.self_kernels(op, side, first, last, partners, table, multiplier, memory.get(), size);
   };
   op.run(tile_of, own, static_cast<T*>(result.mutable_data_ptr()));
 }
