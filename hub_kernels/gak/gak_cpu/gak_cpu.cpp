@@ -711,6 +711,19 @@ struct Slices {
     scale(dimensions(slice, (half ? widths[0] : 0) + from, size, result), size, norms[2 * slice + half], result);
   }
 
+  // The same of the slices that stand in some rows of a side.
+  void units(const Side<T>& side, int64_t first, int64_t last, int half, int64_t from, int64_t size, T* result) const {
+    const int64_t bytes = narrow ? 2 : sizeof(T), start = (half ? widths[0] : 0) + from;
+    for (int64_t row = first; row < last; ++row, result += size) {
+      // They lie anywhere: the hardware does not guess the next one.
+      const char* next = static_cast<const char*>(embeddings) + (side.source[std::min(row + 1, last - 1)] * d + start) * bytes;
+      for (int64_t at = 0; at < size * bytes; at += 64) {
+        __builtin_prefetch(next + at);
+      }
+      unit(side.source[row], half, from, size, result);
+    }
+  }
+
   // Squared distances of two blocks, texts before images. Of a block with itself, what pairs of samples in their order
   // need, and each sample with itself in both directions.
   void distances(const Op<T>& op, const Block& a, const Block& b, Multiplier<T>& multiplier, T* tile) const {
@@ -741,14 +754,10 @@ struct Slices {
         for (int64_t from = 0; from < full; from += multiplier.step) {
           const int64_t size = std::min(multiplier.step, full - from);
           if (!mine.holds(1, piece.half, from, piece.panel, piece.right)) {
-            for (int64_t c = piece.panel; c < piece.right; ++c) {
-              unit(op.columns->source[b.first_slice + c], piece.half, from, size, mine.right + (c - piece.panel) * size);
-            }
+            units(*op.columns, b.first_slice + piece.panel, b.first_slice + piece.right, piece.half, from, size, mine.right);
           }
           if (!within && !mine.holds(0, piece.half, from, piece.top, piece.bottom)) {
-            for (int64_t r = piece.top; r < piece.bottom; ++r) {
-              unit(op.rows.source[a.first_slice + r], piece.half, from, size, mine.left + (r - piece.top) * size);
-            }
+            units(op.rows, a.first_slice + piece.top, a.first_slice + piece.bottom, piece.half, from, size, mine.left);
           }
           const T* left = within ? mine.right + (piece.top - piece.panel) * size : mine.left;
           use(piece, left, mine.right + (piece.left - piece.panel) * size, size, from == 0, from + size == full);
