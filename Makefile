@@ -43,10 +43,11 @@ checkpoints: $(VENV)/.installed
 kernels: $(VENV)/.installed
 	$(BIN)/python hub_kernels/build_local.py
 
+# a test computes with one thread (tests/conftest.py)
 test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not extras"
+	$(BIN)/python -m pytest -m "not extras" -n 2 --dist loadfile
 
 # the tests that transformers runs on its own classes are in its source distribution alone
 .cache/transformers-tests: constraints.txt $(VENV)/.installed-extras

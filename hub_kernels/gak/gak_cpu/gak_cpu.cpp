@@ -240,18 +240,14 @@ struct Bandwidth {
       : scale(1 / (delta * delta * total)), extended(needs_exponents(total, scale)) {}
 };
 
-// Spreads neighbours, which cost about the same, over the threads.
-struct Shuffle {
-  int64_t count, step;
-  explicit Shuffle(int64_t count) : count(count), step(int64_t(count * 0.618) | 1) {
-    while (std::__gcd(step, count) != 1) {
-      step += 2;
-    }
-  }
-  int64_t operator()(int64_t i) const {
-    return i * step % count;
-  }
-};
+// Calls `work(thread, next)` on so many threads at most. `next(i)` gives a thread the next number below `count`: what they
+// do takes different times.
+template <typename Work>
+void in_turn(int64_t threads, int64_t count, const Work& work) {
+  std::atomic<int64_t> number{0};
+  const auto next = [&](int64_t& i) { return (i = number++) < count; };
+  torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t thread, int64_t) { work(thread, next); });
+}
 
 // Part of a tile that one thread computes, of the columns from `panel` to `right`.
 struct Piece {
@@ -298,14 +294,12 @@ struct Multiplier {
     memory_.reset(new T[threads * room]);
   }
 
-  // Every thread takes the next piece of work when it is done with one.
   template <typename Work>
-  void in_turn(int64_t count, const Work& work) {
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t thread, int64_t) {
+  void run(int64_t count, const Work& work) {
+    in_turn(threads, count, [&](int64_t thread, const auto& next) {
       T* left = memory_.get() + thread * room;
       Multiplied<T> mine{left, left + kStrip * step};
-      for (int64_t i; (i = next++) < count;) {
+      for (int64_t i; next(i);) {
         work(i, mine);
       }
     });
@@ -447,19 +441,18 @@ class Op {
   int64_t normalize;
 
  private:
-  // What a thread takes at least of `count` prefixes, so that their workspaces stay in proportion on many cores.
-  int64_t grain(int64_t count, int64_t longest) const {
-    const int64_t bytes = (longest + 1) * loops<T>().row_bytes, threads = std::max<int64_t>(1, spare_ / bytes);
-    return (count + threads - 1) / threads;
+  // So many threads that their workspaces stay in proportion.
+  int64_t threads(int64_t longest) const {
+    const int64_t bytes = (longest + 1) * loops<T>().row_bytes;
+    return std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, spare_ / bytes));
   }
 
   // From the tile of a block with itself.
   void self_kernels(const Block& block, gak::Tile<T> tile, Table& table) const {
-    const Shuffle shuffle(block.end - block.begin);
-    torch::stable::parallel_for(0, shuffle.count, grain(shuffle.count, rows.lengths.back()), [&](int64_t begin, int64_t end) {
+    in_turn(threads(rows.lengths.back()), block.end - block.begin, [&](int64_t, const auto& next) {
       Workspace workspace;
-      for (int64_t w = begin; w < end; ++w) {
-        const int64_t p = block.begin + shuffle(w);
+      for (int64_t i; next(i);) {
+        const int64_t p = block.end - 1 - i;  // the longest first
         self_kernels(rows, p, rows, tile, rows.prefixes[p].start - block.first_slice, table, workspace);
       }
     });
@@ -470,17 +463,16 @@ class Op {
       const Block& a, const Block& b, gak::Tile<T> tile, const Table& of_rows, const Table& of_columns,
       T* result) const {
     const bool diagonal = symmetric && a.first_slice == b.first_slice;
-    const Shuffle shuffle(a.end - a.begin);
     const int64_t q_count = columns->prefixes.size();
-    torch::stable::parallel_for(0, shuffle.count, grain(shuffle.count, columns->lengths.back()), [&](int64_t begin, int64_t end) {
+    in_turn(threads(columns->lengths.back()), a.end - a.begin, [&](int64_t, const auto& next) {
       Workspace workspace;
       std::vector<int64_t> partners;
       std::vector<gak::Lane> lanes;
       std::vector<double> values;
       partners.reserve(b.end - b.begin);
       lanes.reserve(b.end - b.begin);
-      for (int64_t w = begin; w < end; ++w) {
-        const int64_t p = a.begin + shuffle(w);
+      for (int64_t i; next(i);) {
+        const int64_t p = a.end - 1 - i;  // the longest first
         const Prefix& row = rows.prefixes[p];
         partners.clear();
         lanes.clear();
@@ -746,7 +738,7 @@ struct Slices {
     }
     // Calls `use(piece, left, right, size, first, last)` with some dimensions of its normalised slices, until it had all.
     const auto multiply = [&](const auto& use) {
-      multiplier.in_turn(pieces.size(), [&](int64_t i, Multiplied<T>& mine) {
+      multiplier.run(pieces.size(), [&](int64_t i, Multiplied<T>& mine) {
         Piece& piece = pieces[i];
         const int64_t rows = piece.bottom - piece.top, full = widths[piece.half];
         // Where the diagonal passes through, the rows are some of the columns.
@@ -859,7 +851,7 @@ struct Slices {
         cells += n * n;
       }
       std::fill(memory, memory + cells, T(0));
-      multiplier.in_turn(end - begin, [&](int64_t i, Multiplied<T>& mine) {
+      multiplier.run(end - begin, [&](int64_t i, Multiplied<T>& mine) {
         const int64_t sample = present[begin + i], n = longest[sample];
         T* own = memory + place[sample];
         with_itself(sample, n, own, mine.left, std::max<int64_t>(1, multiplier.room / n));
@@ -992,11 +984,10 @@ void log_recursion(
       prefixes, others, static_cast<const int64_t*>(offsets.const_data_ptr()), samples, false, delta, normalize,
       spare_bytes((distances.numel() + result.numel()) * sizeof(T)));
   const auto own = [&](const Side<T>& side, int64_t first, int64_t last, const Side<T>& partners, Table& table) {
-    const Shuffle shuffle(last - first);
-    torch::stable::parallel_for(0, shuffle.count, 1, [&](int64_t begin, int64_t end) {
+    in_turn(torch::stable::get_num_threads(), last - first, [&](int64_t, const auto& next) {
       Workspace workspace;
-      for (int64_t w = begin; w < end; ++w) {
-        const int64_t p = first + shuffle(w);
+      for (int64_t i; next(i);) {
+        const int64_t p = last - 1 - i;  // the longest first
         op.self_kernels(side, p, partners, {matrix, stride}, side.prefixes[p].start, table, workspace);
       }
     });
@@ -1030,8 +1021,7 @@ void log_recursion_backward(
       column_of[op.columns->prefixes[q].sample].push_back(q);
     }
   }
-  const Shuffle shuffle(samples);
-  torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
+  in_turn(torch::stable::get_num_threads(), samples, [&](int64_t, const auto& next) {
     Workspace workspace;
     std::vector<gak::Lane> lanes;
     std::vector<double> weight;
@@ -1058,8 +1048,7 @@ void log_recursion_backward(
         run(prefix);
       }
     };
-    for (int64_t w = begin; w < end; ++w) {
-      const int64_t sample = shuffle(w);
+    for (int64_t sample; next(sample);) {
       for (int64_t p : row_of[sample]) {
         const Prefix& row = op.rows.prefixes[p];
         std::vector<double> sums(op.columns->lengths.size(), 0.0);
