@@ -666,6 +666,7 @@ struct Slices {
     }
   }
 
+  // The norms of all slices, or an error for what has none.
   void measure() {
     std::atomic<int64_t> bad{INT64_MAX};
     norms.resize(2 * count);
@@ -740,7 +741,7 @@ struct Slices {
     const auto multiply = [&](const auto& use) {
       multiplier.run(pieces.size(), [&](int64_t i, Multiplied<T>& mine) {
         Piece& piece = pieces[i];
-        const int64_t rows = piece.bottom - piece.top, full = widths[piece.half];
+        const int64_t full = widths[piece.half];
         // Where the diagonal passes through, the rows are some of the columns.
         const bool within = diagonal && piece.half == 0 && piece.top >= piece.panel;
         for (int64_t from = 0; from < full; from += multiplier.step) {
