@@ -277,20 +277,21 @@ struct Multiplied {
 
 template <typename T>
 struct Multiplier {
-  int64_t columns = kStrip, threads, step;
+  int64_t rows, columns, threads, step;
   int64_t room;  // of each thread
 
-  // For tiles of `cells` at most, halves of `width` dimensions at most, and so many bytes; but for a number for each
-  // slice of a sample at least.
-  Multiplier(int64_t cells, int64_t width, int64_t bytes, int64_t longest) {
+  // For tiles of `height` by `width` slices at most, halves of `dim` dimensions at most, and so many bytes; but for a
+  // number for each slice of a sample at least.
+  Multiplier(int64_t height, int64_t width, int64_t dim, int64_t bytes, int64_t longest) {
     const int64_t available = torch::stable::get_num_threads(), numbers = bytes / sizeof(T);
-    if (cells >= kManyPieces * available * kStrip * kWide && numbers >= available * (kStrip + kWide) * width) {
-      columns = kWide;
-    }
-    const int64_t rows = kStrip + columns;
-    threads = std::min(available, std::max<int64_t>(1, numbers / (rows * std::min(width, kDeep))));
-    step = std::min(width, std::max(kNarrow, numbers / (rows * threads)));
-    room = std::max(rows * step, longest);
+    const bool wide =
+        height * width >= kManyPieces * available * kStrip * kWide && numbers >= available * (kStrip + kWide) * dim;
+    rows = std::min(kStrip, height);
+    columns = std::min(wide ? kWide : kStrip, width);
+    const int64_t slices = rows + columns;
+    threads = std::min(available, std::max<int64_t>(1, numbers / (slices * std::min(dim, kDeep))));
+    step = std::min(dim, std::max(kNarrow, numbers / (slices * threads)));
+    room = std::max(slices * step, longest);
     memory_.reset(new T[threads * room]);
   }
 
@@ -298,7 +299,7 @@ struct Multiplier {
   void run(int64_t count, const Work& work) {
     in_turn(threads, count, [&](int64_t thread, const auto& next) {
       T* left = memory_.get() + thread * room;
-      Multiplied<T> mine{left, left + kStrip * step};
+      Multiplied<T> mine{left, left + rows * step};
       for (int64_t i; next(i);) {
         work(i, mine);
       }
@@ -955,7 +956,7 @@ void log_alignment(
   const int64_t size = std::max(height * width, longest * longest);
   std::unique_ptr<T[]> memory(new T[size]);
   Multiplier<T> multiplier(
-      height * width, std::max(slices.widths[0], slices.widths[1]),
+      height, width, std::max(slices.widths[0], slices.widths[1]),
       slices.count * slices.d * (slices.narrow ? 2 : sizeof(T)), longest);
   std::pair<int64_t, int64_t> held{-1, -1};
   const auto tile_of = [&](const Block& a, const Block& b) -> gak::Tile<T> {
