@@ -33,6 +33,8 @@ from transformers import (
     ConvNextModel,
     Dinov2Config,
     Dinov2Model,
+    LlamaConfig,
+    LlamaModel,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetModel,
@@ -44,6 +46,8 @@ from transformers import (
     SiglipVisionModel,
     SwinConfig,
     SwinModel,
+    T5Config,
+    T5Model,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEModel,
@@ -561,11 +565,20 @@ def test_from_teachers(checkpoints, encoder):
         TripleEncoder.from_teachers({"clip": checkpoints["clip"]})
 
 
+def test_the_tiny_set_is_the_one_in_the_package():
+    tiny = TripleEncoder.from_teachers("tiny", device="cpu")
+    mapping = {
+        role: str(checkpoint(name)) for role, name in (("image", "dinov2"), ("text", "bert"), ("cross", "clip"))
+    }
+    assert tiny.checkpoints == mapping and TripleEncoder.from_teachers(mapping).fingerprint == tiny.fingerprint
+
+
 def test_defaults_are_those_of_the_paper(monkeypatch):
     paths = []
     monkeypatch.setattr("hf_sugar.teachers.encoder._Teacher", lambda role, path, *args: paths.append((role, path)))
     TripleEncoder.from_teachers(None)
-    assert paths == [
+    TripleEncoder.from_teachers("default")
+    assert paths == 2 * [
         ("image", "facebook/dinov2-base"),
         ("text", "BAAI/bge-base-en-v1.5"),
         ("cross", "openai/clip-vit-large-patch14"),
@@ -577,16 +590,43 @@ def test_construction_errors(checkpoints, tmp_path):
         TripleEncoder(None, checkpoints["bert"], checkpoints["clip"])
     with pytest.raises(ValueError, match="Give all three"):
         TripleEncoder(None, None, None)
+    for teachers, message in (
+        ("openai/clip", r"'openai/clip'. Use one of default, tiny, or .*{'cross': 'openai/clip'}"),
+        (["clip"], "mapping of image, text and cross"),
+        ({"vision": "x"}, r"Unknown keys in `teachers`: \['vision'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TripleEncoder.from_teachers(teachers)
     with pytest.raises(ValueError, match="`long_text`"):
         TripleEncoder(None, None, checkpoints["clip"], long_text="drop")
     with pytest.raises(ValueError, match="`dtype` is 'half-ish'"):
         TripleEncoder(None, None, checkpoints["clip"], dtype="half-ish")
     with pytest.raises(ValueError, match="`revisions`"):
         TripleEncoder(None, None, checkpoints["clip"], revisions={"clip": "main"})
-    with pytest.raises(OSError):
-        TripleEncoder(None, None, str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"cross teacher .*BertModel.*dual encoder"):
-        TripleEncoder(None, None, checkpoints["bert"], device="cpu").encode(["star"])
+    for role in ("image", "text", "cross"):
+        with pytest.raises(OSError, match=rf"cannot load the {role} teacher '.*nothing' \(setting `teachers`\): "):
+            TripleEncoder(**{"image": None, "text": None, "cross": None, role: str(tmp_path / "nothing")})
+
+
+def test_a_model_of_another_kind_in_a_teachers_place_is_refused(checkpoints, tmp_path):
+    set_seed(0)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    llama = LlamaModel(LlamaConfig(**small, pad_token_id=0))
+    t5 = T5Model(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    for model in (llama, t5):
+        model.save_pretrained(tmp_path / type(model).__name__)
+        save_tokenizer(tmp_path / type(model).__name__, 32)
+    for role, path, item, message in (
+        ("cross", checkpoints["bert"], "star", "is a BertModel, which does not embed .* dual encoder"),
+        ("image", checkpoints["bert"], picture(0), "is a BertModel, which does not embed .* vision model"),
+        ("text", checkpoints["dinov2"], "star", "is a Dinov2Model, which does not embed .* text encoder"),
+        ("text", tmp_path / "T5Model", "star", "is a T5Model, which does not embed .* text encoder"),
+        ("text", tmp_path / "LlamaModel", "star", "a LlamaModel, is pooled by its first token"),
+        ("image", checkpoint("llava"), picture(0), "is a LlavaModel, which does not embed"),
+        ("text", checkpoint("llava"), "star", "is a LlavaModel, which does not embed"),
+    ):
+        with pytest.raises(ValueError, match=rf"the {role} teacher '.*' \(setting `teachers`\),? {message}"):
+            TripleEncoder.from_teachers({role: str(path)}, device="cpu").encode([item])
 
 
 def test_incomplete_and_pickled_checkpoints_are_refused(checkpoints, tmp_path):
@@ -609,13 +649,27 @@ def test_slices_that_cannot_be_embedded(encoder):
         encoder.encode([np.zeros((3, 3, 3))])
 
 
-def test_values_that_are_not_finite_are_refused(checkpoints, tmp_path):
+def test_a_slice_without_a_definite_embedding_is_named(checkpoints, tmp_path):
     path = Path(build_clip(tmp_path / "clip"))
     model = CLIPModel.from_pretrained(path)
-    model.text_projection.weight.data.fill_(float("inf"))
-    model.save_pretrained(path)
-    with pytest.raises(ValueError, match="not finite"):
-        TripleEncoder(None, None, str(path), device="cpu").encode(["star"])
+    for weight, dtype, found in (
+        (float("nan"), "float32", "not finite in torch.float32"),
+        (0.0, "float32", "zero in torch.float32"),
+        (1e6, "float16", "not finite in torch.float16. Use dtype float32"),
+    ):
+        model.text_projection.weight.data = torch.full_like(model.text_projection.weight, weight)
+        model.text_projection.weight.data[:, 0] *= 0.5  # what is normalised has a sum of zero
+        model.save_pretrained(path)
+        clip = TripleEncoder(None, None, str(path), device="cpu", dtype=dtype)
+        match = rf"the question: the cross teacher '.*clip' \(setting `teachers`\) gives an embedding that is {found}"
+        with pytest.raises(ValueError, match=match):
+            clip.encode([picture(0), "star"], names=["the image", "the question"])
+    # one slice among good ones
+    encoder = TripleEncoder(checkpoints["dinov2"], None, None, device="cpu")
+    assert encoder.dim == 16
+    encoder._image.images = lambda images: torch.eye(3, 16) * torch.tensor([[1.0], [0.0], [1.0]])
+    with pytest.raises(ValueError, match=r"slices\[1\]: the image teacher .* zero"):
+        encoder.encode([picture(n) for n in range(3)])
 
 
 # --- the cache

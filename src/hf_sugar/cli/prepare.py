@@ -25,7 +25,10 @@ class PrepareArguments:
     """
 
     teachers: dict | str | None = field(
-        default=None, metadata={"help": "Frozen encoders: a mapping (in YAML or JSON) of image, text and cross."}
+        default=None,
+        metadata={
+            "help": "Frozen encoders: a mapping (in YAML or JSON) of image, text and cross, or 'tiny' for those in this package."
+        },
     )
     teacher_cache_dir: str = field(default="teacher_cache", metadata={"help": "Where the embeddings are written."})
     split: str = field(default="train", metadata={"help": "Split of datasets that have several."})

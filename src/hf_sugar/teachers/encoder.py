@@ -6,7 +6,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,28 @@ class _Teacher:
         self.dtype = dtype
         self.batch_size = batch_size
         self.long_text = long_text
+        self.name = f"the {role} teacher {path!r} (setting `teachers`)"
         # The resolved commit serves every later read, so that all files come from one state of the repository.
         self.revision = revision
-        config_file = cached_file(path, "config.json", revision=revision)
-        if not os.path.isdir(path):
-            self.revision = extract_commit_hash(config_file, None)
-        self.config = AutoConfig.from_pretrained(path, revision=self.revision)
+        with self._loading():
+            config_file = cached_file(path, "config.json", revision=revision)
+            if not os.path.isdir(path):
+                self.revision = extract_commit_hash(config_file, None)
+            self.config = AutoConfig.from_pretrained(path, revision=self.revision)
         self.pooling = self._read_pooling() if role == "text" else None
 
     def __str__(self) -> str:
         state = self.identity.removeprefix("sha256:") if os.path.isdir(self.path) else self.revision
         return f"{self.role}={self.path}@{state[:12]}"
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Errors of the libraries below name neither the setting nor what the checkpoint is for."""
+        try:
+            yield
+        except Exception as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"cannot load {self.name}: {error}") from error
 
     @cached_property
     def identity(self) -> str:
@@ -96,47 +108,64 @@ class _Teacher:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        model, info = AutoModel.from_pretrained(
-            self.path, revision=self.revision, dtype=self.dtype, use_safetensors=True, output_loading_info=True
-        )
+        with self._loading():
+            model, info = AutoModel.from_pretrained(
+                self.path, revision=self.revision, dtype=self.dtype, use_safetensors=True, output_loading_info=True
+            )
+        self.dual = all(hasattr(model, f"get_{modality}_features") for modality in ("image", "text"))
         # A pooler that was never trained is ignored for `image` (see `images`) and not used for `text`.
-        dual = hasattr(model, "get_text_features")
-        missing = [key for key in info["missing_keys"] if dual or not key.startswith("pooler.")]
+        missing = [key for key in info["missing_keys"] if self.dual or not key.startswith("pooler.")]
         if missing:
             raise ValueError(
-                f"The {self.role} teacher {self.path} lacks {len(missing)} weights, such as {sorted(missing)[:3]}: they "
-                "would be random. Use a complete checkpoint of an architecture `AutoModel` knows."
+                f"cannot load {self.name}: it lacks {len(missing)} weights, such as {sorted(missing)[:3]}, which would be "
+                "random. Use a complete checkpoint of an architecture `AutoModel` knows."
             )
-        if self.role == "cross" and not dual:
+        kinds = {model.input_modalities} if isinstance(model.input_modalities, str) else set(model.input_modalities)
+        wanted, advice = {
+            "image": ("pixel_values", "a vision model such as DINOv2, or a dual encoder such as CLIP"),
+            "text": ("input_ids", "a text encoder such as BGE, or a dual encoder such as CLIP"),
+            "cross": (None, "a dual encoder of images and texts, such as CLIP or SigLIP"),
+        }[self.role]
+        single = model.main_input_name == wanted and len(kinds) == 1 and not model.config.is_encoder_decoder
+        if not self.dual and not single:
             raise ValueError(
-                f"The cross teacher {self.path} is a {type(model).__name__}, which embeds only one modality. Use a dual "
-                "encoder such as CLIP or SigLIP."
+                f"{self.name} is a {type(model).__name__}, which does not embed what this teacher has to. Use {advice}."
             )
-        self.dual = dual
         self.untrained_pooler = any(key.startswith("pooler.") for key in info["missing_keys"])
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def width(self) -> int:
         # Taken from an actual output: configurations of different architectures name it differently.
-        if self.role != "image":
+        kind = type(self.model).__name__  # a model of a wrong kind is refused before its processor is missed
+        if self.role == "cross":
             return self.texts(["a"])[0].shape[1]
+        if self.role == "text":
+            one, longer = (self.texts([text])[0] for text in ("a", "a a"))
+            if self.pooling == ["cls"] and not self.dual and torch.allclose(one, longer, rtol=1e-4, atol=1e-5):
+                raise ValueError(
+                    f"{self.name}, a {kind}, is pooled by its first token, which does not see the text "
+                    "after it. Use a text encoder such as BGE, or a model whose 1_Pooling/config.json says how it pools."
+                )
+            return one.shape[1]
         first, second = (self.images([Image.linear_gradient("L").convert("RGB")]) for _ in range(2))
         if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
             raise ValueError(
-                f"The image teacher {self.path}, a {type(self.model).__name__}, gives another embedding each time (does it "
-                "mask patches at random?). Use a model that does not."
+                f"{self.name}, a {kind}, gives another embedding each time (does it mask patches at "
+                "random?). Use a model that does not."
             )
         return first.shape[1]
 
     @cached_property
     def image_processor(self):
-        # Pillow's resizing whether torchvision is installed or not: the two differ, and cached embeddings are shared.
-        return AutoImageProcessor.from_pretrained(self.path, revision=self.revision, backend="pil")
+        # Pillow's resizing whether torchvision is installed or not: the two differ, and stored embeddings are shared.
+        with self._loading():
+            return AutoImageProcessor.from_pretrained(self.path, revision=self.revision, backend="pil")
 
     @cached_property
     def tokenizer(self):
-        return AutoTokenizer.from_pretrained(self.path, revision=self.revision)
+        with self._loading():
+            return AutoTokenizer.from_pretrained(self.path, revision=self.revision)
 
     @cached_property
     def max_length(self) -> int:
@@ -161,7 +190,7 @@ class _Teacher:
         }
         if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
             raise ValueError(
-                f"The text teacher {self.path} has sentence-transformers modules that are not applied here: "
+                f"{self.name} has sentence-transformers modules that are not applied here: "
                 f"{', '.join(sorted(unknown))}. Use a model made of Transformer, Pooling and Normalize."
             )
         file = f"{modules.get('Pooling', '1_Pooling')}/config.json"
@@ -178,7 +207,7 @@ class _Teacher:
         modes = [_POOLING_NAMES.get(mode, mode) for mode in modes]
         if not modes or not set(modes) <= {"cls", "mean", "mean_sqrt_len", "max", "lasttoken"}:
             raise ValueError(
-                f"The text teacher {self.path} pools by {modes} ({file}). Use a model that pools by cls, mean, "
+                f"{self.name} pools by {modes} ({file}). Use a model that pools by cls, mean, "
                 "mean_sqrt_len, max or lasttoken."
             )
         return modes
@@ -188,16 +217,16 @@ class _Teacher:
         inputs = inputs.to(self.device, self.dtype)
         model = self.model
         if self.dual:
-            return self._checked(model.get_image_features(**inputs).pooler_output)
+            return model.get_image_features(**inputs).pooler_output.float()
         outputs = model(**inputs)
         if outputs.get("pooler_output") is not None and not self.untrained_pooler:
-            return self._checked(outputs.pooler_output.flatten(1))  # convolutional models keep (n, dim, 1, 1)
+            return outputs.pooler_output.flatten(1).float()  # convolutional models keep (n, dim, 1, 1)
         if outputs.last_hidden_state.ndim != 3:
             raise ValueError(
-                f"The image teacher {self.path}, a {type(model).__name__}, has neither a pooled output nor a first token. "
-                "Use a vision model with one of them, such as DINOv2."
+                f"{self.name}, a {type(model).__name__}, has neither a pooled output nor a first token. Use a vision model "
+                "with one of them, such as DINOv2."
             )
-        return self._checked(outputs.last_hidden_state[:, 0])
+        return outputs.last_hidden_state[:, 0].float()
 
     def texts(self, texts: list[str]) -> tuple[torch.Tensor, int]:
         """Embeddings, each of length one, and how many texts are longer than the model takes."""
@@ -243,7 +272,7 @@ class _Teacher:
         if self.dual:
             if siglip:
                 inputs = {"input_ids": inputs["input_ids"]}
-            return self._checked(model.get_text_features(**inputs).pooler_output)
+            return model.get_text_features(**inputs).pooler_output.float()
         hidden = model(**inputs).last_hidden_state
         mask = inputs["attention_mask"].bool()
         rows = torch.arange(len(texts), device=self.device)
@@ -258,16 +287,7 @@ class _Teacher:
             else:  # the first or last token that is not padding, on whichever side the tokenizer pads
                 last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
                 pooled.append(hidden[rows, mask.int().argmax(1) if mode == "cls" else last])
-        return self._checked(torch.cat(pooled, dim=1))
-
-    def _checked(self, features: torch.Tensor) -> torch.Tensor:
-        features = features.float()
-        if not torch.isfinite(features).all():
-            raise ValueError(
-                f"The {self.role} teacher {self.path} gave values that are not finite in {self.dtype}. "
-                "Use dtype=torch.float32 or torch.bfloat16."
-            )
-        return features
+        return torch.cat(pooled, dim=1).float()
 
 
 class TripleEncoder:
@@ -383,15 +403,16 @@ class TripleEncoder:
         )
 
     @classmethod
-    def from_teachers(cls, teachers: dict[str, Any] | None, **kwargs) -> "TripleEncoder":
+    def from_teachers(cls, teachers: str | dict[str, Any] | None, **kwargs) -> "TripleEncoder":
         """
-        Build from the `teachers` mapping of a training configuration.
+        Build from the `teachers` setting of a training configuration.
 
         Args:
-            teachers (`dict[str, Any]` or `None`):
-                Checkpoints by `"image"`, `"text"` and `"cross"`. The mapping names the whole set: with `"cross"` alone it
-                does everything. It may also hold `revisions`, `dtype`, `long_text` and `batch_size` of the constructor.
-                `None` stands for the constructor's defaults, and so does a mapping without any checkpoint.
+            teachers (`str` or `dict[str, Any]` or `None`):
+                `"default"` (the constructor's defaults, as does `None`), `"tiny"` (the encoders in this package, trained
+                on its rendered world alone: for trying things out), or checkpoints by `"image"`, `"text"` and `"cross"`.
+                A mapping names the whole set: with `"cross"` alone it does everything. It may also hold `revisions`,
+                `dtype`, `long_text` and `batch_size` of the constructor.
             kwargs:
                 Passed on to the constructor.
 
@@ -399,9 +420,22 @@ class TripleEncoder:
             [`TripleEncoder`]
 
         Raises:
-            `ValueError`: for another key, or a set of checkpoints that the constructor refuses.
+            `ValueError`: for another name or key, or a set of checkpoints that the constructor refuses.
         """
         roles = {"image", "text", "cross"}
+        if isinstance(teachers, str):
+            from hf_sugar.world import checkpoint
+
+            tiny = {"image": "dinov2", "text": "bert", "cross": "clip"}
+            sets = {"default": {}, "tiny": {role: str(checkpoint(name)) for role, name in tiny.items()}}
+            if teachers not in sets:
+                raise ValueError(
+                    f"`teachers` is {teachers!r}. Use one of {', '.join(sets)}, or a mapping of image, text and cross to "
+                    f"checkpoints; {{'cross': {teachers!r}}} uses this one for everything."
+                )
+            teachers = sets[teachers]
+        elif not isinstance(teachers, dict | None):
+            raise ValueError(f"`teachers` is {teachers!r}. Give a mapping of image, text and cross to checkpoints.")
         teachers = dict(teachers or {})
         if unknown := teachers.keys() - roles - {"revisions", "dtype", "long_text", "batch_size"}:
             raise ValueError(
@@ -465,6 +499,7 @@ class TripleEncoder:
         slices: Sequence[Any],
         progress: bool = False,
         long_texts: Counter | None = None,
+        names: Sequence[str] | None = None,
     ) -> torch.Tensor:
         """
         Embed slices.
@@ -478,6 +513,8 @@ class TripleEncoder:
             long_texts (`collections.Counter`, *optional*):
                 The number of texts that are longer than a teacher takes is logged once as a warning when the call ends;
                 given this counter, it is added to it instead, by teacher, for the caller to report.
+            names (`Sequence[str]`, *optional*):
+                What errors call the slices. Defaults to `"slices[0]"` and so on.
 
         Returns:
             `torch.Tensor` of shape `(len(slices), dim)` and dtype `torch.float32`, on the CPU, in the order of `slices`.
@@ -486,16 +523,17 @@ class TripleEncoder:
         Raises:
             `TypeError`: for a slice of another type.
             `ValueError`: for an empty text, an image that cannot be decoded, a slice of a kind that the only encoder does
-                not take, or values that are not finite in the chosen `dtype`.
+                not take, or one whose embedding is zero or not finite; names the slice.
         """
         codes = self.modality(slices).tolist()
-        for i, (item, code) in enumerate(zip(slices, codes, strict=True)):
+        names = [f"slices[{i}]" for i in range(len(slices))] if names is None else names
+        for name, item, code in zip(names, slices, codes, strict=True):
             if code == TEXT and not item.strip():
-                raise ValueError(f"slices[{i}] is an empty text. Leave it out.")
+                raise ValueError(f"{name} is an empty text. Leave it out.")
             if self._cross is None and (code == TEXT) != (self._image is None):
                 kind = "a text" if code == TEXT else "an image"
                 raise ValueError(
-                    f"slices[{i}] is {kind}, which the only teacher, {self._teachers[0]}, does not take. Name all three "
+                    f"{name} is {kind}, which the only teacher, {self._teachers[0]}, does not take. Name all three "
                     "teachers, or a dual encoder as `cross`."
                 )
         images = [i for i, code in enumerate(codes) if code == IMAGE]
@@ -507,10 +545,20 @@ class TripleEncoder:
             torch.autocast(self.device.type, enabled=False),  # labels must not depend on the trainer's precision
             tqdm(total=len(slices), desc="Embedding slices", unit="slice", disable=not progress) as bar,
         ):
-            for indices, embed in ((images, self._embed_images), (texts, self._embed_texts)):
+            for indices in (images, texts):
                 for start in range(0, len(indices), self.batch_size):
                     batch = indices[start : start + self.batch_size]
-                    embeddings[batch] = embed([slices[i] for i in batch], counts)
+                    items, batch_names = [slices[i] for i in batch], [names[i] for i in batch]
+                    if indices is images:
+                        items = [load_image(image, name) for image, name in zip(items, batch_names)]
+                        halves = {t: t.images(items) for t in (self._image, self._cross) if t}
+                    else:
+                        halves = {}
+                        for teacher in filter(None, (self._text, self._cross)):
+                            halves[teacher], long = teacher.texts(items)
+                            if long:
+                                counts[teacher.role] += long
+                    embeddings[batch] = self._join(halves, batch_names)
                     bar.update(len(batch))
         if long_texts is None:
             self.report_long_texts(counts, len(texts))
@@ -545,23 +593,19 @@ class TripleEncoder:
             }[self.long_text]
             logger.warning("Of %d texts some are longer: %s. %s", texts, ", ".join(parts), done)
 
-    def _embed_images(self, images: list[Any], long_texts: Counter) -> torch.Tensor:
-        images = [load_image(image) for image in images]
-        return self._join(
-            *(None if teacher is None else teacher.images(images) for teacher in (self._image, self._cross))
-        )
-
-    def _embed_texts(self, texts: list[str], long_texts: Counter) -> torch.Tensor:
-        halves = []
-        for teacher in (self._text, self._cross):
-            half, long = (None, 0) if teacher is None else teacher.texts(texts)
-            halves.append(half)
-            if long:
-                long_texts[teacher.role] += long
-        return self._join(*halves)
-
-    def _join(self, *halves: torch.Tensor | None) -> torch.Tensor:
-        halves = [F.normalize(half, dim=-1).cpu() for half in halves if half is not None]
+    def _join(self, features: dict[_Teacher, torch.Tensor], names: list[str]) -> torch.Tensor:
+        """The halves side by side, each of length one, the first as wide as `split`."""
+        halves = [F.normalize(half, dim=-1).cpu() for half in features.values()]
+        for teacher, half in zip(features, halves):
+            norms = half.norm(dim=-1)
+            # what is not finite has become nan, and nothing has a length of one but a vector with a direction
+            for i in (~((norms - 1).abs() < 0.01)).nonzero().flatten()[:1].tolist():
+                found = "zero" if norms[i] == 0 else "not finite"
+                advice = "" if teacher.dtype == torch.float32 else " Use dtype float32 or bfloat16, or"
+                raise ValueError(
+                    f"{names[i]}: {teacher.name} gives an embedding that is {found} in {teacher.dtype}."
+                    f"{advice or ' Use'} another model, or leave this slice out."
+                )
         if self.split is not None:
             halves[0] = F.pad(halves[0], (0, self.split - halves[0].shape[1]))
         return torch.cat(halves, dim=1)
