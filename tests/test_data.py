@@ -27,6 +27,7 @@ from hf_sugar.data import (
     check_rows_structure,
     load_data,
     load_image,
+    load_table,
     validate_rows,
 )
 from hf_sugar.data.readers import _LAYOUTS, _SOURCE_KEYS, _BadRow, _llava_rows, _mmc4_rows
@@ -396,18 +397,35 @@ class TestLoadData:
         with pytest.raises(ValueError, match="no split 'dev', but train, test"):
             load_data(root / "dict", split="dev")
 
-    def test_folder_of_json(self, root):
-        """`datasets` reads mixed contents as JSON columns, and lists that are all empty as nulls."""
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_folder_of_json(self, root, streaming):
+        """Values as they are written, where `datasets` 5.2 gives JSON text for the contents of the second file, dates
+        for those of the test split, and 3 for 3.5."""
         folder = root / "folder"
         folder.mkdir()
-        rows = [
-            chat(images=0),
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-        ]
-        write(folder / "train.jsonl", [row | {"images": []} for row in rows])
-        dataset = load_data(folder)
-        assert dataset.features == ROW_FEATURES
-        assert [shape(row)[1] for row in dataset] == [("assistant", ["yes"]), ("assistant", ["b"])]
+        strings = {"messages": [{"role": "user", "content": "3"}, {"role": "assistant", "content": '"now"'}], "w": 3}
+        parts = chat() | {"images": ["red.png"]}
+        parts["messages"][1]["content"] = "a"
+        dates = {"messages": [{"role": role, "content": "2024-01-02"} for role in ("user", "assistant")], "w": 3.5}
+        write(folder / "train-0.jsonl", [strings])
+        write(folder / "train-1.json", [parts, strings | {"w": 3.5}])
+        write(folder / "test.jsonl", [dates])
+        (folder / "red.png").write_bytes(png("red.png", root))  # of more kinds of files than one
+        said = [("user", ["3"]), ("assistant", ['"now"'])]
+        rows = list(load_data(folder, streaming=streaming))
+        assert [shape(row) for row in rows] == [said, [("user", [{"red"}, "what?"]), ("assistant", ["a"])], said]
+        assert [row["id"] for row in rows] == ["train-0.jsonl:1", "train-1.json:1", "train-1.json:2"]
+        (row,) = load_data(folder, "test", streaming=streaming)
+        assert shape(row) == [("user", ["2024-01-02"]), ("assistant", ["2024-01-02"])]
+        with pytest.raises(ValueError, match="no split 'dev', but train, test"):
+            load_data(folder, "dev", streaming=streaming)
+        table = list(load_table(folder, streaming=streaming))
+        assert [row["messages"][1]["content"] for row in table] == ['"now"', "a", '"now"']
+        assert [row["messages"][0]["content"] for row in table] == ["3", parts["messages"][0]["content"], "3"]
+        assert [row.get("w") for row in table] == [3, None, 3.5]
+        write(folder / "test.jsonl", ["text"])
+        with pytest.raises(ValueError, match="test.jsonl, row 1 is a str, not an object"):
+            list(load_table(folder, "test", streaming=streaming))
 
     def test_parquet_of_paths(self, root):
         rows = [chat(id=f"r{n}") | {"images": [name]} for n, name in enumerate(["red.png", "lost.png", "blue.png"])]
@@ -853,13 +871,41 @@ class TestCaptions:
         assert [row["id"] for row in rows] == [f"0.tar:{n}" for n in (0, 1, 2, 3, 4, 5, 9)]
         assert shape(rows[-1]) == caption_shape("blue", "last")
         assert "skipped 3 of 10 rows" in caplog.text
-        assert "row 7, `txt`: is None" in caplog.text and "row 8, `txt`: is empty" in caplog.text
+        assert "row 7, `caption`: is missing" in caplog.text and "row 8, `txt`: is empty" in caplog.text
         (root / "cut.tar").write_bytes(path.read_bytes()[:-20000])
         (root / "not.tar").write_bytes(b"nothing")
-        tar(root / "mixed.tar", [("a.png", png("red.png", root)), ("b.txt", b"x")])
-        for name in ("cut.tar", "not.tar", "mixed.tar"):
+        for name in ("cut.tar", "not.tar"):
             with pytest.raises(ValueError, match=rf"{name} cannot be read.*download it again"):
                 list(load_data(root / name, streaming=streaming))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_webdataset_as_found(self, root, streaming, caplog):
+        """Upper-case names, samples of other kinds than the first, members missing from the first samples: where
+        `datasets` 5.2 drops members without a word, or refuses the file."""
+        (root / "blue.jpg").write_bytes(jpeg(PILImage.new("RGB", (4, 4), (0, 0, 255))))
+        members = [("a/0.PNG", png("red.png", root)), ("a/0.TXT", b"2024-01-02")]
+        members += [("a/1.png", png("red.png", root)), ("a/2.txt", b"alone"), ("readme", b"x"), ("._3.txt", b"x")]
+        for n in range(3, 7):
+            members += [(f"a/{n}.png", png("green.png", root)), (f"a/{n}.json", b'{"caption": "g", "w": 3}')]
+        members += [("a/7.jpg", png("blue.jpg", root)), ("a/7.json", b'{"caption": "7", "w": 3.5, "extra": 1}')]
+        members += [("a/8.png", png("red.png", root)), ("a/8.txt", b"\xff")]
+        members += [("a/9.png", png("red.png", root)), ("a/9.json", b"{'caption'")]
+        path = tar(root / "0.tar", members)
+        rows = list(load_data(path, streaming=streaming, on_bad_row="skip"))
+        assert [row["id"] for row in rows] == [f"0.tar:a/{n}" for n in (0, 3, 4, 5, 6, 7)]
+        assert [row["messages"][0]["content"][1]["text"] for row in rows] == ["2024-01-02", *"gggg", "7"]
+        assert shape(rows[0]) == caption_shape("red", "2024-01-02")
+        assert rows[-1]["images"][0].format == "JPEG" and rows[-1]["images"][0].getpixel((0, 0))[2] > 250
+        for problem in ("1, `caption`: is missing", "2, `image`: there is no image", "8, `caption`: is missing or not",
+                        "9, `json`: is not a JSON object"):  # fmt: skip
+            assert f"0.tar, row a/{problem}" in caplog.text
+        table = list(load_table(path, streaming=streaming))
+        assert table[7]["json"] == {"caption": "7", "w": 3.5, "extra": 1} and table[3]["json"]["w"] == 3
+        tar(path, [("0.png", png("blue.png", root)), ("0.txt", b"new")])  # not what the cache holds of the old one
+        assert shape(next(iter(load_data(path, streaming=streaming)))) == caption_shape("blue", "new")
+        tar(path, [("0.png", png("blue.png", root)), ("0.txt", b"a"), ("0.TXT", b"b")])
+        with pytest.raises(ValueError, match="0.tar: the sample 0 has two members txt"):
+            list(load_data(path, streaming=streaming))
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_parquet_of_bytes(self, root, streaming, caplog):
@@ -1034,6 +1080,7 @@ class TestChecks:
             ({"messages": document("x", " ")}, "messages[0].content[1].text", "is empty"),
             ({"messages": document(None, role="system")}, "messages[0].content[0]", "system message"),
             ({"messages": [{"role": "user", "content": [{"type": "video", "text": ""}]}]}, "messages[0].content[0].type", "is 'video'"),
+            ({"messages": document('[{"type": "image"}, {"type": "text", "text": "q"}]')}, "messages[0].content", "JSON text of parts"),
             ({"messages": document(None, None, "x"), "images": ["red.png"]}, "images", "1 images but `messages` has 2"),
         ],
     )  # fmt: skip
@@ -1072,6 +1119,22 @@ class TestChecks:
         dataset = Dataset.from_list([{"messages": messages}])
         assert check_rows_structure(dataset) == []
         assert check_dataset(dataset).slices_max == 2
+
+    def test_damaged_by_datasets(self, root):
+        texts = {"messages": [{"role": "user", "content": "when?"}, {"role": "assistant", "content": "now"}]}
+        parts = chat(images=0)
+        parts["messages"][1]["content"] = "now"
+        a, b = write(root / "a.jsonl", [texts]), write(root / "b.jsonl", [parts])
+        rows = datasets.load_dataset("json", data_files=[str(a), str(b)], split="train")
+        with pytest.raises(
+            ValueError, match=r"`messages\[0\].content`: is JSON text of parts, .*hf_sugar.data.load_data"
+        ):
+            validate_rows(rows)
+        for message in texts["messages"]:
+            message["content"] = "2024-01-02"
+        rows = datasets.load_dataset("json", data_files=str(write(root / "c.jsonl", [texts])), split="train")
+        with pytest.raises(ValueError, match=r"is datetime.*`datasets` reads texts .* that are all dates"):
+            validate_rows(rows)
 
     def test_string_caption(self, root):
         row = {"messages": [{"role": "user", "content": "a red square"}], "loss_on": "captions"}

@@ -1,7 +1,9 @@
 """Checks of rows: the quick ones that need no image, and the thorough ones that open every image."""
 
+import datetime
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -183,7 +185,10 @@ def row_problems(row: dict[str, Any], num_images: int) -> list[tuple[str, str, s
                 image_parts += num_images
                 image_seen = num_images > 0
             content = [{"type": "text", "text": content}]
-        if not isinstance(content, list) or not content:
+        if content is not None and not isinstance(content, list):
+            problems.append(("malformed", f"{field}.content", _wrong_type(content)))
+            continue
+        if not content:
             problems.append(("empty", f"{field}.content", "is empty. Fill it or remove the message."))
             continue
         for c, part in enumerate(content):
@@ -207,7 +212,18 @@ def row_problems(row: dict[str, Any], num_images: int) -> list[tuple[str, str, s
                         f"is {kind!r}. Every part is of the type 'text' or 'image'.",
                     )
                 )
-            elif not isinstance(part.get("text"), str) or not part["text"].strip():
+            elif part.get("text") is not None and not isinstance(part["text"], str):
+                problems.append(("malformed", f"{field}.content[{c}].text", _wrong_type(part["text"])))
+            elif _is_json_of_parts(part.get("text")):
+                problems.append(
+                    (
+                        "malformed",
+                        f"{field}.content",
+                        f"is JSON text of parts, {part['text'][:40]!r}..., which `datasets` makes of JSON files that hold "
+                        "both texts and lists of parts. Read the files with `hf_sugar.data.load_data`.",
+                    )
+                )
+            elif not (part.get("text") or "").strip():
                 problems.append(("empty", f"{field}.content[{c}].text", "is empty. Fill it or remove the part."))
             elif role != "system":
                 texts += 1
@@ -230,6 +246,25 @@ def row_problems(row: dict[str, Any], num_images: int) -> list[tuple[str, str, s
     elif not problems and loss_on == "text" and not texts:
         problems.append(("malformed", "messages", "no text. Add a text part or drop the row."))
     return problems
+
+
+def _wrong_type(value: Any) -> str:
+    hint = "Write the text."
+    if isinstance(value, datetime.date | datetime.time):
+        hint = (
+            "`datasets` reads texts of JSON files that are all dates so. Read the files with "
+            "`hf_sugar.data.load_data`, or give `datasets.load_dataset` the `features`."
+        )
+    return f"is {value!r}, a {type(value).__name__} and not a text. {hint}"
+
+
+def _is_json_of_parts(text: str | None) -> bool:
+    if text is None or not re.match(r'\s*\[\s*\{\s*"(type|text)"', text):
+        return False
+    try:
+        return all(part.get("type") in ("text", "image") for part in json.loads(text))
+    except (json.JSONDecodeError, AttributeError):
+        return False
 
 
 def text_rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], int]]:

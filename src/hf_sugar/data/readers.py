@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,22 +17,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
     Dataset,
     DatasetDict,
+    DatasetInfo,
+    DownloadManager,
     Features,
     Image,
     IterableDataset,
+    Json,
     List,
     Value,
     concatenate_datasets,
     interleave_datasets,
     load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from huggingface_hub import HfFileSystem
 from tqdm.auto import tqdm
 
 from hf_sugar.models.processing_sugar import IMAGE_SUFFIXES, LOSS_ON, fill_images
@@ -54,7 +62,6 @@ ROW_FEATURES = Features({**_TEXT_FEATURES, "images": List(Image())})
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _IMAGE = "<image>"
 _JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".zip")
-_TABLE_SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
 _SOURCE_KEYS = (
     "path",
     "format",
@@ -68,7 +75,7 @@ _SOURCE_KEYS = (
     "structure",
 )
 # where image-caption data keep the image and the text; the first that a record has counts
-_IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "file_name")
+_IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "file_name")
 _CAPTION_FIELDS = ("caption", "text", "txt")
 _KARPATHY_SPLITS = {"train": ("train", "restval"), "validation": ("val",)}
 
@@ -210,28 +217,63 @@ def load_table(
     """
     source = source if isinstance(source, dict) else {"path": source}
     path, split = str(source["path"]), source.get("split") or split
-    saved = [name for name in ("dataset_info.json", "dataset_dict.json") if os.path.isfile(os.path.join(path, name))]
-    suffix = os.path.splitext(path)[1]
-    if saved:
+    kind, files = _locate(source, split)
+    if kind == "json":
+        if streaming:
+            return IterableDataset.from_generator(_json_records, gen_kwargs={"files": files})
+        return _json_table(files)
+    if kind == "tar":
+        if streaming:
+            return IterableDataset.from_generator(_tar_records, gen_kwargs={"files": files})
+        return _tar_table(files)
+    if kind == "saved":
         dataset = load_from_disk(path)
-        dataset = _one_split(dataset, path, split) if isinstance(dataset, DatasetDict) else dataset
-        dataset = dataset.to_iterable_dataset() if streaming else dataset
-    elif os.path.isdir(path):
-        dataset = _load_dataset(path, path, name=source.get("name"), split=split, streaming=streaming)
-    elif suffix in _TABLE_SUFFIXES:
-        files = _files(path)
-        dataset = _load_dataset(path, _TABLE_SUFFIXES[suffix], data_files=files, split="train", streaming=streaming)
-    elif os.path.isfile(path):
-        raise ValueError(
-            f"{path}: what kind of file is this? Read are {', '.join([*_JSON_SUFFIXES, *_TABLE_SUFFIXES])}."
-        )
-    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not path.endswith(_JSON_SUFFIXES):
-        dataset = load_dataset(
-            path, source.get("name"), split=split, revision=source.get("revision"), streaming=streaming
-        )
-    else:
+        if isinstance(dataset, DatasetDict):
+            dataset = dataset[_known_split(split, dataset, path)]
+        return dataset.to_iterable_dataset() if streaming else dataset
+    if kind == "parquet":
+        return _load_dataset(path, "parquet", data_files=files, split="train", streaming=streaming)
+    revision = {} if os.path.isdir(path) else {"revision": source.get("revision")}
+    return _load_dataset(path, path, name=source.get("name"), split=split, streaming=streaming, **revision)
+
+
+def _locate(source: dict[str, Any], split: str) -> tuple[str, list[str]]:
+    """
+    What the `path` of a source is, and its files: `"json"` and `"tar"` are read here, `"saved"`, `"parquet"` and
+    `"other"` by `datasets`.
+
+    `datasets` guesses the types of JSON values from those that come first: contents that are texts in one file and
+    lists of parts in another come as JSON text, texts that are all dates as datetimes, 3.5 as 3; of samples in tar
+    shards whose members differ from those of the first it drops members. Seen with 5.2.0; what is read here can go
+    when `load_dataset` gives what the files say.
+    """
+    path = str(source["path"])
+    if path.endswith(_JSON_SUFFIXES):
+        return "json", _files(path)
+    if path.endswith((".tar", ".parquet")):
+        return path.rpartition(".")[2], _files(path)
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json")):
+        return "saved", []
+    if os.path.isfile(path):
+        raise ValueError(f"{path}: what kind of file is this? Read are {', '.join(_JSON_SUFFIXES)}, .parquet, .tar.")
+    is_folder = os.path.isdir(path)
+    if not is_folder and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise _not_found(path)
-    return dataset
+
+    builder = load_dataset_builder(path, source.get("name"), revision=None if is_folder else source.get("revision"))
+    kind, by_split = type(builder).__module__.rpartition(".")[2], builder.config.data_files
+    suffixes = {"json": _JSON_SUFFIXES, "webdataset": (".tar",), "imagefolder": ("metadata.jsonl",)}.get(kind)
+    if suffixes is None:
+        return "other", []
+    if kind == "imagefolder" and not any(
+        os.path.basename(f).startswith("metadata.") for f in sum(by_split.values(), [])
+    ):
+        # images beside the files that name them
+        suffixes, by_split = _JSON_SUFFIXES, load_dataset_builder("json", data_dir=path).config.data_files
+    files = [file for file in by_split[_known_split(split, by_split, path)] if file.endswith(suffixes)]
+    if not files:
+        return "other", []
+    return ("tar", files) if kind == "webdataset" else ("json", DownloadManager().download(files))
 
 
 def _load_dataset(path: str, builder: str, **kwargs) -> Dataset | IterableDataset:
@@ -246,12 +288,12 @@ def _load_dataset(path: str, builder: str, **kwargs) -> Dataset | IterableDatase
         ) from error
 
 
-def _one_split(datasets: DatasetDict, path: str, split: str) -> Dataset:
-    if split not in datasets:
+def _known_split(split: str, splits: Iterable[str], path: str) -> str:
+    if split not in splits:
         raise ValueError(
-            f"{path}: there is no split {split!r}, but {', '.join(datasets)}. Set `split` to one of them."
+            f"{path}: there is no split {split!r}, but {', '.join(map(str, splits))}. Set `split` to one of them."
         )
-    return datasets[split]
+    return split
 
 
 def _not_found(path: str) -> FileNotFoundError:
@@ -262,7 +304,7 @@ def _not_found(path: str) -> FileNotFoundError:
 def _files(path: str) -> list[str]:
     """The files that a path or a glob names, in the order of their names."""
     if path.startswith("hf://"):
-        return [path]
+        return [f"hf://{file}" for file in HfFileSystem().glob(path)]
     files = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not os.path.isfile(path) else [path]
     if not files or not all(map(os.path.isfile, files)):
         raise _not_found(path)
@@ -274,10 +316,13 @@ def _load_source(
 ) -> Dataset | IterableDataset:
     path, layout = str(source["path"]), source.get("format") or "auto"
     reading = _Reading(source, source.get("split") or split, on_bad_row, bad_rows)
-    if path.endswith(_JSON_SUFFIXES):
-        files = _files(path)
+    kind, files = _locate(source, reading.split)
+    if kind == "json":
         reading.layout = _sniff(files[0], source) if layout == "auto" else layout
         return reading.stream(files) if streaming else reading.collect(files)
+    if kind == "tar" and streaming:
+        reading.layout = "captions" if layout == "auto" else layout
+        return reading.stream(files)
 
     table = undecoded(load_table(source, split, streaming=streaming))
     reading.layout = _layout_of(set(_renamed(table.features, source)), path) if layout == "auto" else layout
@@ -346,8 +391,12 @@ def _readable(path: str | os.PathLike, name: str) -> Iterator[None]:
         ) from error
 
 
-def _file_records(path: str, layout: "_Layout", split: str) -> Iterator[tuple[str, int, Any]]:
-    """File name, number from 1 and record; of files with one object a line the undecoded line."""
+def _file_records(path: str, layout: "_Layout | None", split: str) -> Iterator[tuple[str, int | str, Any]]:
+    """File name, number from 1 (of a tar shard the key) and record; of files with one object a line the undecoded
+    line."""
+    if path.endswith(".tar"):
+        yield from ((os.path.basename(path), sample["__key__"], sample) for sample in _tar_records([path]))
+        return
     with _open_text(path) as files:
         for name, file in files:
             with _readable(path, name):
@@ -355,20 +404,134 @@ def _file_records(path: str, layout: "_Layout", split: str) -> Iterator[tuple[st
                 while first.isspace():
                     first = file.readline()
                 file.seek(0)
-                if layout.records is not None or first.lstrip().startswith("["):
+                whole = layout is not None and layout.records is not None
+                if whole or first.lstrip().startswith("["):
                     try:
                         records = json.load(file)
                     except json.JSONDecodeError as error:
                         raise ValueError(
                             f"{path}: {name} is not valid JSON: {error}. Repair or re-download it."
                         ) from error
-                    numbered = enumerate(records, 1)
-                    if layout.records is not None:
-                        numbered = layout.records(records, split, f"{path}: {name}")
+                    numbered = layout.records(records, split, f"{path}: {name}") if whole else enumerate(records, 1)
                     yield from ((name, number, record) for number, record in numbered)
                 else:
                     lines = ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
                     yield from ((name, number, _Line(line)) for number, line in lines)
+
+
+def _parsed(line: _Line) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _BadRow("line", f"is not valid JSON: {error}. Write one object a line.") from error
+
+
+def _json_records(files: list[str]) -> Iterator[dict[str, Any]]:
+    for path in files:
+        for name, number, record in _file_records(path, None, ""):
+            try:
+                record = _parsed(record) if isinstance(record, _Line) else record
+            except _BadRow as bad:
+                raise ValueError(f"{path}: {name}, row {number}, `{bad.field}`: {bad.problem}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: {name}, row {number} is a {type(record).__name__}, not an object.")
+            yield record
+
+
+def _json_table(files: list[str]) -> Dataset:
+    """All records of JSON files. A column whose values are of several kinds is one of JSON."""
+    records = list(_json_records(files))
+    columns, features = {}, {}
+    for name in dict.fromkeys(itertools.chain.from_iterable(records)):
+        values = [record.get(name) for record in records]
+        try:
+            columns[name] = pa.array(values)
+            features[name] = Features.from_arrow_schema(pa.schema([(name, columns[name].type)]))[name]
+        except (pa.ArrowException, OverflowError):
+            features[name] = Json()
+            # as text, because `Json` takes a text that could be JSON, such as "3", for the number
+            columns[name] = Json().cast_storage(pa.array([None if v is None else json.dumps(v) for v in values]))
+    return Dataset(pa.table(columns), DatasetInfo(features=Features(features)))
+
+
+def _tar_members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """Members of a WebDataset shard: key and, in lower case, field, which is all that follows the first dot."""
+    for member in archive:
+        folder, name = os.path.split(member.name)
+        key, dot, field = name.partition(".")
+        if member.isfile() and key and dot:
+            yield member, os.path.join(folder, key), field.lower()
+    # at a header that is damaged or cut short `tarfile` stops without a word
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no header and no end of the archive at byte {archive.offset}")
+
+
+@contextmanager
+def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
+    try:
+        with fsspec.open(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            yield archive
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). Repair it or download it again."
+        ) from error
+
+
+def _tar_records(files: list[str]) -> Iterator[dict[str, Any]]:
+    """Samples of WebDataset shards. A text that is not UTF-8 is None, a JSON member that is not JSON its text."""
+    for path in files:
+        with _open_tar(path) as archive:
+            for key, members in itertools.groupby(_tar_members(archive), lambda member: member[1]):
+                sample = {"__key__": key, "__url__": path}
+                for member, _, field in members:
+                    if field in sample:
+                        raise ValueError(f"{path}: the sample {key} has two members {field}. Give one another key.")
+                    value = archive.extractfile(member).read()
+                    feature = _tar_feature(field)
+                    if isinstance(feature, Image):
+                        value = {"path": os.path.basename(member.name), "bytes": value}
+                    elif feature != Value("binary"):
+                        try:
+                            value = value.decode()
+                        except UnicodeDecodeError:
+                            value = None
+                        if isinstance(feature, Json):
+                            try:
+                                value = json.loads(value or "null")
+                            except json.JSONDecodeError:
+                                pass
+                    sample[field] = value
+                yield sample
+
+
+def _tar_feature(field: str) -> Any:
+    suffix = "." + field.rpartition(".")[2]
+    if suffix in IMAGE_SUFFIXES:
+        return Image()
+    return Json() if suffix == ".json" else Value("string" if suffix[1:] in _CAPTION_FIELDS else "binary")
+
+
+def _tar_table(files: list[str]) -> Dataset:
+    """All samples of WebDataset shards, in the cache of `datasets`, with a column for every field that one has."""
+    files = DownloadManager().download(files)
+    features = {"__key__": Value("string"), "__url__": Value("string")}
+    for path in files:
+        with _open_tar(path) as archive:
+            features.update({field: _tar_feature(field) for _, _, field in _tar_members(archive)})
+    stats = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+
+    def rows(files):
+        for sample in _tar_records(files):
+            # as text, because `Json` takes a text that could be JSON, such as "3", for the number
+            texts = {name: json.dumps(sample.get(name)) for name in features if features[name] == Json()}
+            yield {**dict.fromkeys(features), **sample, **texts}
+
+    fingerprint = Hasher.hash([stats, sorted(features)])
+    try:
+        return Dataset.from_generator(rows, Features(features), gen_kwargs={"files": files}, fingerprint=fingerprint)
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
 
 
 class _Reading:
@@ -465,11 +628,7 @@ class _Reading:
                     yield self.total, {"id": row_id if len(rows) == 1 else f"{row_id}.{n}", **row}
 
     def record_rows(self, record: Any, root: str) -> list[dict[str, Any]]:
-        if isinstance(record, _Line):
-            try:
-                record = json.loads(record)
-            except json.JSONDecodeError as error:
-                raise _BadRow("line", f"is not valid JSON: {error}. Write one object a line.") from error
+        record = _parsed(record) if isinstance(record, _Line) else record
         layout = _LAYOUTS[self.layout]
         if not isinstance(record, dict):
             raise _BadRow("record", f"is a {type(record).__name__}, not an object. Write it as {layout.example}.")
@@ -631,8 +790,9 @@ def _conversational_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(images, list):
         raise _BadRow("images", "is not a list. Give the images' paths in the order of the image parts.")
     images = [(f"images[{n}]", image) for n, image in enumerate(images)]
-    if not images and record.get("image") is not None:
-        images = [("image", record["image"])]
+    for field in ("image", "file_name"):  # one picture, or the row of a folder of images
+        if not images and record.get(field) is not None:
+            images = [(field, record[field])]
     for kind, field, problem in row_problems(record, len(images)):
         raise _BadRow(field, problem, kind)
     messages = [
@@ -738,13 +898,16 @@ def _caption_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     image = next((field for field in _IMAGE_FIELDS if record.get(field) is not None), None)
     if image is None:
         raise _BadRow("image", f"there is no image in {', '.join(_IMAGE_FIELDS)}. Give one or drop the row.", "image")
-    caption = next((field for field in _CAPTION_FIELDS if field in record), None)
+    caption = next((field for field in _CAPTION_FIELDS if record.get(field) is not None), None)
     if caption is not None:
         texts = record[caption]
-    elif isinstance(record.get("json"), dict):  # WebDataset
-        caption, texts = "json.caption", record["json"].get("caption")
+    elif isinstance(record.get("json"), dict) and record["json"].get("caption") is not None:  # WebDataset
+        caption, texts = "json.caption", record["json"]["caption"]
+    elif isinstance(record.get("json"), str):
+        raise _BadRow("json", 'is not a JSON object. Write {"caption": ...}.')
     else:
-        raise _BadRow("caption", f"is missing. Write the text into one of {', '.join(_CAPTION_FIELDS)}.")
+        fields = ", ".join(_CAPTION_FIELDS)
+        raise _BadRow("caption", f"is missing or not UTF-8. Write the text into one of {fields}.", "empty")
     if not isinstance(texts, list):
         return [_caption(image, record[image], caption, texts)]
     if not texts:
