@@ -5,11 +5,9 @@ import math
 import numpy as np
 import pytest
 import tiny
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import BatchFeature
 
 from hf_sugar.evaluation import (
     WINOGROUND_CHANCE,
@@ -30,6 +28,7 @@ from hf_sugar.evaluation import (
     to_dict,
     winoground,
 )
+from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 
 
@@ -385,221 +384,14 @@ def test_exact_match_prompt_has_only_its_own_images():
     assert prompts[0]["images"] == row["images"][:1]
 
 
-# models
+# former names
 
 
-class FakeProcessor:
-    """A token for each character; images are tokens of their own."""
-
-    image_token_id = 1
-
-    def __init__(self):
-        self.batches = []
-
-    def encode(self, conversations, side):
-        self.batches.append(conversations)
-        ids, pixels = [], []
-        for messages in conversations:
-            row = []
-            for message in messages:
-                for part in message["content"]:
-                    if part["type"] == "image":
-                        row += [self.image_token_id] * 4
-                        pixels.append(np.asarray(part["image"], dtype=np.float64)[0, 0] / 255)
-                    else:
-                        row += [ord(c) for c in part["text"]]
-            ids.append(row)
-        width = max(map(len, ids))
-        pad = [[0] * (width - len(row)) for row in ids]
-        rows = [p + row if side == "left" else row + p for row, p in zip(ids, pad, strict=True)]
-        batch = {"input_ids": torch.tensor(rows), "attention_mask": (torch.tensor(rows) != 0).long()}
-        if pixels:
-            batch["pixel_values"] = torch.tensor(np.array(pixels))
-        return batch
-
-    def embed_inputs(self, items):
-        conversations = []
-        for item in items:
-            images = iter(item["images"])
-            [message] = item["messages"]
-            content = [{**p, "image": next(images)} if p["type"] == "image" else p for p in message["content"]]
-            conversations.append([{"role": "user", "content": content}])
-        batch = self.encode(conversations, "right")
-        batch["slice_ids"] = torch.full_like(batch["input_ids"], -1)
-        last = batch["attention_mask"].sum(dim=1) - 1
-        batch["slice_ids"][torch.arange(len(items)), last] = 0
-        return BatchFeature(batch)
-
-    def apply_chat_template(
-        self, messages, tokenize, add_generation_prompt, return_dict, return_tensors, processor_kwargs
-    ):
-        assert tokenize and add_generation_prompt and return_dict and return_tensors == "pt"
-        assert processor_kwargs == {"padding": True, "padding_side": "left"}
-        return BatchFeature(self.encode(messages, "left"))
-
-    def batch_decode(self, ids, skip_special_tokens):
-        assert skip_special_tokens
-        return ["".join(chr(i) for i in row if i != 0) for row in ids.tolist()]
-
-
-class FakeModel(torch.nn.Module):
-    """Embeds the tokens marked by `slice_ids`; answers with the prompt backwards."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(200, 4, generator=torch.Generator().manual_seed(0)))
-        self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.calls = []
-
-    def embed(self, slice_ids, project, input_ids, attention_mask, pixel_values=None):
-        assert not self.training and not torch.is_grad_enabled()
-        assert pixel_values is None or pixel_values.dtype == self.dtype
-        self.calls.append(project)
-        mask = (slice_ids == 0).float()[..., None]
-        pooled = (self.weight[input_ids] * mask).sum(dim=1) / mask.sum(dim=1)
-        return torch.nn.functional.normalize(pooled, dim=-1)
-
-    def generate(self, input_ids, attention_mask, pixel_values=None, **kwargs):
-        assert not self.training and not torch.is_grad_enabled()
-        self.calls.append(kwargs)
-        space = torch.full((len(input_ids), 1), ord(" "))
-        return torch.cat([input_ids, space, input_ids.flip(1)], dim=1)
-
-
-ITEMS = ["abc", picture("red"), ["ab", picture("blue"), "xyz"], "a much longer text", ["z"], "no.png", " q "]
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_embedder_keeps_the_order_and_takes_the_last_slice(batch_size):
-    model, processor = FakeModel().train(), FakeProcessor()
-    embeddings = embedder(model, processor, batch_size=batch_size)(ITEMS)
-    last = [ord("c"), 1, ord("z"), ord("t"), ord("z"), ord("g"), ord("q")]
-    expected = torch.nn.functional.normalize(model.weight[last].detach(), dim=-1)
-    np.testing.assert_allclose(embeddings, expected.numpy(), atol=1e-6)
-    assert embeddings.dtype == np.float32
-    assert model.training
-    assert model.calls == [True] * math.ceil(len(ITEMS) / batch_size)
-
-
-def test_embedder_batches_similar_lengths():
-    processor = FakeProcessor()
-    embedder(FakeModel(), processor, batch_size=2)(
-        ["a", "a" * 50, picture("red"), "b" * 49, "bb", [picture("red"), "c"]]
-    )
-    lengths = [
-        sorted(
-            sum(4 if part["type"] == "image" else len(part["text"]) for part in messages[0]["content"])
-            for messages in b
-        )
-        for b in processor.batches
-    ]
-    assert lengths == [[4, 5], [49, 50], [1, 2]]
-
-
-def test_embedder_loads_lazily_decoded_items_window_by_window():
-    held, most = set(), 0
-
-    class Lazy:
-        def __len__(self):
-            return 100
-
-        def __getitem__(self, i):
-            nonlocal most
-            held.add(i)
-            most = max(most, len(held))
-            return chr(33 + i)
-
-    class Model(FakeModel):
-        def embed(self, **inputs):
-            held.difference_update((inputs["input_ids"][:, 0] - 33).tolist())
-            return super().embed(**inputs)
-
-    model = Model()
-    embeddings = embedder(model, FakeProcessor(), batch_size=2)(Lazy())
-    np.testing.assert_allclose(embeddings, unit(model.weight[33:133].detach().numpy()), atol=1e-6)
-    assert most == 32
-
-
-def test_embedder_mean_pooling_ignores_padding():
-    model = FakeModel()
-    embeddings = embedder(model, FakeProcessor(), project=False, pooling="mean")(["ab", "cdefg"])
-    tokens = [[ord(c) for c in text] for text in ("ab", "cdefg")]
-    expected = unit([model.weight[row].detach().numpy().mean(axis=0) for row in tokens])
-    np.testing.assert_allclose(embeddings, expected, atol=1e-6)
-    assert model.calls == [False]
-
-
-def test_embedder_errors():
-    model = FakeModel().train()
-    with pytest.raises(ValueError, match="'slice' or 'mean'"):
-        embedder(model, FakeProcessor(), pooling="max")
-    embed = embedder(model, FakeProcessor(), batch_size=1)
-    with pytest.raises(ValueError, match="no items"):
-        embed([])
-    with pytest.raises(ValueError, match="item 1 is empty or holds an empty text"):
-        embed(["much longer", ["a", "  "]])
-    model.weight.data[ord("b")] = float("nan")
-    with pytest.raises(ValueError, match="item 1 is not finite in torch.float32"):
-        embed(["aaa", "b", "aa"])
-    assert model.training
-
-
-def test_embedder_reads_image_files(tmp_path):
-    picture("red").save(tmp_path / "a.png")
-    processor = FakeProcessor()
-    embedder(FakeModel(), processor)([tmp_path / "a.png", "a.png"])
-    assert [b[0]["content"][0]["type"] for b in processor.batches[0]] == ["image", "text"]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_generator_keeps_the_order_and_decodes_new_tokens_only(batch_size):
-    model, processor = FakeModel().train(), FakeProcessor()
-    generate = generator(model, processor, batch_size=batch_size, max_new_tokens=7, num_beams=2)
-    texts = ["abc", "x", "a longer one", "hi"]
-    conversations = [conversation([text]) for text in texts]
-    assert generate(conversations) == [text[::-1] for text in texts]
-    assert model.training
-    assert model.calls[0] == {"do_sample": False, "max_new_tokens": 7, "num_beams": 2}
-    assert generate([]) == []
-
-
-def test_generator_fills_in_images():
-    model, processor = FakeModel(), FakeProcessor()
-    row = conversation([None, "a", None], images=[picture("red"), picture("blue").convert("RGBA")])
-    generator(model, processor)([row])
-    content = processor.batches[0][0][0]["content"]
-    assert [part["type"] for part in content] == ["image", "text", "image"]
-    assert content[0]["image"].getpixel((0, 0)) == (255, 0, 0)
-    assert content[2]["image"].getpixel((0, 0)) == (0, 0, 255)
-    with pytest.raises(ValueError, match=r"Number of images provided \(1\)"):
-        generator(model, processor)([{**row, "images": row["images"][:1]}])
-
-
-def test_both_functions_with_a_real_model():
-    processor = SugarProcessor.from_processor(tiny.processor())
+def test_former_names_are_the_classes():
     model = SugarForConditionalGeneration.from_vlm(tiny.llava(), retrieval_dim=16)
-    items = ["a red circle", tiny.image(0), ["a blue square", tiny.image(1), tiny.image(2), "left of a star"], "x"]
-    together, alone = (embedder(model, processor, batch_size=b)(items) for b in (4, 1))
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
-    with torch.no_grad():
-        direct = model.embed(**processor.embed_inputs([items[2]]))
-    np.testing.assert_allclose(together[2:3], direct.numpy(), atol=1e-5)
-    # without projector: the mean of all hidden states of the backbone
-    inputs = processor.embed_inputs(items[:1])
-    inputs.pop("slice_ids")
-    with torch.no_grad():
-        hidden = model.vlm.model(**inputs).last_hidden_state.mean(dim=1)
-    mean = embedder(model, processor, project=False, pooling="mean")(items)
-    np.testing.assert_allclose(mean[:1], torch.nn.functional.normalize(hidden, dim=-1).numpy(), atol=1e-5)
-
-    rows = [
-        conversation(["Hello"]),
-        conversation([None, "what is this?"], ["a star"], ["and", None], images=[tiny.image(0), tiny.image(1)]),
-    ]
-    answers = generator(model, processor, max_new_tokens=6)(rows)
-    assert answers == [generator(model, processor, max_new_tokens=6)([row])[0] for row in rows]
-    assert len(set(answers)) == 2
+    embed = embedder(model, SugarProcessor.from_processor(tiny.processor()), 8, project=False)
+    assert type(embed) is SugarEmbedder and (embed.batch_size, embed.project) == (8, False)
+    assert type(generator(model, embed.processor, max_new_tokens=6)) is SugarGenerator
 
 
 # plots

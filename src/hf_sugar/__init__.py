@@ -16,15 +16,18 @@ _MODULE_OF = {
     "StructureLoss": "training",
     "global_alignment_kernel": "alignment",
     "TripleEncoder": "teachers",
-    "RAG": "retrieval",
-    "SugarEmbedder": "retrieval",
+    "SugarEmbedder": "inference",
+    "SugarGenerator": "inference",
     "SugarIndex": "retrieval",
+    "SugarRAG": "retrieval",
 }
 
 __all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str):
+    if name == "RAG":  # former name of `SugarRAG`, for one release
+        name = "SugarRAG"
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'hf_sugar' has no attribute '{name}'")
     return getattr(importlib.import_module(f"hf_sugar.{_MODULE_OF[name]}"), name)

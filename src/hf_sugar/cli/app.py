@@ -3,7 +3,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_sugar.retrieval import RAG, SugarEmbedder, SugarIndex
+from hf_sugar.inference import SugarEmbedder
+from hf_sugar.retrieval import SugarIndex, SugarRAG
 
 from .arguments import parse
 from .embed import ModelArguments
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
 
     model, processor = model_args.load()
     index = SugarIndex.load(args.index, embed=SugarEmbedder(model, processor, model_args.batch_size))
-    rag = RAG(model, processor, index, args.examples, args.max_new_tokens)
+    rag = SugarRAG(model, processor, index, args.examples, args.max_new_tokens)
     if args.server_name not in ("127.0.0.1", "localhost", "::1"):
         print(f"Whoever reaches {args.server_name} can search this index and use this model.")
     launch(

@@ -2,7 +2,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hf_sugar.retrieval import RAG, SugarEmbedder, SugarIndex
+from hf_sugar.inference import SugarEmbedder
+from hf_sugar.retrieval import SugarIndex, SugarRAG
 
 from .arguments import parse
 from .embed import ModelArguments
@@ -34,12 +35,12 @@ class ChatArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
 
 
-def chat(rag: RAG, lines: Iterable[str]) -> None:
+def chat(rag: SugarRAG, lines: Iterable[str]) -> None:
     """
     Talk with a model in the terminal. Answers go to the standard output, all else to the standard error.
 
     Args:
-        rag ([`RAG`]):
+        rag ([`SugarRAG`]):
             What answers.
         lines (`Iterable[str]`):
             What the user types.
@@ -90,4 +91,4 @@ def main(argv: list[str]) -> None:
         index = SugarIndex.load(args.index, embed=SugarEmbedder(model, processor, model_args.batch_size))
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
-    chat(RAG(model, processor, index, args.k, args.max_new_tokens), sys.stdin)
+    chat(SugarRAG(model, processor, index, args.k, args.max_new_tokens), sys.stdin)

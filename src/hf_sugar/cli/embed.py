@@ -9,8 +9,9 @@ from safetensors.numpy import save_file
 
 from hf_sugar.data import load_data
 from hf_sugar.distributed import distributed_state
+from hf_sugar.inference import SugarEmbedder
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
-from hf_sugar.retrieval import SugarEmbedder, SugarIndex, find_files
+from hf_sugar.retrieval import SugarIndex, find_files
 
 from .arguments import parse
 

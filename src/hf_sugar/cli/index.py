@@ -1,7 +1,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_sugar.retrieval import SugarEmbedder, SugarIndex
+from hf_sugar.inference import SugarEmbedder
+from hf_sugar.retrieval import SugarIndex
 
 from .arguments import parse
 from .embed import CorpusArguments, ModelArguments

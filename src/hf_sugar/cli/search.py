@@ -2,8 +2,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_sugar.inference import SugarEmbedder
 from hf_sugar.models.processing_sugar import IMAGE_SUFFIXES
-from hf_sugar.retrieval import Hit, SugarEmbedder, SugarIndex
+from hf_sugar.retrieval import Hit, SugarIndex
 
 from .arguments import parse
 from .embed import ModelArguments

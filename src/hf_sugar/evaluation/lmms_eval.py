@@ -8,8 +8,10 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm.auto import tqdm
 
 from ..distributed import distributed_state
+from ..inference import SugarEmbedder
 from ..models import SugarForConditionalGeneration, SugarProcessor
-from ..retrieval import RAG, SugarEmbedder, SugarIndex
+from ..retrieval import SugarIndex
+from ..retrieval import SugarRAG as RAG
 
 
 class SugarRAG(lmms):

@@ -7,7 +7,7 @@ import torch
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-from ..retrieval.embedding import SugarEmbedder
+from ..inference import SugarEmbedder
 
 
 class MTEBModel(AbsEncoder):

@@ -1,18 +1,16 @@
-"""Evaluation tasks as functions of an embedding or a generating function, and how to get those from a model."""
+"""Evaluation tasks as functions of an embedding or a generating function."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
-from trl.data_utils import prepare_multimodal_messages
 
 from ..data.rows import load_image, row_name
+from ..inference import SugarEmbedder, SugarGenerator
 from ..retrieval.rag import split_answer
 from .metrics import Figure, recall_at_k
 
@@ -39,7 +37,7 @@ def image_text_retrieval(
 
     Args:
         embed (`Callable`):
-            Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, see [`embedder`].
+            Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, see [`SugarEmbedder`].
         images (`Sequence[PIL.Image.Image]`):
             Images. A lazily decoded column of a dataset will do.
         captions (`Sequence[str]` or `Sequence[list[str]]`):
@@ -98,7 +96,7 @@ def interleaved_retrieval(
 
     Args:
         embed (`Callable`):
-            Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, see [`embedder`].
+            Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, see [`SugarEmbedder`].
         stories (`Sequence[list[str | PIL.Image.Image]]`):
             Stories as slices in reading order. [`hf_sugar.data.rows.row_slices`] makes one of a row.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`):
@@ -162,7 +160,7 @@ def winoground(embed: EmbedFunction, rows: Sequence[dict[str, Any]]) -> dict[str
 
     Args:
         embed (`Callable`):
-            Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, see [`embedder`].
+            Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, see [`SugarEmbedder`].
         rows (`Sequence[dict]`):
             Rows with `image_0`, `image_1`, `caption_0` and `caption_1`, as in the published dataset.
 
@@ -203,7 +201,7 @@ def exact_match(
     Args:
         generate (`Callable`):
             Turns a list of conversations that end with the user's turn, each with its images, into a list of answers,
-            see [`generator`].
+            see [`SugarGenerator`].
         rows (`Sequence[dict]`):
             Rows in the conversational vision format. The prompt is what precedes the last assistant turn, with its
             images.
@@ -237,140 +235,14 @@ def exact_match(
     return {"exact_match": Figure.from_hits(hits), "misses": misses}
 
 
-def embedder(
-    model: torch.nn.Module,
-    processor: Any,
-    batch_size: int = 32,
-    project: bool = True,
-    pooling: str = "slice",
-    progress: bool = False,
-) -> EmbedFunction:
-    """
-    Embedding function of a model, for the tasks of this module and for [`SugarIndex`].
-
-    Items of similar length share a batch, to save padding. Long inputs are taken window by window, so a lazily decoded
-    column of a dataset never has all of its images in memory.
-
-    Args:
-        model ([`SugarForConditionalGeneration`]):
-            Model. It is in evaluation mode while it embeds, and in its former mode afterwards.
-        processor ([`SugarProcessor`]):
-            Processor of the model.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Items in one forward pass.
-        project (`bool`, *optional*, defaults to `True`):
-            Whether to use the retrieval projector. Without it the embedding is the pooled hidden state itself: the
-            baseline for a checkpoint that has no trained projector.
-        pooling (`str`, *optional*, defaults to `"slice"`):
-            `"slice"` for the embedding of the last slice, as trained. `"mean"` for the mean over all tokens of the
-            item, another baseline for checkpoints without structure training.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
-
-    Returns:
-        `Callable`: turns a sequence of items (each a `str`, a `PIL.Image.Image` or a list of those, interleaved) into
-        a float32 `np.ndarray` of shape `(items, dim)` with L2-normalised rows. A `str` is always a text, even if it
-        looks like a file name; an image file is given as a `pathlib.Path`.
-
-    Raises:
-        `ValueError`: for an unknown `pooling`; from the returned function, if there are no items, one is empty, or an
-            embedding is not finite.
-    """
-    if pooling not in ("slice", "mean"):
-        raise ValueError(f"`pooling` is {pooling!r}; use 'slice' or 'mean'.")
-
-    def embed(items: Sequence[Item]) -> np.ndarray:
-        if len(items) == 0:
-            raise ValueError("There are no items to embed.")
-        embeddings = None
-        with _evaluating(model):
-            for positions, batch in _similar_length_batches(items, batch_size, "Embedding", progress):
-                rows = [_document(item, f"item {p}") for p, item in zip(positions, batch, strict=True)]
-                inputs = processor.embed_inputs(rows).to(model.device, dtype=model.dtype)
-                if pooling == "mean":
-                    inputs["slice_ids"] = inputs["attention_mask"].long() - 1
-                embedded = model.embed(**inputs, project=project).float().cpu().numpy()
-                bad = np.flatnonzero(~np.isfinite(embedded).all(axis=1))
-                if len(bad) > 0:
-                    raise ValueError(
-                        f"The embedding of item {positions[bad[0]]} is not finite in {model.dtype}. Load the model in "
-                        "bfloat16 or float32."
-                    )
-                if embeddings is None:
-                    embeddings = np.empty((len(items), embedded.shape[1]), dtype=np.float32)
-                embeddings[positions] = embedded
-        return embeddings
-
-    return embed
+def embedder(model: torch.nn.Module, processor: Any, *args: Any, **kwargs: Any) -> SugarEmbedder:
+    """Former name of [`SugarEmbedder`]."""
+    return SugarEmbedder(model, processor, *args, **kwargs)
 
 
-def generator(
-    model: torch.nn.Module,
-    processor: Any,
-    batch_size: int = 32,
-    max_new_tokens: int = 128,
-    progress: bool = False,
-    **generation_kwargs: Any,
-) -> GenerateFunction:
-    """
-    Generating function of a model, for [`exact_match`] and for retrieval-augmented answers.
-
-    Args:
-        model ([`SugarForConditionalGeneration`]):
-            Model. It is in evaluation mode while it generates, and in its former mode afterwards.
-        processor ([`SugarProcessor`]):
-            Processor of the model, with a chat template.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Conversations generated together, padded on the left. Those of similar length share a batch.
-        max_new_tokens (`int`, *optional*, defaults to `128`):
-            Longest answer.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
-        generation_kwargs:
-            Passed on to `model.generate`. Decoding is greedy unless `do_sample` says otherwise.
-
-    Returns:
-        `Callable`: turns a sequence of conversations, `dict`s with `messages` and `images` (in the order of the image
-        parts), into the list of answers: only new tokens, without special tokens or white space at the ends.
-    """
-    generation_kwargs = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_kwargs}
-
-    def generate(conversations: Sequence[dict[str, Any]]) -> list[str]:
-        answers = [""] * len(conversations)
-        with _evaluating(model):
-            for positions, batch in _similar_length_batches(conversations, batch_size, "Generating", progress):
-                messages = []
-                for p, row in zip(positions, batch, strict=True):
-                    where = row_name(row, p)
-                    images = [load_image(image, f"{where}, images[{n}]") for n, image in enumerate(row["images"])]
-                    messages.append(prepare_multimodal_messages(row["messages"], images))
-                inputs = processor.apply_chat_template(
-                    messages,
-                    tokenize=True,
-                    add_generation_prompt=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                    processor_kwargs={"padding": True, "padding_side": "left"},
-                ).to(model.device, dtype=model.dtype)
-                sequences = model.generate(**inputs, **generation_kwargs)
-                new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
-                decoded = processor.batch_decode(new_tokens, skip_special_tokens=True)
-                for position, answer in zip(positions, decoded, strict=True):
-                    answers[position] = answer.strip()
-        return answers
-
-    return generate
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+def generator(model: torch.nn.Module, processor: Any, *args: Any, **kwargs: Any) -> SugarGenerator:
+    """Former name of [`SugarGenerator`]."""
+    return SugarGenerator(model, processor, *args, **kwargs)
 
 
 def _recall(
@@ -386,44 +258,3 @@ def _recall(
 def _image_key(image: Image.Image | Path) -> bytes:
     image = load_image(image)
     return hashlib.blake2b(image.tobytes(), key=repr(image.size).encode()).digest()
-
-
-def _document(item: Item, where: str) -> dict[str, Any]:
-    """One user message. As a row, because a processor takes a plain text that ends like a file name for an image."""
-    parts = item if isinstance(item, list) else [item]
-    if not parts or any(isinstance(part, str) and not part.strip() for part in parts):
-        raise ValueError(f"{where} is empty or holds an empty text; there is nothing to embed.")
-    content = [
-        {"type": "text", "text": part.strip()} if isinstance(part, str) else {"type": "image", "text": None}
-        for part in parts
-    ]
-    images = [load_image(part, where) for part in parts if not isinstance(part, str)]
-    return {"messages": [{"role": "user", "content": content}], "images": images}
-
-
-def _length(item: Item | dict[str, Any]) -> tuple[int, int]:
-    """Images, then characters: an image is many tokens."""
-    if isinstance(item, str):
-        return 0, len(item)
-    if isinstance(item, dict):
-        contents = [message["content"] for message in item["messages"]]
-        texts = [c if isinstance(c, str) else "".join(part.get("text") or "" for part in c) for c in contents]
-        return len(item["images"]), sum(map(len, texts))
-    if isinstance(item, list):
-        images, characters = zip(*map(_length, item), strict=True)
-        return sum(images), sum(characters)
-    return 1, 0
-
-
-def _similar_length_batches(
-    items: Sequence[Any], batch_size: int, description: str, progress: bool
-) -> Iterator[tuple[list[int], list[Any]]]:
-    window = 16 * batch_size
-    with tqdm(total=len(items), desc=description, disable=not progress) as bar:
-        for start in range(0, len(items), window):
-            loaded = {i: items[i] for i in range(start, min(start + window, len(items)))}
-            order = sorted(loaded, key=lambda i: _length(loaded[i]), reverse=True)  # running out of memory shows early
-            for b in range(0, len(order), batch_size):
-                positions = order[b : b + batch_size]
-                yield positions, [loaded[i] for i in positions]
-                bar.update(len(positions))

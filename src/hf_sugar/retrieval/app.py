@@ -15,8 +15,8 @@ from PIL import Image
 from ..alignment import expected_alignment
 from ..data.rows import load_image, row_slices
 from ..evaluation.plots import plot_alignment
-from .index import Hit
-from .rag import RAG
+from .base import Hit
+from .rag import SugarRAG
 
 
 CSS = """
@@ -29,12 +29,12 @@ CSS = """
 _NO_QUERY = "There is no query yet: write a text, choose a picture, or both."
 
 
-def build_page(rag: RAG, title: str, k: int = 4) -> gr.Blocks:
+def build_page(rag: SugarRAG, title: str, k: int = 4) -> gr.Blocks:
     """
     The page over a model and its index.
 
     Args:
-        rag ([`RAG`]):
+        rag ([`SugarRAG`]):
             Answers questions, with `rag.k` examples unless the user sets another number; its index is searched.
         title (`str`):
             Heading.

@@ -15,8 +15,8 @@ import pyarrow as pa
 from PIL import Image
 
 from ..data.rows import load_image, undecoded
+from ..inference import TEXT_SUFFIXES, SugarEmbedder, as_row
 from ..models.processing_sugar import IMAGE_SUFFIXES, fill_images
-from .embedding import TEXT_SUFFIXES, SugarEmbedder, as_row
 
 
 PARTS = ("auto", "question", "document", "images", "texts")

@@ -6,7 +6,6 @@ import os
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..distributed import distributed_state
+from .base import Hit, Index
 from .documents import Block, blocks, checked_embedder, to_table
 
 
 FORMAT_VERSION = 3
 REBUILD = "Delete this file and build the index again with the same data: only this shard is embedded anew."
-
-
-@dataclass(frozen=True)
-class Hit:
-    """
-    One found document, or one place in it.
-
-    Args:
-        index (`int`):
-            Position of the document in the index.
-        score (`float`):
-            Cosine with the query.
-        metadata (`dict[str, Any]`):
-            What was stored with the document.
-        slice (`int`, *optional*):
-            The slice after which the document was found, from 0, in an index of every slice.
-    """
-
-    index: int
-    score: float
-    metadata: dict[str, Any]
-    slice: int | None = None
 
 
 class _Shard:
@@ -95,7 +73,7 @@ def _digest(table: pa.Table) -> bytes:
     return hashlib.sha256(sink.getvalue()).hexdigest().encode()
 
 
-class SugarIndex:
+class SugarIndex(Index):
     """
     Embedded documents with their metadata, searched with FAISS.
 

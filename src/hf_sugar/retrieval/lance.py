@@ -9,8 +9,9 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from ..distributed import distributed_state
+from .base import Hit
 from .documents import IMAGE_TYPE, Block, blocks, checked_embedder
-from .index import Hit, check_fingerprint, checked, embedded_queries, stored_row
+from .index import check_fingerprint, checked, embedded_queries, stored_row
 
 
 class LanceIndex:

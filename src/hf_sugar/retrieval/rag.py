@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from threading import Event, Thread
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from ..data.rows import load_image, row_slices
+from ..data.rows import row_slices
+from ..inference import SugarGenerator, as_row
 from ..models.processing_sugar import fill_images
-from .embedding import as_row
-from .index import Hit, SugarIndex
+from .base import Hit, Index
 
 
 def split_answer(row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -74,42 +72,65 @@ def rag_messages(
     Returns:
         `tuple[list[dict], list]`: messages and images of the whole conversation.
     """
+    # a text as content has its images in front, which is only known within its own row
+    asked = fill_images(messages, images, "question")
+    turns = [
+        message
+        for example in examples
+        for message in fill_images(example["messages"], example["images"], "example")
+        if message["role"] != "system"
+    ]
     start = 0
-    while start < len(messages) and messages[start]["role"] == "system":
+    while start < len(asked) and asked[start]["role"] == "system":
         start += 1
-    turns = [message for example in examples for message in example["messages"] if message["role"] != "system"]
-    example_images = [image for example in examples for image in example["images"]]
-    return [*messages[:start], *turns, *messages[start:]], [*example_images, *images]
+    return [*asked[:start], *turns, *asked[start:]], [*(i for e in examples for i in e["images"]), *images]
 
 
-def find_examples(index: SugarIndex, questions: Sequence[dict[str, Any]], k: int) -> list[list[Hit]]:
+def find_examples(index: Index, questions: Sequence[dict[str, Any]], k: int) -> list[list[Hit]]:
     """
     The answered questions that are most similar to each question.
 
     Args:
-        index ([`SugarIndex`]):
+        index ([`~retrieval.base.Index`]):
             Index of answered questions, built by `"question"` with its embedding function.
         questions (`Sequence[dict]`):
-            Rows in the conversational vision format. A row with an `id` is never its own example.
+            Rows in the conversational vision format. A row with an `id` is never its own example: documents that ask the
+            same about the same pictures are left out, whatever their id.
         k (`int`):
             Examples for each question.
 
     Returns:
         `list[list[Hit]]`: at most `k` documents for each question, most similar first.
     """
-    found = index.search([question_slices(question) for question in questions], k + 1)
+    queries = [question_slices(question) for question in questions]
     result = []
-    for question, hits in zip(questions, found, strict=True):
-        documents: dict[int, Hit] = {}  # an index of every slice may find one at several places
-        for hit in hits:
-            if question.get("id") is None or hit.metadata.get("id") != question["id"]:
-                documents.setdefault(hit.index, hit)
-        result.append(list(documents.values())[:k])
+    for question, query, hits in zip(questions, queries, index.search(queries, k + 1), strict=True):
+        wanted = k + 1
+        while True:
+            documents: dict[int, Hit] = {}  # an index of every slice may find one at several places
+            for hit in hits:
+                if len(documents) < k and hit.index not in documents:
+                    if question.get("id") is None or not _asks(index.documents[hit.index], query):
+                        documents[hit.index] = hit
+            if len(documents) == k or len(hits) < wanted:
+                break
+            wanted *= 4
+            [hits] = index.search([query], wanted)
+        result.append(list(documents.values()))
     return result
 
 
+def _asks(row: dict[str, Any], query: list[str | Image.Image]) -> bool:
+    """Whether a row asks the same, in texts and pixels."""
+    found = question_slices(row, "document")
+    return len(found) == len(query) and all(
+        a == b if isinstance(a, str) or isinstance(b, str) else a.size == b.size and a.tobytes() == b.tobytes()
+        for a, b in zip(found, query, strict=True)
+    )
+
+
 def rag_generator(
-    generate: Callable[[Sequence[dict[str, Any]]], list[str]], index: SugarIndex, k: int = 1
+    generate: Callable[[Sequence[dict[str, Any]]], list[str]], index: Index, k: int = 1
 ) -> Callable[[Sequence[dict[str, Any]]], list[str]]:
     """
     Generating function that looks up examples first. It takes the place of `generate` in
@@ -117,8 +138,8 @@ def rag_generator(
 
     Args:
         generate (`Callable`):
-            Generating function, see [`hf_sugar.evaluation.generator`].
-        index ([`SugarIndex`]):
+            Generating function, such as a [`SugarGenerator`].
+        index ([`~retrieval.base.Index`]):
             Index of answered questions, built by `"question"` with its embedding function.
         k (`int`, *optional*, defaults to `1`):
             Examples for each question. The most similar one stands last, next to the question.
@@ -144,8 +165,8 @@ class RAGPrompt:
     A question with the examples before it.
 
     Args:
-        messages (`list[dict]`):
-            The conversation that is answered, with the images in its image parts.
+        messages (`list[dict]`), images (`list`):
+            The conversation that is answered.
         citations (`list[Hit]`):
             The documents that were put before the question, most similar first.
         dropped (`list[Hit]`):
@@ -155,6 +176,7 @@ class RAGPrompt:
     """
 
     messages: list[dict[str, Any]]
+    images: list[Any]
     citations: list[Hit]
     dropped: list[Hit]
     note: str | None = None
@@ -176,7 +198,7 @@ class RAGAnswer:
     prompt: RAGPrompt
 
 
-class RAG:
+class SugarRAG:
     """
     Answers of one model with the help of what the same model finds in an index of answered questions.
 
@@ -188,10 +210,10 @@ class RAG:
 
     Args:
         model ([`SugarForConditionalGeneration`]):
-            Model, in evaluation mode.
+            Model.
         processor ([`SugarProcessor`]):
             Processor of the model.
-        index ([`SugarIndex`], *optional*):
+        index ([`SugarIndex`] or [`LanceIndex`], *optional*):
             Index of rows, built by `"question"` (or `"auto"`) with this model. Without one the model answers alone.
         k (`int`, *optional*, defaults to `1`):
             Examples for a question.
@@ -206,7 +228,7 @@ class RAG:
 
     ```python
     >>> embed = SugarEmbedder(model, processor)
-    >>> rag = RAG(model, processor, SugarIndex.load("index", embed=embed), k=2)
+    >>> rag = SugarRAG(model, processor, SugarIndex.load("index", embed=embed), k=2)
     >>> prompt = rag.prompt([image, "What is behind it?"])
     >>> for text in rag.stream(prompt):
     ...     print(text, end="", flush=True)
@@ -218,14 +240,15 @@ class RAG:
         self,
         model: torch.nn.Module,
         processor: Any,
-        index: SugarIndex | None = None,
+        index: Index | None = None,
         k: int = 1,
         max_new_tokens: int = 256,
         max_length: int | None = None,
         **generation_kwargs: Any,
     ):
-        self.model, self.processor, self.index, self.k = model, processor, index, k
-        self.max_length = max_length or model.config.get_text_config().max_position_embeddings
+        self.generator = SugarGenerator(model, processor)
+        self.index, self.k = index, k
+        self.max_length = max_length or self.generator.max_length
         self.generation_kwargs = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_kwargs}
 
     def prompt(self, question: Any) -> RAGPrompt:
@@ -234,42 +257,40 @@ class RAG:
 
         Args:
             question:
-                A text, an image, a list of those, or a row in the conversational vision format whose last turn is the
-                user's. A row with an `id` is never its own example.
+                What [`~inference.as_row`] takes; a row ends with the user's turn. A row with an `id` is never its own
+                example, see [`~retrieval.rag.find_examples`].
 
         Returns:
             [`RAGPrompt`]
 
         Raises:
-            `ValueError`: if the question alone is too long, the last turn is not the user's, or the index holds no rows.
+            `ValueError`: if the question alone is too long or damaged, the last turn is not the user's, or the index
+                holds no rows.
         """
         question = as_row(question, "question")
-        own = fill_images(question["messages"], question["images"], "question")
-        if own[-1]["role"] != "user":
-            raise ValueError(f"The last turn of the question is the {own[-1]['role']}'s; there is nothing to answer.")
+        last = question["messages"][-1]["role"]
+        if last != "user":
+            raise ValueError(f"The last turn of the question is the {last}'s; there is nothing to answer.")
         hits: list[Hit] = []
         if self.index is not None:
             [hits] = find_examples(self.index, [question], self.k)
-        room = self.max_length - self.generation_kwargs["max_new_tokens"]
+        new_tokens = self.generation_kwargs["max_new_tokens"]
         for used in range(len(hits), -1, -1):
-            rows = [self.index.documents[hit.index] for hit in hits[:used]][::-1]
-            examples = [
-                {"messages": fill_images(row["messages"], row["images"], "example"), "images": []} for row in rows
-            ]
-            messages, _ = rag_messages(own, [], examples)
-            length = self._inputs(messages)["input_ids"].shape[1]
-            if length <= room:
-                dropped = hits[used:]
+            rows = [self.index.documents[hit.index] for hit in hits[:used]]
+            messages, images = rag_messages(question["messages"], question["images"], rows[::-1])
+            inputs = self.generator.inputs([{"messages": messages, "images": images}], ["The question"])
+            length = inputs["input_ids"].shape[1]
+            if length <= self.max_length - new_tokens:
                 note = None
-                if dropped:
+                if used < len(hits):
                     note = (
-                        f"{len(dropped)} of {len(hits)} examples left out, farthest first: the context holds "
-                        f"{self.max_length} tokens, {self.generation_kwargs['max_new_tokens']} of them for the answer."
+                        f"{len(hits) - used} of {len(hits)} examples left out, farthest first: the context holds "
+                        f"{self.max_length} tokens, {new_tokens} of them for the answer."
                     )
-                return RAGPrompt(messages, hits[:used], dropped, note)
+                return RAGPrompt(messages, images, hits[:used], hits[used:], note)
         raise ValueError(
-            f"The question has {length} tokens and the answer may have {self.generation_kwargs['max_new_tokens']}, but the "
-            f"context holds {self.max_length}. Shorten the question, or lower `max_new_tokens`."
+            f"The question has {length} tokens and the answer may have {new_tokens}, but the context holds "
+            f"{self.max_length}. Shorten the question, or lower `max_new_tokens`."
         )
 
     def answer(self, question: Any) -> RAGAnswer:
@@ -278,7 +299,7 @@ class RAG:
 
         Args:
             question:
-                As in [`~RAG.prompt`], or what that returned.
+                As in [`~SugarRAG.prompt`], or what that returned.
 
         Returns:
             [`RAGAnswer`]
@@ -288,55 +309,15 @@ class RAG:
 
     def stream(self, question: Any) -> Iterator[str]:
         """
-        Answer one question piece by piece. To know the citations, give it what [`~RAG.prompt`] returned.
+        Answer one question piece by piece. To know the citations, give it what [`~SugarRAG.prompt`] returned.
 
         Args:
             question:
-                As in [`~RAG.prompt`], or what that returned.
+                As in [`~SugarRAG.prompt`], or what that returned.
 
         Returns:
             `Iterator[str]`: pieces of the answer. Generation ends when the iterator is closed.
         """
         prompt = question if isinstance(question, RAGPrompt) else self.prompt(question)
-        inputs = self._inputs(prompt.messages).to(self.model.device, dtype=self.model.dtype)
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        closed, errors = Event(), []
-
-        def stop(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
-
-        def generate() -> None:
-            try:
-                self.model.generate(
-                    **inputs,
-                    **self.generation_kwargs,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                )
-            except BaseException as error:  # raised again by the thread that reads
-                errors.append(error)
-                streamer.end()
-
-        thread = Thread(target=generate, daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            closed.set()
-            thread.join()
-        if errors:
-            raise errors[0]
-
-    def _inputs(self, messages: list[dict[str, Any]]) -> Any:
-        messages = [
-            {
-                **m,
-                "content": [
-                    {**p, "image": load_image(p["image"])} if p["type"] == "image" else p for p in m["content"]
-                ],
-            }
-            for m in messages
-        ]
-        return self.processor.apply_chat_template(
-            [messages], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        row = {"messages": prompt.messages, "images": prompt.images}
+        yield from self.generator.stream(row, **self.generation_kwargs)
