@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-clipart demo-seeds test test-extras quality checkpoints kernels clean
+.PHONY: help demo demo-clipart demo-seeds test test-extras test-matrix quality checkpoints kernels clean
 
 help:
 	@echo "make demo          set up, then the main job end to end on the embedded world (about 6 minutes on 2 cores)"
@@ -11,6 +11,7 @@ help:
 	@echo "make demo-seeds    the demo's comparison with 3 seeds"
 	@echo "make test          set up, then lint and tests"
 	@echo "make test-extras   tests that are slow or need more than 'make test' installs"
+	@echo "make test-matrix   the tests of 'make test' on the lowest, the pinned and the newest versions (15 GB under .matrix)"
 	@echo "make kernels       build the alignment kernels that this machine can build (g++; not needed to use the library)"
 	@echo "make quality       format the code and mend what the linter can mend"
 	@echo "make checkpoints   rebuild the tiny checkpoints from nothing"
@@ -56,6 +57,10 @@ test: $(VENV)/.installed
 
 test-extras: $(VENV)/.installed-extras .cache/transformers-tests
 	$(BIN)/python -m pytest -m extras
+
+# one set alone: make test-matrix SETS=newest
+test-matrix:
+	$(PYTHON) tests/matrix.py $(SETS)
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
