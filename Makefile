@@ -39,7 +39,7 @@ demo-clipart: $(VENV)/.installed
 	$(BIN)/hf-sugar demo --config examples/clipart/demo.yaml
 
 checkpoints: $(VENV)/.installed
-	$(BIN)/python examples/build_tiny_checkpoints.py --output_dir runs/weights
+	$(BIN)/python examples/tiny_checkpoints/build.py --output_dir runs/weights
 
 kernels: $(VENV)/.installed
 	$(BIN)/python hub_kernels/build_local.py

@@ -18,7 +18,7 @@ from pathlib import Path
 SPLITS = ("train", "val", "test")
 
 
-def find_twins(source: Path) -> set[str]:
+def find_copies(source: Path) -> set[str]:
     """Images whose file occurs more than once: across splits they would leak, and their titles contradict each other."""
     digest_of = {
         f"images/{path.name}": hashlib.sha256(path.read_bytes()).digest() for path in (source / "images").iterdir()
@@ -27,9 +27,9 @@ def find_twins(source: Path) -> set[str]:
     return {name for name, digest in digest_of.items() if count[digest] > 1}
 
 
-def cut_split(source: Path, split: str, share: float, seed: int, twins: set[str]) -> tuple[list[dict], list[dict]]:
+def cut_split(source: Path, split: str, share: float, seed: int, copies: set[str]) -> tuple[list[dict], list[dict]]:
     """Records and documents of one split that together, with their images, take at most `share` of the bytes of those
-    without twins."""
+    without copies."""
     records = json.loads((source / f"llava_{split}.json").read_text(encoding="utf-8"))
     lines = (source / f"mmc4_{split}.jsonl").read_text(encoding="utf-8").splitlines()
     record_of = {record["image"]: record for record in records}
@@ -38,7 +38,7 @@ def cut_split(source: Path, split: str, share: float, seed: int, twins: set[str]
     ]
     in_documents = {name for _, names in units for name in names}
     units += [(None, [name]) for name in record_of if name not in in_documents]
-    units = [unit for unit in units if twins.isdisjoint(unit[1])]
+    units = [unit for unit in units if copies.isdisjoint(unit[1])]
 
     def size(unit) -> int:
         document, names = unit
@@ -88,10 +88,10 @@ def main():
     if args.source.resolve() == args.output.resolve():
         parser.error("--output is --source, whose images would be replaced: name another folder")
 
-    twins = find_twins(args.source)
-    whole = {split: cut_split(args.source, split, 1.0, args.seed, twins) for split in SPLITS}
+    copies = find_copies(args.source)
+    whole = {split: cut_split(args.source, split, 1.0, args.seed, copies) for split in SPLITS}
     share = min(1.0, args.max_bytes / total_bytes(args.source, whole))
-    cuts = {split: cut_split(args.source, split, share, args.seed, twins) for split in SPLITS}
+    cuts = {split: cut_split(args.source, split, share, args.seed, copies) for split in SPLITS}
 
     args.output.mkdir(parents=True, exist_ok=True)
     images, temporary = args.output / "images", args.output / "images.tmp"
@@ -109,7 +109,7 @@ def main():
             f"{split}: {len(records)} of {len(whole[split][0])} drawings, "
             f"{len(documents)} of {len(whole[split][1])} documents"
         )
-    print(f"{total_bytes(args.source, cuts):,} bytes; {len(twins)} drawings occur more than once")
+    print(f"{total_bytes(args.source, cuts):,} bytes; {len(copies)} drawings occur more than once")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ python examples/clipart/train_teachers.py --data examples/clipart --output runs/
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from hf_sugar.data import load_data, row_slices
 from hf_sugar.evaluation.report import image_text_pairs
-from hf_sugar.world.checkpoints import save_checkpoint, train_bert, train_clip, train_dinov2
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tiny_checkpoints"))
+from train import save_checkpoint, train_bert, train_clip, train_dinov2  # noqa: E402
 
 
 def pairs_of_documents(documents) -> tuple[list, list[str]]:
@@ -43,14 +47,14 @@ def main():
     images, more_images = ([image.resize(size) for image in some] for some in (images, more_images))
     print(f"{len(images)} drawings with titles, {len(more_images)} with sentences in documents")
 
-    clip = train_clip(images + more_images, texts + more_texts, steps=args.steps, seed=args.seed)
-    save_checkpoint(*clip, args.output / "clip")
-    dinov2 = train_dinov2(images, steps=args.steps, seed=args.seed)
-    save_checkpoint(*dinov2, args.output / "dinov2")
+    clip, processor, _ = train_clip(images + more_images, texts + more_texts, steps=args.steps, seed=args.seed)
+    save_checkpoint(clip, processor, args.output / "clip")
+    dinov2, processor, _ = train_dinov2(images, steps=args.steps, seed=args.seed)
+    save_checkpoint(dinov2, processor, args.output / "dinov2")
     # a title with its category and the title alone
     alike = [(text, text.split(". It belongs to")[0] + ".") for text in texts]
-    bert = train_bert(alike, steps=args.steps, seed=args.seed)
-    save_checkpoint(*bert, args.output / "bert")
+    bert, tokenizer, _ = train_bert(alike, steps=args.steps, seed=args.seed)
+    save_checkpoint(bert, tokenizer, args.output / "bert")
     print(f"saved to {args.output}")
 
 

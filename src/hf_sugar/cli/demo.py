@@ -17,7 +17,7 @@ from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_pic
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
-from hf_sugar.world import DESCRIBE, checkpoint, write_world
+from hf_sugar.world import DESCRIBE, checkpoint, world_teachers, write_world
 
 from .arguments import DataArguments, parse
 
@@ -42,11 +42,6 @@ WORLD_TRAINING = {
 }
 # The paper adapts the query and value projections of a 7B model. Four layers of width 128 need all of theirs.
 WORLD_LORA = {"r": 64, "lora_alpha": 128, "target_modules": "all-linear"}
-
-
-def world_teachers() -> dict[str, str]:
-    """The `teachers` setting for the tiny encoders of the world."""
-    return {role: str(checkpoint(name)) for role, name in (("image", "dinov2"), ("text", "bert"), ("cross", "clip"))}
 
 
 @dataclass

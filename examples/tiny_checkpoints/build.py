@@ -1,10 +1,11 @@
 """
 Builds the tiny checkpoints of the rendered world from nothing: a LLaVA and the teachers CLIP, DINOv2 and BERT.
 
-    python examples/build_tiny_checkpoints.py --output_dir weights
-    python examples/build_tiny_checkpoints.py --output_dir weights --only clip bert --clip_steps 200
+    python examples/tiny_checkpoints/build.py --output_dir weights
+    python examples/tiny_checkpoints/build.py --output_dir weights --only clip bert --clip_steps 200
 
-The LLaVA takes its vision tower from the CLIP in the output folder, and `facts` goes on from the LLaVA there. Each is saved as soon as it is trained, then loaded again from disk and scored. `scores.json` keeps the scores.
+The LLaVA takes its vision tower from the CLIP in the output folder, and `facts` goes on from the LLaVA there. Each is
+saved as soon as it is trained, then loaded again from disk and scored. `scores.json` keeps the scores.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from train import pretrain_llava, save_checkpoint, train_bert, train_clip, train_dinov2
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -27,17 +29,9 @@ from transformers import (
 )
 from trl import TrlParser
 
-from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer, SugarTrainingConfig, evaluation
+from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer, SugarTrainingConfig
+from hf_sugar.evaluation import exact_match, generator, recall_at_k, winoground
 from hf_sugar.world import DESCRIBE, load_world
-from hf_sugar.world.checkpoints import (
-    exact_match,
-    pretrain_llava,
-    recall_at_1,
-    save_checkpoint,
-    train_bert,
-    train_clip,
-    train_dinov2,
-)
 from hf_sugar.world.scenes import render, scenes, story
 
 
@@ -54,7 +48,7 @@ class BuildArguments:
     image_size: int = field(default=32, metadata={"help": "Width and height of the images."})
     seed: int = field(default=0, metadata={"help": "Seed of data, weights and batches."})
     threads: int = field(default=1, metadata={"help": "CPU threads."})
-    scenes: int = field(default=9000, metadata={"help": "Scenes the teachers see, each with a near twin."})
+    scenes: int = field(default=9000, metadata={"help": "Scenes the teachers see, each with one of other words."})
     stories: int = field(default=1500, metadata={"help": "Stories the teachers see."})
     clip_steps: int = field(default=500, metadata={"help": "Steps of 256 pairs."})
     dinov2_steps: int = field(default=500, metadata={"help": "Steps of 128 images."})
@@ -75,8 +69,8 @@ def teacher_data(args: BuildArguments) -> tuple[list, list[str], list[tuple[str,
     train = [scene for scene in scenes("train") if len(scene.things) == 2]
     for scene in rng.choices(train, k=args.scenes):
         attributes = ("thing", "color", "size", "shape") if scene.relation else ("color", "size")
-        twins = [other for other in map(scene.swapped, attributes) if other != scene and other.split == "train"]
-        for each in (scene, rng.choice(twins or train)):
+        swapped = [other for other in map(scene.swapped, attributes) if other != scene and other.split == "train"]
+        for each in (scene, rng.choice(swapped or train)):
             images.append(each.render(rng, args.image_size))
             texts.append(rng.choice([each.caption, rng.choice(each.paraphrases)]))
             pairs.append(tuple(rng.sample([each.caption, *each.paraphrases], 2)))
@@ -135,120 +129,111 @@ def captioned(split: str, args: BuildArguments) -> tuple[list, list[str]]:
     return [row["images"][0] for row in rows], [row["messages"][0]["content"][1]["text"] for row in rows]
 
 
-def spread(similarity: torch.Tensor) -> dict[str, float]:
+def compare(queries: torch.Tensor, candidates: torch.Tensor, **names: bool) -> dict[str, float]:
+    """Cosines of normalised rows that belong together and of all others, and the recall by name (`True`: reversed)."""
+    similarity = queries @ candidates.T
     others = similarity[~torch.eye(len(similarity), dtype=torch.bool)]
-    return {"cosine_of_pairs": similarity.diag().mean().item(), "cosine_of_others": others.mean().item()}
+    recall = {
+        name: recall_at_k((similarity.T if turned else similarity).numpy(), range(len(similarity)), ks=(1,))[1].mean()
+        for name, turned in names.items()
+    }
+    return {**recall, "cosine_of_pairs": similarity.diag().mean().item(), "cosine_of_others": others.mean().item()}
 
 
 @torch.no_grad()
-def score_clip(directory: Path, args: BuildArguments) -> dict:
+def score_clip(directory: Path, split: str, args: BuildArguments) -> dict[str, float]:
     model = AutoModel.from_pretrained(directory, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(directory)
-    scores = {}
-    for split in ("test", "test_unseen"):
-        images, texts = captioned(split, args)
-        out = model(**processor(images=images, text=texts, padding=True, return_tensors="pt"))
-        scores[split] = {
-            "image_to_text_R@1": recall_at_1(out.image_embeds, out.text_embeds),
-            "text_to_image_R@1": recall_at_1(out.text_embeds, out.image_embeds),
-            **spread(out.image_embeds @ out.text_embeds.T),
-        }
-        right = []
-        for row in load_world("winoground", split, args.eval_size, args.image_size, args.seed):
-            pair = processor(
-                images=[row["image_0"], row["image_1"]],
-                text=[row["caption_0"], row["caption_1"]],
-                padding=True,
-                return_tensors="pt",
-            )
-            s = model(**pair).logits_per_image
-            by_text, by_image = (s.diag() > s.flip(1).diag()).all(), (s.diag() > s.flip(0).diag()).all()
-            right.append([by_text, by_image, by_text & by_image])
-        means = torch.tensor(right).float().mean(0).tolist()
-        scores[split] |= dict(zip(("winoground_text", "winoground_image", "winoground_group"), means, strict=True))
-    return scores
+
+    def embed(items: list):
+        if isinstance(items[0], str):
+            return model.get_text_features(**processor(text=items, padding=True, return_tensors="pt")).pooler_output
+        return model.get_image_features(**processor(images=items, return_tensors="pt")).pooler_output
+
+    def normalised(items: list):
+        return torch.nn.functional.normalize(embed(items), dim=-1)
+
+    images, texts = map(normalised, captioned(split, args))
+    pairs = load_world("winoground", split, args.eval_size, args.image_size, args.seed)
+    scores = winoground(lambda items: normalised(items).numpy(), pairs)
+    return {
+        **compare(images, texts, **{"image_to_text_R@1": False, "text_to_image_R@1": True}),
+        **{f"winoground_{name.removesuffix('_score')}": figure.value / 100 for name, figure in scores.items()},
+    }
 
 
 @torch.no_grad()
-def score_dinov2(directory: Path, args: BuildArguments) -> dict:
+def score_dinov2(directory: Path, split: str, args: BuildArguments) -> dict[str, float]:
     """Whether an image finds another picture of its scene, moved by at most a pixel and lit differently."""
     model = AutoModel.from_pretrained(directory, dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(directory)
-    scores = {}
-    for split in ("test", "test_unseen"):
-        rng = random.Random(args.seed)
-        views = []
-        for scene in random.Random(args.seed).sample(scenes(split), args.eval_size):
-            placed = scene.place(rng)
-            nudge = [(thing, x + 0.5 / args.image_size, y + 0.5 / args.image_size) for thing, x, y in placed]
-            views.append([render(each, rng, args.image_size) for each in (placed, nudge)])
-        a, b = (
-            torch.nn.functional.normalize(
-                model(**processor(images=list(images), return_tensors="pt")).last_hidden_state[:, 0], dim=-1
-            )
-            for images in zip(*views, strict=True)
-        )
-        scores[split] = {"view_R@1": recall_at_1(a, b), **spread(a @ b.T)}
-    return scores
+    rng = random.Random(args.seed)
+    views = []
+    for scene in random.Random(args.seed).sample(scenes(split), args.eval_size):
+        placed = scene.place(rng)
+        nudge = [(thing, x + 0.5 / args.image_size, y + 0.5 / args.image_size) for thing, x, y in placed]
+        views.append([render(each, rng, args.image_size) for each in (placed, nudge)])
+    embeddings = [
+        model(**processor(images=list(images), return_tensors="pt")).last_hidden_state[:, 0]
+        for images in zip(*views, strict=True)
+    ]
+    a, b = (torch.nn.functional.normalize(each, dim=-1) for each in embeddings)
+    return compare(a, b, **{"view_R@1": False})
 
 
 @torch.no_grad()
-def score_bert(directory: Path, args: BuildArguments) -> dict:
+def score_bert(directory: Path, split: str, args: BuildArguments) -> dict[str, float]:
     """Whether a paraphrase finds its caption."""
     model = AutoModel.from_pretrained(directory, dtype=torch.float32, add_pooling_layer=False)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    scores = {}
-    for split in ("test", "test_unseen"):
-        rng = random.Random(args.seed)
-        chosen = rng.sample(scenes(split), args.eval_size)
-        a, b = (
-            torch.nn.functional.normalize(
-                model(**tokenizer(texts, padding=True, return_tensors="pt")).last_hidden_state[:, 0], dim=-1
-            )
-            for texts in ([rng.choice(s.paraphrases) for s in chosen], [s.caption for s in chosen])
-        )
-        scores[split] = {"paraphrase_R@1": recall_at_1(a, b), **spread(a @ b.T)}
-    return scores
+    rng = random.Random(args.seed)
+    chosen = rng.sample(scenes(split), args.eval_size)
+    embeddings = [
+        model(**tokenizer(texts, padding=True, return_tensors="pt")).last_hidden_state[:, 0]
+        for texts in ([rng.choice(s.paraphrases) for s in chosen], [s.caption for s in chosen])
+    ]
+    a, b = (torch.nn.functional.normalize(each, dim=-1) for each in embeddings)
+    return compare(a, b, **{"paraphrase_R@1": False})
 
 
-def score_llava(directory: Path, args: BuildArguments) -> dict:
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(directory)
-    sugar = SugarForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
-    answer = evaluation.generator(sugar, SugarProcessor.from_pretrained(directory))
-    scores = {}
-    for split in ("test", "test_unseen"):
-        facts = load_world("facts", split, args.eval_size, args.image_size, args.seed)
-        rows = load_world("conversations", split, 2 * args.eval_size, args.image_size, args.seed)
-        describes = [messages[0]["content"][1]["text"] == DESCRIBE for messages in rows["messages"]]
-        scores[split] = {
-            "caption_exact": exact_match(model, processor, rows.select([i for i, d in enumerate(describes) if d])),
-            "vqa_exact": exact_match(model, processor, rows.select([i for i, d in enumerate(describes) if not d])),
-            "fact_exact": evaluation.exact_match(answer, facts)["exact_match"].value / 100,
-        }
-    return scores
+def score_llava(directory: Path, split: str, args: BuildArguments) -> dict[str, float]:
+    """Exact match of descriptions, of the first answer about an image, and of what an earlier turn told."""
+    model = SugarForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    generate = generator(model, SugarProcessor.from_pretrained(directory))
+    rows = load_world("conversations", split, 2 * args.eval_size, args.image_size, args.seed)
+    rows = [{**row, "messages": row["messages"][:2]} for row in rows]
+    described = [row for row in rows if row["messages"][0]["content"][1]["text"] == DESCRIBE]
+    asked = [row for row in rows if row["messages"][0]["content"][1]["text"] != DESCRIBE]
+    facts = load_world("facts", split, args.eval_size, args.image_size, args.seed)
+    kinds = {"caption_exact": described, "vqa_exact": asked, "fact_exact": facts}
+    return {name: exact_match(generate, kind)["exact_match"].value / 100 for name, kind in kinds.items()}
+
+
+SCORES = {
+    "clip": score_clip,
+    "dinov2": score_dinov2,
+    "bert": score_bert,
+    "llava": score_llava,
+    "facts": score_llava,
+}
 
 
 def build(name: str, directory: Path, args: BuildArguments) -> list[float]:
-    losses = []
-    if name == "llava":
-        model, processor = pretrain_llava(
-            world_rows(args, args.llava_rows, {"conversations": 0.8, "stories": 0.07, "captions": 0.13}),
-            steps=args.llava_steps,
-            vision_tower=CLIPModel.from_pretrained(directory.parent / "clip", dtype=torch.float32),
-            seed=args.seed,
-            losses=losses,
-        )
-    elif name == "facts":
+    """Trains and saves a checkpoint. Returns the losses."""
+    if name == "facts":
         return learn_facts(directory, args)
+    if name == "llava":
+        rows = world_rows(args, args.llava_rows, {"conversations": 0.8, "stories": 0.07, "captions": 0.13})
+        tower = CLIPModel.from_pretrained(directory.parent / "clip", dtype=torch.float32)
+        model, processor, losses = pretrain_llava(rows, tower, steps=args.llava_steps, seed=args.seed)
     else:
         images, texts, pairs = teacher_data(args)
         if name == "clip":
-            model, processor = train_clip(images, texts, steps=args.clip_steps, block=2, seed=args.seed, losses=losses)
+            model, processor, losses = train_clip(images, texts, steps=args.clip_steps, block=2, seed=args.seed)
         elif name == "dinov2":
-            model, processor = train_dinov2(images, steps=args.dinov2_steps, seed=args.seed, losses=losses)
+            model, processor, losses = train_dinov2(images, steps=args.dinov2_steps, seed=args.seed)
         else:
-            model, processor = train_bert(pairs, steps=args.bert_steps, block=2, seed=args.seed, losses=losses)
+            model, processor, losses = train_bert(pairs, steps=args.bert_steps, block=2, seed=args.seed)
     save_checkpoint(model, processor, directory)
     return losses
 
@@ -258,13 +243,6 @@ def main(args: BuildArguments) -> None:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / "scores.json"
-    score = {
-        "llava": score_llava,
-        "facts": score_llava,
-        "clip": score_clip,
-        "dinov2": score_dinov2,
-        "bert": score_bert,
-    }
     for name in args.only:
         directory = output_dir / ("llava" if name == "facts" else name)
         results = json.loads(path.read_text()) if path.exists() else {}
@@ -279,9 +257,9 @@ def main(args: BuildArguments) -> None:
                 "threads": args.threads,
                 "final_loss": sum(losses[-20:]) / len(losses[-20:]),
             }
-        scored = score[name](directory, args)
         entry["scores"] = {
-            split: {key: round(value, 4) for key, value in values.items()} for split, values in scored.items()
+            split: {key: round(value, 4) for key, value in SCORES[name](directory, split, args).items()}
+            for split in ("test", "test_unseen")
         }
         entry["rows_scored"] = args.eval_size
         entry["bytes"] = sum(file.stat().st_size for file in directory.iterdir())
