@@ -29,7 +29,7 @@ from hf_sugar import (  # noqa: E402
 )
 from hf_sugar.cli.main import main  # noqa: E402
 from hf_sugar.cli.train import ModelArguments, quantization_config  # noqa: E402
-from hf_sugar.training.memory import LiveBytes, estimate_memory  # noqa: E402
+from hf_sugar.memory import LiveBytes, estimate_memory  # noqa: E402
 from hf_sugar.training.trainer import _train_through_4bit  # noqa: E402
 
 
@@ -285,7 +285,7 @@ class TestMemory:
         """The estimate without data against the bytes alive in a real step of the same shape."""
         # a small tile of logits, or it would hide all else in so small a model
         monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
-        monkeypatch.setattr("hf_sugar.training.memory._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+        monkeypatch.setattr("hf_sugar.memory._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
         directory = str(tmp_path / "llava")
         llava(layers=8).save_pretrained(directory)
         tiny.processor().save_pretrained(directory)

@@ -9,9 +9,9 @@ from hf_sugar.data import load_data
 from hf_sugar.evaluation import embedder, generator
 from hf_sugar.evaluation.plots import plot_losses
 from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_report
+from hf_sugar.memory import MemoryEstimate, estimate_memory
 from hf_sugar.models import SugarConfig
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
-from hf_sugar.training.memory import MemoryEstimate, estimate_memory
 from hf_sugar.training.trainer import _projector_settings
 
 from .arguments import StreamedDataArguments, parse

@@ -1,10 +1,10 @@
+"""What a training run needs on a GPU, computed from configurations alone: `hf-sugar train --estimate-memory`."""
+
 import weakref
 from dataclasses import dataclass
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import CustomDtype, compute_module_sizes
-from accelerate.utils.modeling import dtype_byte_size
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,33 +17,20 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from hf_sugar.models import SugarConfig, SugarForConditionalGeneration
-
-from .config import SugarTrainingConfig
-from .trainer import _for_language_model
+from .models import SugarConfig, SugarForConditionalGeneration
+from .training.config import SugarTrainingConfig
+from .training.trainer import _for_language_model
 
 
 GIB = 2**30
-# What cannot be computed from the configuration: CUDA context, cuBLAS workspaces, gaps in the allocator.
-RESERVE = 1 * GIB
+RESERVE = GIB  # assumed: CUDA context, cuBLAS workspaces, gaps in the allocator
 
 
 @dataclass
 class MemoryEstimate:
     """
-    What one process of a training run needs on its GPU. Computed, not measured.
-
-    Args:
-        parts (`dict[str, int]`):
-            Bytes by name.
-        parameters (`int`):
-            Parameters of the model, without adapters.
-        trained (`int`):
-            Parameters that are trained.
-        batch_size (`int`):
-            Samples in a step of one process.
-        length (`int`):
-            Tokens in a sample, those of its images included.
+    What one process needs on its GPU: bytes by name, parameters without adapters, trained parameters, samples in a step,
+    and tokens in a sample, those of its images included.
     """
 
     parts: dict[str, int]
@@ -58,6 +45,7 @@ class MemoryEstimate:
 
     def table(self, cards: tuple[int, ...] = (12, 16, 24)) -> str:
         """The parts, and which cards (sizes in GiB) they fit, in Markdown."""
+        left = {card: card - self.total / GIB for card in cards}
         lines = [
             f"{self.parameters / 1e9:.2f} billion parameters, {self.trained / 1e6:.1f} million trained; "
             f"{self.batch_size} x {self.length} tokens, image tokens included",
@@ -68,11 +56,11 @@ class MemoryEstimate:
             "",
             "| card | fits | GiB left |",
             "|---|---|---|",
+            *(f"| {card} GB | {'yes' if gib >= 0 else 'no'} | {gib:.2f} |" for card, gib in left.items()),
+            "",
+            "An estimate, not measured on a GPU.",
         ]
-        for card in cards:
-            left = card - self.total / GIB
-            lines.append(f"| {card} GB | {'yes' if left >= 0 else 'no'} | {left:.2f} |")
-        return "\n".join([*lines, "", "An estimate, not measured on a GPU."])
+        return "\n".join(lines)
 
 
 def estimate_memory(
@@ -84,12 +72,12 @@ def estimate_memory(
     attn_implementation: str | None = None,
 ) -> MemoryEstimate:
     """
-    Memory of a training run, from configurations alone: no weights are read or allocated.
+    Memory of a training run of one process: no weights are read or allocated.
 
-    The sizes of weights are accelerate's. Activations are those of a forward and a backward pass of the real language
-    model, adapters and activation checkpointing included, through tensors that have shapes but no data; the peak is
-    the most bytes that were alive at once. It is meant for LoRA and QLoRA: of a vision tower that is trained too, only
-    weights, gradients and optimizer states are counted.
+    Activations are those of a forward and a backward pass of the real language model, adapters and activation
+    checkpointing included, on tensors that have shapes but no data; the peak is the most bytes that were alive at once.
+    It is meant for LoRA and QLoRA: of a vision tower that is trained too, only weights, gradients and optimizer states are
+    counted. Sharding (FSDP, DeepSpeed) is not taken into account.
 
     Args:
         config ([`SugarConfig`]):
@@ -105,9 +93,6 @@ def estimate_memory(
             Of what is not quantized.
         attn_implementation (`str`, *optional*):
             `"eager"` keeps the attention weights; all others do not.
-
-    Returns:
-        [`MemoryEstimate`]: of one process. Sharding (FSDP, DeepSpeed) is not taken into account.
     """
     with init_empty_weights():
         model = SugarForConditionalGeneration._from_config(
@@ -122,33 +107,23 @@ def estimate_memory(
             if parameter.requires_grad and "lora_" in name and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
-    quantized = {name: module for name, module in trained.named_modules() if isinstance(module, _QuantizedLinear)}
-    # accelerate's name for half a byte
-    element = CustomDtype.INT4 if quantization_config is not None and quantization_config.load_in_4bit else torch.int8
-    total = compute_module_sizes(trained, special_dtypes={f"{name}.weight": element for name in quantized})[""]
-    in_blocks = sum(module.weight.numel() for module in quantized.values()) * dtype_byte_size(element)
+    quantized = [module for module in trained.modules() if isinstance(module, _QuantizedLinear)]
+    full = sum(t.nbytes for t in (*trained.parameters(), *trained.buffers())) - sum(m.weight.nbytes for m in quantized)
     learned = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     learned_bytes = sum(parameter.nbytes for parameter in learned)
+    length = args.max_length or config.get_text_config().max_position_embeddings
     parts = {
-        "backbone, quantized": in_blocks + sum(_constants(m, quantization_config) for m in quantized.values()),
-        "backbone and projector as loaded, not quantized": total - in_blocks - learned_bytes,
+        "backbone, quantized": sum(_quantized_bytes(module, quantization_config) for module in quantized),
+        "backbone and projector as loaded, not quantized": full - learned_bytes,
         "trained weights (adapters, projector)": learned_bytes,
         "gradients": learned_bytes,
         f"optimizer states ({args.optim.value})": _optimizer_bytes(args.optim.value, learned),
-        "activations and working space, peak": _peak(trained, model, args),
+        "activations and working space, peak": _peak(trained, model, args, length),
         "CUDA context and allocator (assumed)": RESERVE,
     }
-    return MemoryEstimate(
-        {name: int(size) for name, size in parts.items() if size},
-        parameters,
-        sum(parameter.numel() for parameter in learned),
-        args.per_device_train_batch_size,
-        _length(config, args),
-    )
-
-
-def _length(config: SugarConfig, args: SugarTrainingConfig) -> int:
-    return args.max_length or config.get_text_config().max_position_embeddings
+    parts = {name: size for name, size in parts.items() if size}
+    trainable = sum(parameter.numel() for parameter in learned)
+    return MemoryEstimate(parts, parameters, trainable, args.per_device_train_batch_size, length)
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -187,16 +162,16 @@ def _mark_quantized(model: SugarForConditionalGeneration, quantization_config: B
             module.requires_grad_(False)
 
 
-def _constants(module: nn.Linear, quantization_config: BitsAndBytesConfig) -> int:
-    """Bytes of the constants that go with a quantized weight: a maximum of every 64 values and the table of the 16
-    levels; with double quantization the maxima are bytes, with a maximum of every 256 and a table of their own. In 8
-    bits, one maximum a row."""
+def _quantized_bytes(module: nn.Linear, quantization_config: BitsAndBytesConfig) -> int:
+    """A quantized weight with its constants: in 8 bits one maximum a row; in 4 bits a maximum of every 64 values and the
+    table of the 16 levels; with double quantization these maxima are bytes, with a maximum of every 256 and a table."""
+    size = module.weight.numel()
     if not quantization_config.load_in_4bit:
-        return 4 * module.out_features
-    blocks = -(-module.weight.numel() // 64)
+        return size + 4 * module.out_features
+    blocks = -(-size // 64)
     if not quantization_config.bnb_4bit_use_double_quant:
-        return 4 * (blocks + 16)
-    return blocks + 4 * (-(-blocks // 256) + 16 + 256 + 1)
+        return size // 2 + 4 * (blocks + 16)
+    return size // 2 + blocks + 4 * (-(-blocks // 256) + 16 + 256 + 1)
 
 
 def _optimizer_bytes(name: str, parameters: list[nn.Parameter]) -> int:
@@ -209,15 +184,7 @@ def _optimizer_bytes(name: str, parameters: list[nn.Parameter]) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """
-    Counts the bytes of the tensors that are made while it is entered.
-
-    Attributes:
-        now (`int`):
-            Of those that are alive.
-        peak (`int`):
-            The most that were.
-    """
+    """Counts the bytes of the tensors that are made while it is entered: `now` alive, and at most (`peak`)."""
 
     def __init__(self):
         super().__init__()
@@ -242,9 +209,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _peak(trained: nn.Module, model: SugarForConditionalGeneration, args: SugarTrainingConfig) -> int:
+def _peak(trained: nn.Module, model: SugarForConditionalGeneration, args: SugarTrainingConfig, length: int) -> int:
     """Most bytes alive in one training step, beside weights, gradients and optimizer states."""
-    batch_size, length = args.per_device_train_batch_size, _length(model.config, args)
+    batch_size = args.per_device_train_batch_size
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     trained.train()
     if args.gradient_checkpointing:
