@@ -35,7 +35,7 @@ from test_trainer import caption, config, conversation, rows
 
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer
 from hf_sugar.cli.main import main
-from hf_sugar.training.card import model_card
+from hf_sugar.hub import model_card
 
 
 # Whatever of this machine could be in a file: where the tests and their files are, who runs them, the token.

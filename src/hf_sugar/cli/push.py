@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 from huggingface_hub import CommitInfo
 
-from hf_sugar.training.hub import push_checkpoint
+from hf_sugar.hub import push_checkpoint
 
 from .arguments import parse
 
@@ -54,7 +54,7 @@ class PushArguments:
 
 def push(args: PushArguments) -> CommitInfo:
     """
-    Publish a checkpoint directory, see [`~training.hub.push_checkpoint`].
+    Publish a checkpoint directory, see [`~hub.push_checkpoint`].
 
     Args:
         args ([`PushArguments`]):

@@ -634,7 +634,7 @@ class SugarForConditionalGeneration(SugarPreTrainedModel, GenerationMixin):
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # What `push_to_hub` is about to upload. Where this file runs as remote code, it keeps the card of transformers.
         try:
-            from hf_sugar.training.hub import complete_directory
+            from hf_sugar.hub import complete_directory
         except ModuleNotFoundError:
             pass
         else:

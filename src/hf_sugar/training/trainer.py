@@ -23,15 +23,15 @@ from hf_sugar.alignment import label_matrix
 from hf_sugar.data.checks import text_rows, validate_rows
 from hf_sugar.data.rows import answer_to_image, conversation_row, load_image, row_name, undecoded
 from hf_sugar.evaluation.tasks import embedder, image_text_retrieval
+from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id, run_facts, write_card
+from hf_sugar.hub.push import push_checkpoint
 from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.models.modeling_sugar import ADAPTER_SUBFOLDER
 from hf_sugar.models.processing_sugar import fill_images
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 
-from .card import CITATION, dataset_names, is_hub_id, run_facts, write_card
 from .collator import RowFilter, SugarCollator
 from .config import SugarTrainingConfig
-from .hub import push_checkpoint
 from .loss import StructureLoss
 
 
@@ -569,7 +569,7 @@ class SugarTrainer(SFTTrainer):
         **kwargs,
     ):
         """
-        Save, and publish the result: see [`~training.hub.push_checkpoint`]. Optimizer states, training arguments and
+        Save, and publish the result: see [`~hub.push_checkpoint`]. Optimizer states, training arguments and
         everything else in `args.output_dir` stay where they are.
 
         Args:
@@ -584,7 +584,7 @@ class SugarTrainer(SFTTrainer):
             private (`bool`, *optional*):
                 Whether a new repository is private. Defaults to `args.hub_private_repo`.
             kwargs:
-                `base_model`, `license`, `tags` and `create_pr` of [`~training.hub.push_checkpoint`].
+                `base_model`, `license`, `tags` and `create_pr` of [`~hub.push_checkpoint`].
 
         Returns:
             [`~huggingface_hub.CommitInfo`], or a `Future` of it if `blocking=False`; `None` on other processes.

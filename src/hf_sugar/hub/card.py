@@ -1,7 +1,6 @@
 """The model card of a checkpoint, written from what the run left in its directory."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,13 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, metadata_load
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from hf_sugar.evaluation.metrics import Figure, report_table
-from hf_sugar.evaluation.report import environment
+from ..evaluation.metrics import Figure
+from ..evaluation.report import environment, report_table
+from ..files import replacing
 
 
 if TYPE_CHECKING:
-    from .trainer import SugarTrainer
+    from ..training import SugarTrainer
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 RUN_FILE = "sugar_run.json"
@@ -77,18 +77,7 @@ def public_name(name_or_path: str) -> str:
 
 
 def stated_license(name_or_path: str, api: HfApi | None = None) -> dict[str, Any]:
-    """
-    The licence that the card of a model states.
-
-    Args:
-        name_or_path (`str`):
-            Directory or Hub id.
-        api ([`~huggingface_hub.HfApi`], *optional*):
-            What to ask the Hub with. Without it only directories are looked at.
-
-    Returns:
-        `dict`: as far as they are stated `license`, `license_name` and `license_link`.
-    """
+    """`license`, `license_name` and `license_link` as the card of a directory or (with `api`) of a Hub id states them."""
     data: Any = None
     card = Path(name_or_path) / "README.md"
     if card.is_file():
@@ -107,7 +96,7 @@ def _license_name(stated: dict[str, Any]) -> str | None:
 
 
 def dataset_names(dataset) -> list[str]:
-    """Hub ids and file names that `datasets` recorded of where a dataset came from; nothing where it did not."""
+    """Hub ids and file names that `datasets` recorded of where a dataset came from."""
     names = []
     for source in dataset.info.download_checksums or {}:
         hub = re.match(r"hf://datasets/([\w.-]+/[\w.-]+?)@", source)
@@ -116,16 +105,8 @@ def dataset_names(dataset) -> list[str]:
 
 
 def run_facts(trainer: "SugarTrainer") -> dict[str, Any]:
-    """
-    What the card says of a training run. Local paths are cut to their last component, so this can be shown to anyone.
-
-    Args:
-        trainer ([`SugarTrainer`]):
-            After (or during) training.
-
-    Returns:
-        `dict`: ready for `json.dump`.
-    """
+    """What the card says of a training run, for `json.dump`. Of local paths only the last component is kept, so that it can
+    be shown to anyone."""
     settings = trainer.args.to_dict()
     unused = {"num_train_epochs" if trainer.args.max_steps > 0 else "max_steps"}
     if not trainer.args.structure_weight:
@@ -202,9 +183,6 @@ def model_card(
             Further tags.
         api ([`~huggingface_hub.HfApi`], *optional*):
             What to ask the Hub for licences with. Without it nobody is asked.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]
     """
     directory = Path(directory)
     repo_id = repo_id or directory.absolute().name
@@ -259,27 +237,14 @@ def model_card(
 
 
 def write_card(directory: str | Path, facts: dict[str, Any], **kwargs) -> None:
-    """
-    Leave the facts of a run in a checkpoint directory, and a card made of them unless somebody wrote one by hand.
-
-    Args:
-        directory (`str` or `Path`):
-            Where the model has been saved.
-        facts (`dict`):
-            From [`run_facts`].
-        kwargs:
-            Arguments of [`model_card`].
-    """
+    """Leave the facts of a run (see [`run_facts`]) in a checkpoint directory, and a card made of them (`kwargs` as in
+    [`model_card`]) unless somebody wrote one by hand."""
     directory = Path(directory)
-    _write(directory / RUN_FILE, json.dumps(facts, indent=2) + "\n")
+    with replacing(directory / RUN_FILE) as file:
+        file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if writes_card(directory):
-        _write(directory / "README.md", str(model_card(directory, **kwargs)))
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+        with replacing(directory / "README.md") as file:
+            file.write_text(str(model_card(directory, **kwargs)), encoding="utf-8")
 
 
 def _public_sources(value: Any) -> Any:

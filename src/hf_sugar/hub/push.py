@@ -5,9 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
-from hf_sugar import __version__
-from hf_sugar.models.modeling_sugar import ADAPTER_SUBFOLDER
-
+from .. import __version__
+from ..models.modeling_sugar import ADAPTER_SUBFOLDER
 from .card import is_foreign, is_hub_id, model_card, public_name, read_json, writes_card
 
 
@@ -37,19 +36,8 @@ _FILES = (
 
 
 def checkpoint_files(directory: str | Path) -> list[Path]:
-    """
-    The files of a Sugar checkpoint that are published.
-
-    Args:
-        directory (`str` or `Path`):
-            Full checkpoint or adapter directory, as [`SugarTrainer.save_model`] writes it.
-
-    Returns:
-        `list[Path]`: relative to the directory.
-
-    Raises:
-        `ValueError`: if the directory is not a Sugar checkpoint, or lacks its weights or its processor.
-    """
+    """The files of a full checkpoint or adapter directory that are published, relative to it. Raises a `ValueError` where
+    it is not a Sugar checkpoint, or lacks its weights or its processor."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory: name the directory of a Sugar checkpoint.")
@@ -73,23 +61,9 @@ def checkpoint_files(directory: str | Path) -> list[Path]:
 
 
 def public_configs(directory: str | Path, api: HfApi, base_model: str | None = None) -> dict[str, bytes]:
-    """
-    The configuration files that name the backbone of an adapter, without the names of this machine.
-
-    Args:
-        directory (`str` or `Path`):
-            Full checkpoint or adapter directory.
-        api ([`~huggingface_hub.HfApi`]):
-            Finds the commit of `base_model`.
-        base_model (`str`, *optional*):
-            Hub id of the backbone, to be written into them.
-
-    Returns:
-        `dict[str, bytes]`: contents by path in the repository; empty for a full checkpoint.
-
-    Raises:
-        `ValueError`: if the adapter was trained on a local directory and `base_model` does not say where others find it.
-    """
+    """The configuration files that name the backbone of an adapter, by path in the repository, without names of this
+    machine: with those of `base_model`, a Hub id, if it is given. Empty for a full checkpoint. Raises a `ValueError` where
+    the adapter was trained on a local directory and `base_model` does not say where others find it."""
     directory = Path(directory)
     config = read_json(directory / "config.json")
     backbone = config.get("backbone_name_or_path")
@@ -184,18 +158,9 @@ def push_checkpoint(
 
 
 def complete_directory(directory: str | Path, repo_id: str, name_or_path: str) -> None:
-    """
-    Make ready what a model's own `push_to_hub` is about to upload: configurations without the names of this machine, and
-    a card in place of the empty one of transformers.
-
-    Args:
-        directory (`str` or `Path`):
-            Where the model was saved for this purpose.
-        repo_id (`str`):
-            Where it goes.
-        name_or_path (`str`):
-            Where the model was loaded from.
-    """
+    """Make ready the directory that a model's own `push_to_hub` is about to upload to `repo_id`: configurations without the
+    names of this machine, and a card in place of the empty one of transformers. `name_or_path` is where the model was
+    loaded from."""
     directory = Path(directory)
     api = HfApi(library_name="hf_sugar", library_version=__version__)
     for name, content in public_configs(directory, api).items():
