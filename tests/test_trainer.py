@@ -476,10 +476,18 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import test_trainer as t
 from hf_sugar import SugarTrainer
+from peft import LoraConfig
+backbone, teachers, path = sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+settings = dict(max_steps=3, teacher_cache_dir=sys.argv[6])
+"""
+
+COMPARED = (
+    WORKER
+    + """
 trainer = SugarTrainer(
-    sys.argv[2],
-    t.config(sys.argv[4], json.loads(sys.argv[3]), positions_per_sample=99, flip_captions=False, max_steps=3,
-             per_device_train_batch_size=int(sys.argv[5]), train_sampling_strategy="sequential", teacher_cache_dir=sys.argv[6]),
+    backbone,
+    t.config(path, teachers, positions_per_sample=99, flip_captions=False,
+             per_device_train_batch_size=int(sys.argv[5]), train_sampling_strategy="sequential", **settings),
     train_dataset=t.rows([t.conversation, t.story], 16),
 )
 trainer.train()
@@ -487,27 +495,69 @@ if trainer.is_world_process_zero():
     keys = ("loss", "generative_loss", "structure_loss", "grad_norm")
     print("RESULT", json.dumps({key: t.history(trainer, key) for key in keys}))
 """
+)
+
+EVALUATED_FIRST = (
+    WORKER
+    + """
+found = {}
+for kind, lora, kwargs in [("full", None, {}), ("lora", LoraConfig(r=4), {}), ("on_start", LoraConfig(r=4), {"eval_on_start": True})]:
+    data = t.rows([t.conversation, t.caption], 16)
+    args = t.config(path, teachers, eval_strategy="steps", eval_steps=2, **settings, **kwargs)
+    trainer = SugarTrainer(backbone, args, train_dataset=data, eval_dataset=data.select(range(8)), peft_config=lora)
+    if not kwargs:
+        trainer.evaluate()
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+    first, second = trainer.accelerator.gather(weights).chunk(2)
+    found[kind] = [type(trainer.model_wrapped).__name__, torch.equal(first, second)]
+if trainer.is_world_process_zero():
+    print("RESULT", json.dumps(found))
+"""
+)
+
+
+def launch(script, processes, backbone, teachers, tmp_path, batch=4):
+    """What a script prints, in processes that talk to one another over gloo."""
+    file = tmp_path / "worker.py"
+    file.write_text(script)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        str(file),
+    ]
+    arguments = [
+        str(Path(__file__).parent),
+        backbone,
+        json.dumps(teachers),
+        str(tmp_path / str(processes)),
+        str(batch),
+    ]
+    result = subprocess.run(
+        [*command, *arguments, str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, result.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT")), result.stderr
 
 
 def test_two_processes_equal_one(backbone, teachers, tmp_path):
     """Same global batch: the structure loss compares the positions of both processes with one another."""
-
-    def run(processes, batch):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        script = tmp_path / "worker.py"
-        script.write_text(WORKER)
-        arguments = [str(Path(__file__).parent), backbone, json.dumps(teachers), str(tmp_path / str(processes))]
-        result = subprocess.run(
-            [sys.executable, *launch, str(script), *arguments, str(batch), str(tmp_path / "cache")],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        )
-        lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
-        assert lines, result.stderr[-3000:]
-        return json.loads(lines[0].removeprefix("RESULT"))
-
-    one, two = run(1, 8), run(2, 4)
+    one, _ = launch(COMPARED, 1, backbone, teachers, tmp_path, batch=8)
+    two, logged = launch(COMPARED, 2, backbone, teachers, tmp_path, batch=4)
     for key, values in one.items():
         assert two[key] == pytest.approx(values, abs=1e-5, rel=1e-5), key
+    assert "FutureWarning" not in logged
+
+
+def test_ranks_agree_when_evaluated_first(backbone, teachers, tmp_path):
+    """accelerate takes a model that was prepared for an evaluation as it is, without DDP."""
+    found, _ = launch(EVALUATED_FIRST, 2, backbone, teachers, tmp_path)
+    assert found == {kind: ["DistributedDataParallel", True] for kind in ("full", "lora", "on_start")}

@@ -1,8 +1,13 @@
 from dataclasses import InitVar, dataclass, field
 
+import torch
+from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
 from ..alignment.kernel import _check_delta
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -181,6 +186,14 @@ class SugarTrainingConfig(SFTConfig):
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teachers"]
 
     def __post_init__(self, load_in_4bit: bool, on_bad_row: str):
+        # Defaults that the machine decides: TRL's are those of a recent GPU, and an error anywhere else.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None and not self.fp16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
+            self.bf16 = False
+            logger.info_once("This machine has no GPU with bfloat16: `bf16` is off.")
+        # TRL sets what transformers 5.23 calls `activation_checkpointing` and warns of; 5.20 has only the old name
+        if "activation_checkpointing" in self.__dataclass_fields__ and self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         self.load_in_4bit = load_in_4bit
         self.on_bad_row = on_bad_row

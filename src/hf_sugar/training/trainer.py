@@ -1,4 +1,5 @@
 import copy
+import functools
 import logging
 import re
 import types
@@ -9,8 +10,7 @@ from typing import Any
 
 import PIL.Image
 import torch
-import torch.distributed.nn.functional as distributed
-from accelerate.utils import is_peft_model, pad_across_processes
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -32,6 +32,7 @@ from hf_sugar.teachers import TeacherCache, TripleEncoder
 
 from .collator import RowFilter, SugarCollator
 from .config import SugarTrainingConfig
+from .gather import gather_rows
 from .loss import StructureLoss
 
 
@@ -49,30 +50,42 @@ class FusedSugarOutput(FusedCausalLMOutput):
 
 def add_structure_head(model: SugarForConditionalGeneration) -> None:
     """
-    Let a model that has TRL's fused LM head also return slice embeddings from the same pass.
+    Let a model that has TRL's fused LM head also return slice embeddings from the same pass. A copy of the model computes
+    with its own weights.
 
     Args:
         model ([`SugarForConditionalGeneration`]):
             Model patched by [`~trl.trainer.utils.add_fused_lm_head`].
     """
-    fused_forward = model.forward
+    # For anything but the fused head TRL's function goes on to the forward that this very object had, which a copy would
+    # ask for its answers (seen in TRL 1.16; nothing to be done here once it looks that forward up on `self`).
+    fused_forward = model.forward.__func__
 
+    @functools.wraps(type(model).forward)
     def forward(self, *args, slice_ids=None, fused_lm_head=False, **kwargs):
-        if slice_ids is None:
-            return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
         if not fused_lm_head:
-            return fused_forward(*args, slice_ids=slice_ids, **kwargs)
+            return type(self).forward(self, *args, slice_ids=slice_ids, **kwargs)
+        if slice_ids is None:
+            return fused_forward(self, *args, fused_lm_head=True, **kwargs)
         # The fused head keeps the hidden states to itself; a hook on the module below it sees them.
         seen = []
         hook = self.base_model.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
         try:
-            output = fused_forward(*args, fused_lm_head=True, **kwargs)
+            output = fused_forward(self, *args, fused_lm_head=True, **kwargs)
         finally:
             hook.remove()
         embeddings, mask = self.project_slices(seen[0], slice_ids)
         return FusedSugarOutput(**output, embeddings=embeddings, embedding_mask=mask)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _forget_preparation(model: PreTrainedModel) -> None:
+    """Take back what accelerate did to a model for another trainer, or for an evaluation. From 1.14 on (seen in 1.15) it
+    returns a model that it has prepared once as it is: without DDP, and in the precision of that time."""
+    vars(model).pop("_is_accelerate_prepared", None)
+    if "_original_forward" in vars(model):
+        model.forward = vars(model).pop("_original_forward")
 
 
 class _TellEpoch(TrainerCallback):
@@ -274,6 +287,10 @@ class SugarTrainer(SFTTrainer):
                 eval_dataset = {key: good_rows.filter(value, key) for key, value in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = good_rows.filter(eval_dataset, "eval_dataset")
+        for module in (model, base, base.vlm):
+            _forget_preparation(module)
+        if not hasattr(base.vlm, "_hf_hook"):  # by which accelerate spreads a model over devices
+            vars(base.vlm).pop("forward", None)  # of another trainer that had the backbone
         projector = base.retrieval_projector
         exact = copy.deepcopy([projector.linear_1, projector.linear_2])
         super().__init__(
@@ -307,6 +324,13 @@ class SugarTrainer(SFTTrainer):
             self.add_callback(_TellSkipped(good_rows))
         self._eval_collator = SugarCollator(processing_class, self._max_length, embed_slices)
         self.structure_loss = StructureLoss(reduction=args.structure_reduction)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        # An evaluation before the training has prepared the bare model. What DDP, FSDP or DeepSpeed have wrapped stays so.
+        if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            _forget_preparation(self.model)
+            self.accelerator._models.clear()
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _send_telemetry(self):
         # TRL reports the start of a training over the network; nobody asked for that here.
@@ -427,16 +451,11 @@ class SugarTrainer(SFTTrainer):
         embeddings = embeddings[sample, place]
         prefixes = torch.stack([sample, place + 1], dim=1)
 
-        if self.args.gather_across_devices and self.accelerator.num_processes > 1:
-            embeddings = _gather_with_gradient(self.accelerator, embeddings)
-            rank = self.accelerator.process_index
-            prefixes[:, 0] += rank * len(modality)
-            counts = self.accelerator.gather(torch.tensor([len(prefixes)], device=prefixes.device)).tolist()
-            padded = pad_across_processes(prefixes)
-            gathered = self.accelerator.gather(padded).split(len(padded))
-            prefixes = torch.cat([rows[:count] for rows, count in zip(gathered, counts)])
-            teacher_embeddings = self.accelerator.gather(pad_across_processes(teacher_embeddings, dim=1))
-            modality = self.accelerator.gather(pad_across_processes(modality, dim=1, pad_index=-1))
+        if self.args.gather_across_devices:
+            samples = gather_rows(sample.new_tensor([[len(modality)]]))  # of each process
+            prefixes[:, 0] += samples[: self.accelerator.process_index].sum()
+            embeddings, prefixes = gather_rows(embeddings), gather_rows(prefixes)
+            teacher_embeddings, modality = gather_rows(teacher_embeddings), gather_rows(modality, padding=-1)
             present = modality >= 0
 
         # rows that stay out of the structure loss have no slices here, and the labels know only those that have
@@ -652,11 +671,3 @@ def _for_language_model(peft_config, model: SugarForConditionalGeneration):
         peft_config.exclude_modules = rf"(?!{re.escape(name)}\.).*"
     peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), "retrieval_projector"})
     return peft_config
-
-
-def _gather_with_gradient(accelerator, embeddings: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes in the order of their ranks; each process may have another number of them."""
-    counts = accelerator.gather(torch.tensor([len(embeddings)], device=embeddings.device)).tolist()
-    padded = torch.cat([embeddings, embeddings.new_zeros(max(counts) - len(embeddings), embeddings.shape[1])])
-    gathered = distributed.all_gather(padded)
-    return torch.cat([rows[:count] for rows, count in zip(gathered, counts)])
