@@ -30,7 +30,7 @@ from hf_sugar import (  # noqa: E402
 from hf_sugar.cli.main import main  # noqa: E402
 from hf_sugar.cli.train import ModelArguments, quantization_config  # noqa: E402
 from hf_sugar.memory import LiveBytes, estimate_memory  # noqa: E402
-from hf_sugar.training.trainer import _train_through_4bit  # noqa: E402
+from hf_sugar.training.loading import train_through_4bit  # noqa: E402
 
 
 ROWS = [conversation, caption, story]
@@ -181,7 +181,7 @@ def test_reloads(trained):
     )
     model = SugarForConditionalGeneration.from_pretrained(directory, quantization_config=quantization)
     assert any(isinstance(module, Linear4bit) for module in model.modules())
-    _train_through_4bit(model)  # packed, the arithmetic is another
+    train_through_4bit(model)  # packed, the arithmetic is another
     torch.testing.assert_close(embeddings(model, batch), expected, atol=1e-6, rtol=0)
 
     full = SugarForConditionalGeneration.from_pretrained(directory)

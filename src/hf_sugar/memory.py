@@ -19,7 +19,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from .models import SugarConfig, SugarForConditionalGeneration
 from .training.config import SugarTrainingConfig
-from .training.trainer import _for_language_model
+from .training.loading import for_language_model
 
 
 GIB = 2**30
@@ -101,7 +101,7 @@ def estimate_memory(
         parameters = model.num_parameters()
         if quantization_config is not None:
             _mark_quantized(model, quantization_config)
-        trained = model if peft_config is None else get_peft_model(model, _for_language_model(peft_config, model))
+        trained = model if peft_config is None else get_peft_model(model, for_language_model(peft_config, model))
     if quantization_config is not None:
         for name, parameter in trained.named_parameters():  # as TRL and SugarTrainer do
             if parameter.requires_grad and "lora_" in name and "lora_magnitude_vector" not in name:

@@ -12,7 +12,7 @@ from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_rep
 from hf_sugar.memory import MemoryEstimate, estimate_memory
 from hf_sugar.models import SugarConfig
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
-from hf_sugar.training.trainer import _projector_settings
+from hf_sugar.training.loading import projector_settings
 
 from .arguments import StreamedDataArguments, parse
 
@@ -68,7 +68,7 @@ def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint to train.")
     stored, _ = SugarConfig.get_config_dict(model.model_name_or_path, revision=model.model_revision)
     if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
-        stored = {**stored, **_projector_settings(args)}
+        stored = {**stored, **projector_settings(args)}
     config = SugarConfig.from_dict(stored)
     dtype = config.vlm_config.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype)
     return estimate_memory(

@@ -1,10 +1,7 @@
 import copy
-import functools
 import logging
-import re
-import types
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +9,13 @@ import PIL.Image
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from peft import PeftModel
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from hf_sugar.alignment import label_matrix
 from hf_sugar.data.checks import text_rows, validate_rows
@@ -25,7 +23,7 @@ from hf_sugar.data.rows import answer_to_image, conversation_row, load_image, ro
 from hf_sugar.evaluation.tasks import embedder, image_text_retrieval
 from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id, run_facts, write_card
 from hf_sugar.hub.push import push_checkpoint
-from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
+from hf_sugar.models import SugarForConditionalGeneration
 from hf_sugar.models.modeling_sugar import ADAPTER_SUBFOLDER
 from hf_sugar.models.processing_sugar import fill_images
 from hf_sugar.teachers import TeacherCache, TripleEncoder
@@ -33,59 +31,21 @@ from hf_sugar.teachers import TeacherCache, TripleEncoder
 from .collator import RowFilter, SugarCollator
 from .config import SugarTrainingConfig
 from .gather import gather_rows
+from .loading import (
+    add_structure_head,
+    enter,
+    for_language_model,
+    forget_preparation,
+    is_quantized,
+    load_model,
+    load_processor,
+    require_vision,
+    train_through_4bit,
+)
 from .loss import StructureLoss
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class FusedSugarOutput(FusedCausalLMOutput):
-    """TRL's output with the slice embeddings. They are part of what forward returns, so that DDP sees the projector's
-    parameters used in it."""
-
-    embeddings: torch.Tensor | None = None
-    embedding_mask: torch.Tensor | None = None
-
-
-def add_structure_head(model: SugarForConditionalGeneration) -> None:
-    """
-    Let a model that has TRL's fused LM head also return slice embeddings from the same pass. A copy of the model computes
-    with its own weights.
-
-    Args:
-        model ([`SugarForConditionalGeneration`]):
-            Model patched by [`~trl.trainer.utils.add_fused_lm_head`].
-    """
-    # For anything but the fused head TRL's function goes on to the forward that this very object had, which a copy would
-    # ask for its answers (seen in TRL 1.16; nothing to be done here once it looks that forward up on `self`).
-    fused_forward = model.forward.__func__
-
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, slice_ids=None, fused_lm_head=False, **kwargs):
-        if not fused_lm_head:
-            return type(self).forward(self, *args, slice_ids=slice_ids, **kwargs)
-        if slice_ids is None:
-            return fused_forward(self, *args, fused_lm_head=True, **kwargs)
-        # The fused head keeps the hidden states to itself; a hook on the module below it sees them.
-        seen = []
-        hook = self.base_model.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
-        try:
-            output = fused_forward(self, *args, fused_lm_head=True, **kwargs)
-        finally:
-            hook.remove()
-        embeddings, mask = self.project_slices(seen[0], slice_ids)
-        return FusedSugarOutput(**output, embeddings=embeddings, embedding_mask=mask)
-
-    model.forward = types.MethodType(forward, model)
-
-
-def _forget_preparation(model: PreTrainedModel) -> None:
-    """Take back what accelerate did to a model for another trainer, or for an evaluation. From 1.14 on (seen in 1.15) it
-    returns a model that it has prepared once as it is: without DDP, and in the precision of that time."""
-    vars(model).pop("_is_accelerate_prepared", None)
-    if "_original_forward" in vars(model):
-        model.forward = vars(model).pop("_original_forward")
 
 
 class _TellEpoch(TrainerCallback):
@@ -121,6 +81,14 @@ class _ShuffledLengthGroups(LengthGroupedSampler):
         yield from [index for n in order for index in batches[n]] + indices[whole * self.batch_size :]
 
 
+_REFUSED = {
+    "data_collator": "the trainer's own marks the slices. Subclass `SugarTrainer` instead.",
+    "compute_loss_func": "it would take a second forward pass. Subclass `SugarTrainer` instead.",
+    "formatting_func": "it would hide the slices of a row. Format the dataset before.",
+    "model_init": "pass the model, its Hub id or directory as `model`.",
+}
+
+
 class SugarTrainer(SFTTrainer):
     """
     [`~trl.SFTTrainer`] with the structure loss of [Sugar](https://huggingface.co/papers/2411.00304):
@@ -151,8 +119,9 @@ class SugarTrainer(SFTTrainer):
     ```
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Hub id or directory of a plain backbone or of a full Sugar checkpoint; or a model.
+        model (`str` or `Path` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Hub id or directory of a plain backbone, a full Sugar checkpoint or an adapter repository; or a model. An adapter
+            is trained on, or with a `peft_config` merged first, into a full model in `merged` of `output_dir`.
         args ([`SugarTrainingConfig`], *optional*):
             Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -185,7 +154,7 @@ class SugarTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel",
+        model: "str | Path | PreTrainedModel | PeftModel",
         args: SugarTrainingConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
@@ -194,31 +163,34 @@ class SugarTrainer(SFTTrainer):
         peft_config=None,
         **kwargs,
     ):
+        # Args
+        if isinstance(model, Path):
+            model = str(model)
+        if not isinstance(model, str):
+            require_vision(model)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SugarTrainingConfig(f"{name.split('/')[-1]}-Sugar")
-        for name in ("data_collator", "compute_loss_func", "formatting_func"):
+        elif not isinstance(args, SugarTrainingConfig):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}. Pass a `SugarTrainingConfig`, which has all settings of `SFTConfig` and "
+                "those of the structure loss."
+            )
+        for name, remedy in _REFUSED.items():
             if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` cannot be combined with the structure loss: the trainer's own collator marks the slices, "
-                    "and its own loss reads their embeddings from the one forward pass. Subclass `SugarTrainer` instead."
-                )
+                raise ValueError(f"`{name}` cannot be combined with the structure loss: {remedy}")
         if args.label_smoothing_factor > 0:
             raise ValueError("`label_smoothing_factor` needs a second forward pass; set it to 0 with `SugarTrainer`.")
-
-        if quantization_config is None and args.load_in_4bit:
-            quantization_config = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
-        if quantization_config is not None and not isinstance(model, str):
+        if args.push_to_hub and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
-                "`quantization_config` and `load_in_4bit` apply while a model is loaded, and this one is. Pass its Hub id or "
-                "directory, or pass the quantization to its `from_pretrained`."
+                f"`hub_strategy={args.hub_strategy.value!r}` publishes optimizer states and training_args.bin, a pickle with the "
+                "paths and tokens of this machine. Set it to 'every_save' or 'end'."
             )
+        args = copy.copy(args)  # TRL changes some, in the parts of it too
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)
 
+        # Datasets
         self._structure = args.structure_weight > 0
         validate = args.on_bad_row == "error"
         train_dataset = _prepared(train_dataset, "train_dataset", validate)
@@ -229,106 +201,89 @@ class SugarTrainer(SFTTrainer):
         elif eval_dataset is not None:
             eval_dataset = _prepared(eval_dataset, "eval_dataset", validate)
 
+        # Model and processor
         set_seed(args.seed)  # of a new retrieval projector
-        model_init_kwargs = dict(args.model_init_kwargs or {})
         if isinstance(model, str):
-            if processing_class is None:
-                processing_class = SugarProcessor.from_pretrained(model, revision=model_init_kwargs.get("revision"))
-            if quantization_config is not None:
-                model_init_kwargs["quantization_config"] = quantization_config
-            if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-                model_init_kwargs["device_map"] = None
-            stored, _ = SugarConfig.get_config_dict(model, revision=model_init_kwargs.get("revision"))
-            if stored.get("backbone_name_or_path") is not None:
-                raise ValueError(
-                    f"{model} is an adapter repository. To train on, load it, `merge_and_unload` it, save it with its "
-                    "processor and name that directory; or resume the run that made it (`resume_from_checkpoint`)."
-                )
-            if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
-                model_init_kwargs = {**_projector_settings(args), **model_init_kwargs}
-            model = create_model_from_path(model, SugarForConditionalGeneration, **model_init_kwargs)
+            revision = (args.model_init_kwargs or {}).get("revision")
+            loaded = load_model(model, args, quantization_config)
+            processing_class = load_processor(processing_class, model, args, revision)
             args.model_init_kwargs = None
-        elif not is_peft_model(model) and not isinstance(model, SugarForConditionalGeneration):
-            model = SugarForConditionalGeneration.from_vlm(model, **_projector_settings(args))
-        base = model.get_base_model() if is_peft_model(model) else model
-        if not isinstance(base, SugarForConditionalGeneration):
-            raise TypeError(
-                f"The adapters are on a {type(base).__name__}, which has no retrieval projector. Wrap the backbone with "
-                "`SugarForConditionalGeneration.from_vlm` before adding adapters, or pass `peft_config`."
-            )
-        if processing_class is None:
-            processing_class = SugarProcessor.from_pretrained(get_config_model_id(base.config))
-        processing_class = SugarProcessor.from_processor(processing_class)
-        if peft_config is not None:
-            peft_config = _for_language_model(peft_config, base)
-
-        if args.push_to_hub and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+        elif quantization_config is not None or args.load_in_4bit:
             raise ValueError(
-                f"`hub_strategy={args.hub_strategy.value!r}` publishes optimizer states and training_args.bin, a pickle with the "
-                "paths and tokens of this machine. Set it to 'every_save' or 'end'."
+                "`quantization_config` and `load_in_4bit` apply while a model is loaded, and this one is. Pass its Hub id or "
+                "directory, or pass the quantization to its `from_pretrained`."
             )
+        else:
+            loaded = model
+            processing_class = load_processor(processing_class, loaded.config.name_or_path, args)
+        model = enter(loaded, args, peft_config)
+        base = model.get_base_model() if is_peft_model(model) else model
+        if peft_config is not None:
+            peft_config = for_language_model(peft_config, base)
         adapter = peft_config is not None or is_peft_model(model)
         if args.push_to_hub and adapter and not is_hub_id(base.config.name_or_path):
             raise ValueError(
                 f"`push_to_hub`: the backbone {base.config.name_or_path} is not on the Hub, so nobody else could load an "
                 "adapter of it. Name the backbone by its Hub id, or push after training: `hf-sugar push` with `--base_model`."
             )
-        # what the model card says about the run
-        self.teachers: dict[str, str] = {}
-        self.dataset_names = dataset_names(train_dataset) if train_dataset is not None else []
 
         # SFTTrainer would cut at `max_length`; the collator refuses longer rows instead.
-        self._max_length = args.max_length or base.config.get_text_config().max_position_embeddings
+        max_length = args.max_length or base.config.get_text_config().max_position_embeddings
         args.max_length = None
         if args.on_bad_row == "skip":
-            good_rows = RowFilter(SugarCollator(processing_class, self._max_length))
+            good_rows = RowFilter(SugarCollator(processing_class, max_length))
             train_dataset = good_rows.filter(train_dataset, "train_dataset")
             if isinstance(eval_dataset, dict):
                 eval_dataset = {key: good_rows.filter(value, key) for key, value in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = good_rows.filter(eval_dataset, "eval_dataset")
-        for module in (model, base, base.vlm):
-            _forget_preparation(module)
-        if not hasattr(base.vlm, "_hf_hook"):  # by which accelerate spreads a model over devices
-            vars(base.vlm).pop("forward", None)  # of another trainer that had the backbone
+
         projector = base.retrieval_projector
         exact = copy.deepcopy([projector.linear_1, projector.linear_2])
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
-        args.max_length = self._max_length
-        if any(getattr(part, "is_quantized", False) for part in (base, base.vlm)):  # whichever was loaded
+        with warnings.catch_warnings():
+            # PEFT 0.21 reads it by the name that transformers 5.23 warns of
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        args.max_length = max_length
+
+        # What TRL does to a model that is otherwise here
+        if is_quantized(base):
             # TRL casts all that QLoRA trains to bfloat16; the projector stays as exact as it was
             for layer, kept in zip([base.retrieval_projector.linear_1, base.retrieval_projector.linear_2], exact):
                 layer.to(kept.weight.dtype).load_state_dict(kept.state_dict())
-            _train_through_4bit(base)
+            train_through_4bit(base)
         if is_peft_model(self.model) and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             # Upstream lets gradients start at every embedding, so that the frozen vision tower would be kept and run
             # backwards for nothing. Those of the tokens are enough, unless checkpointing is reentrant.
             base.disable_input_require_grads()
             base.enable_input_require_grads = base.vlm.get_decoder().enable_input_require_grads
-        add_structure_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        add_structure_head(base)
 
+        # Teachers, collators and loss
+        self.teachers: dict[str, str] = {}  # what the model card says of the run
+        self.dataset_names = dataset_names(self.train_dataset)
         embed_slices = self._teacher_embeddings() if self._structure else None
         self.data_collator = SugarCollator(
-            processing_class, self._max_length, embed_slices, self._structure and args.flip_captions, args.seed
+            processing_class, max_length, embed_slices, self._structure and args.flip_captions, args.seed
         )
         self.add_callback(_TellEpoch(self.data_collator))
         if args.on_bad_row == "skip":
             self.add_callback(_TellSkipped(good_rows))
-        self._eval_collator = SugarCollator(processing_class, self._max_length, embed_slices)
+        self._eval_collator = SugarCollator(processing_class, max_length, embed_slices)
         self.structure_loss = StructureLoss(reduction=args.structure_reduction)
 
     def _prepare_for_training(self, *args, **kwargs):
         # An evaluation before the training has prepared the bare model. What DDP, FSDP or DeepSpeed have wrapped stays so.
         if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            _forget_preparation(self.model)
+            forget_preparation(self.model)
             self.accelerator._models.clear()
         return super()._prepare_for_training(*args, **kwargs)
 
@@ -643,31 +598,3 @@ def _prepared(dataset, name: str, validate: bool = True):
     if validate and isinstance(dataset, Dataset):
         validate_rows(dataset, name)
     return undecoded(dataset)
-
-
-def _train_through_4bit(model: SugarForConditionalGeneration):
-    """At the first forward in evaluation mode bitsandbytes packs 4-bit weights for the CPU, and through packed weights no
-    gradient passes, with no more than a warning: unpack them and leave them so."""
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.state_dict()  # unpacks, but for a rounding of the constants
-            module.support_avx512bf16_for_cpu = False
-
-
-def _projector_settings(args: SugarTrainingConfig) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("retrieval_dim", "retrieval_hidden_size", "image_pooling")}
-
-
-def _for_language_model(peft_config, model: SugarForConditionalGeneration):
-    """The PEFT configuration with the retrieval projector among the modules saved whole, and everything outside of the
-    language model excluded: `q_proj` is a name that vision towers use too."""
-    decoder = model.vlm.get_decoder()
-    name = next(name for name, module in model.named_modules() if module is decoder)
-    if peft_config.target_modules is None:
-        peft_config.target_modules = ["q_proj", "v_proj"]
-    if peft_config.exclude_modules is None:
-        peft_config.exclude_modules = rf"(?!{re.escape(name)}\.).*"
-    peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), "retrieval_projector"})
-    return peft_config

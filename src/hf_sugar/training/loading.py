@@ -1,0 +1,289 @@
+"""How a model comes into the trainer. Whatever it is given as, it leaves as a Sugar model, or as a PEFT model around one,
+that can be trained and whose result loads in one line; or it is refused."""
+
+import copy
+import functools
+import logging
+import re
+import types
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
+
+from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
+from hf_sugar.models.modeling_sugar import PEFT_PREFIX
+
+from .config import SugarTrainingConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    name: str, args: SugarTrainingConfig, quantization_config: BitsAndBytesConfig | None = None
+) -> SugarForConditionalGeneration:
+    """
+    Load a plain backbone, a full Sugar checkpoint or an adapter repository as TRL loads models.
+
+    Args:
+        name (`str`):
+            Hub id or directory.
+        args ([`SugarTrainingConfig`]):
+            `model_init_kwargs`, and what a new retrieval projector is like.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Defaults to what `args.load_in_4bit` says.
+
+    Raises:
+        `ValueError`: if it is not an image-text-to-text model.
+    """
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is None and args.load_in_4bit:
+        quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    stored, _ = SugarConfig.get_config_dict(name, revision=kwargs.get("revision"))
+    backbone = SugarConfig.from_dict(stored).vlm_config
+    if type(backbone) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(f"{name} is a {backbone.model_type}, not an image-text-to-text model such as LLaVA.")
+    if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
+        kwargs = {**projector_settings(args), **kwargs}
+    return create_model_from_path(name, SugarForConditionalGeneration, **kwargs)
+
+
+def load_processor(
+    processor: ProcessorMixin | None, name: str, args: SugarTrainingConfig, revision: str | None = None
+) -> SugarProcessor:
+    """
+    The processor as the trainer needs it: a copy of the one that is given, or the one saved with the model.
+
+    Raises:
+        `TypeError`, `ValueError`: if there is none, or it cannot pad or read images.
+    """
+    if processor is None:
+        if not name:
+            raise ValueError("The model has no name to load a processor by: pass it as `processing_class`.")
+        processor = SugarProcessor.from_pretrained(name, revision=revision)
+    elif not isinstance(processor, ProcessorMixin):
+        raise TypeError(
+            f"`processing_class` is a {type(processor).__name__}, which reads no images. Pass the processor of the model, "
+            "as `AutoProcessor.from_pretrained` gives it."
+        )
+    processor = SugarProcessor.from_processor(copy.deepcopy(processor))
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = args.pad_token or tokenizer.eos_token  # as TRL does
+        if tokenizer.pad_token is None:
+            raise ValueError("The tokenizer has neither a padding nor an end-of-sequence token: set its `pad_token`.")
+        logger.info("The tokenizer has no padding token; %r is used and saved as such.", tokenizer.pad_token)
+    if "patch_size" in vars(processor) and processor.patch_size is None:
+        raise ValueError(
+            "The processor has no `patch_size`, without which the tokens of an image cannot be counted: set it to that of "
+            "the vision tower (`model.config.vision_config.patch_size`)."
+        )
+    return processor
+
+
+def require_vision(model: Any) -> None:
+    """
+    Refuse what is no image-text-to-text model.
+
+    Raises:
+        `TypeError`: naming what it is.
+    """
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        if not isinstance(base, SugarForConditionalGeneration):
+            raise TypeError(
+                f"The adapters are on a {type(base).__name__}, which has no retrieval projector. Wrap the backbone with "
+                "`SugarForConditionalGeneration.from_vlm` before adding adapters, or pass it with `peft_config`."
+            )
+    elif not isinstance(model, SugarForConditionalGeneration):
+        known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(getattr(model, "config", None)), ())
+        if not isinstance(model, known):
+            raise TypeError(
+                f"`model` is a {type(model).__name__}, not an image-text-to-text model such as "
+                "LlavaForConditionalGeneration, nor its Hub id or directory."
+            )
+
+
+def enter(
+    model: PreTrainedModel | PeftModel, args: SugarTrainingConfig, peft_config: PeftConfig | None = None
+) -> PreTrainedModel | PeftModel:
+    """
+    A model, as it was loaded or is given, made ready for the trainer.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A plain backbone is wrapped. An adapter that came with a Sugar model is gone on with, or merged if there is a
+            `peft_config`.
+        args ([`SugarTrainingConfig`]):
+            What a new retrieval projector is like; and `output_dir`, where a merged model is saved, so that there is a
+            backbone for the new adapter to name.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The adapter that is going to be added.
+
+    Raises:
+        `TypeError`, `ValueError`: if it cannot be trained, or what would be saved could not be loaded.
+    """
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        if peft_config is not None:
+            raise ValueError(
+                "`model` has an adapter: `merge_and_unload` it, or leave out `peft_config` to train it on."
+            )
+    else:
+        if not isinstance(model, SugarForConditionalGeneration):
+            model = SugarForConditionalGeneration.from_vlm(model, **projector_settings(args))
+        base = model
+        if base._active_adapter() is not None:
+            model = _go_on(base) if peft_config is None else _merged(base, args)
+
+    if peft_config is not None:
+        if peft_config.is_prompt_learning:
+            raise ValueError(
+                f"`peft_config`: {type(peft_config).__name__} adds tokens that belong to no slice. Use LoRA."
+            )
+    elif isinstance(model, PeftModel):
+        base._active_adapter()  # refuses several
+        if not isinstance(base.retrieval_projector, ModulesToSaveWrapper):
+            raise ValueError(
+                "The adapter leaves out the retrieval projector. Add it to its configuration "
+                "(`modules_to_save=['retrieval_projector']`), or pass the model without adapter, and `peft_config`."
+            )
+    elif is_quantized(base):
+        raise ValueError("The weights are quantized, and cannot be trained: pass `peft_config` to train an adapter.")
+    if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No weight of `model` can be trained (`requires_grad`); load its adapter with `is_trainable`."
+        )
+
+    for module in (model, base, base.vlm):
+        forget_preparation(module)
+    if not hasattr(base.vlm, "_hf_hook"):  # by which accelerate spreads a model over devices
+        vars(base.vlm).pop("forward", None)  # of another trainer that had the backbone
+    return model
+
+
+def _go_on(model: SugarForConditionalGeneration) -> PeftModel:
+    """The adapter that a model was loaded with, as PEFT trains it."""
+    adapter = model._active_adapter()
+    config = copy.deepcopy(model.peft_config[adapter])
+    config.inference_mode = False
+    weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    weights = {PEFT_PREFIX + name: weight.clone() for name, weight in weights.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the model has an adapter: it is made anew in the same layers
+        model = get_peft_model(model, config, adapter_name=adapter)
+    set_peft_model_state_dict(model, weights, adapter)
+    return model
+
+
+def _merged(model: SugarForConditionalGeneration, args: SugarTrainingConfig) -> SugarForConditionalGeneration:
+    model.merge_and_unload()
+    directory = Path(args.output_dir, "merged")
+    if args.process_index == 0:
+        model.save_pretrained(directory)
+    model.config.name_or_path = model.name_or_path = str(directory)
+    model.config._commit_hash = None
+    logger.info(
+        "The adapter of the model is merged into it, and `peft_config` adds a new one: it belongs to %s.", directory
+    )
+    return model
+
+
+def is_quantized(base: SugarForConditionalGeneration) -> bool:
+    """Whether a Sugar model, or the backbone that was wrapped, has quantized weights."""
+    return any(getattr(module, "is_quantized", False) for module in (base, base.vlm))
+
+
+def forget_preparation(model: PreTrainedModel) -> None:
+    """Take back what accelerate did to a model for another trainer, or for an evaluation. From 1.14 on (seen in 1.15) it
+    returns a model that it has prepared once as it is: without DDP, and in the precision of that time."""
+    vars(model).pop("_is_accelerate_prepared", None)
+    if "_original_forward" in vars(model):
+        model.forward = vars(model).pop("_original_forward")
+
+
+def train_through_4bit(model: SugarForConditionalGeneration) -> None:
+    """At the first forward in evaluation mode bitsandbytes packs 4-bit weights for the CPU, and through packed weights no
+    gradient passes, with no more than a warning (seen in 0.50): unpack them and leave them so."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.state_dict()  # unpacks, but for a rounding of the constants
+            module.support_avx512bf16_for_cpu = False
+
+
+def projector_settings(args: SugarTrainingConfig) -> dict[str, Any]:
+    """Fields of [`SugarConfig`] that the training configuration sets where the retrieval projector is made new."""
+    return {name: getattr(args, name) for name in ("retrieval_dim", "retrieval_hidden_size", "image_pooling")}
+
+
+def for_language_model(peft_config: PeftConfig, model: SugarForConditionalGeneration) -> PeftConfig:
+    """A copy of the PEFT configuration with the retrieval projector among the modules saved whole, and everything outside
+    of the language model excluded: `q_proj` is a name that vision towers use too."""
+    peft_config = copy.deepcopy(peft_config)
+    decoder = model.vlm.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    if peft_config.target_modules is None:
+        peft_config.target_modules = ["q_proj", "v_proj"]
+    if peft_config.exclude_modules is None:
+        peft_config.exclude_modules = rf"(?!{re.escape(name)}\.).*"
+    peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), "retrieval_projector"})
+    return peft_config
+
+
+@dataclass
+class FusedSugarOutput(FusedCausalLMOutput):
+    """TRL's output with the slice embeddings. They are part of what forward returns, so that DDP sees the projector's
+    parameters used in it."""
+
+    embeddings: torch.Tensor | None = None
+    embedding_mask: torch.Tensor | None = None
+
+
+def add_structure_head(model: SugarForConditionalGeneration) -> None:
+    """
+    Let a model that has TRL's fused LM head also return slice embeddings from the same pass. A copy of the model computes
+    with its own weights.
+
+    Args:
+        model ([`SugarForConditionalGeneration`]):
+            Model patched by [`~trl.trainer.utils.add_fused_lm_head`].
+    """
+    # For anything but the fused head TRL's function goes on to the forward that this very object had, which a copy would
+    # ask for its answers (seen in TRL 1.16; nothing to be done here once it looks that forward up on `self`).
+    fused_forward = model.forward.__func__
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, slice_ids=None, fused_lm_head=False, **kwargs):
+        if not fused_lm_head:
+            return type(self).forward(self, *args, slice_ids=slice_ids, **kwargs)
+        if slice_ids is None:
+            return fused_forward(self, *args, fused_lm_head=True, **kwargs)
+        # The fused head keeps the hidden states to itself; a hook on the module below it sees them.
+        seen = []
+        hook = self.base_model.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+        try:
+            output = fused_forward(self, *args, fused_lm_head=True, **kwargs)
+        finally:
+            hook.remove()
+        embeddings, mask = self.project_slices(seen[0], slice_ids)
+        return FusedSugarOutput(**output, embeddings=embeddings, embedding_mask=mask)
+
+    model.forward = types.MethodType(forward, model)
