@@ -116,7 +116,8 @@ class RetrievalProjector(nn.Module):
         self.linear_2 = nn.Linear(hidden, config.retrieval_dim, bias=False, dtype=torch.float32)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(hidden_states.to(self.linear_1.weight.dtype))))
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.linear_2(self.act(self.linear_1(hidden_states.to(self.linear_1.weight.dtype))))
 
 
 class SugarPreTrainedModel(PreTrainedModel):
