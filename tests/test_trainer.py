@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer, SugarTrainingConfig
 from hf_sugar.alignment import IMAGE, TEXT, label_matrix
+from hf_sugar.cli.train import EstimatedTrainingConfig
 from hf_sugar.training import SugarCollator
 
 
@@ -274,8 +276,8 @@ def outputs(model, processor):
 class TestModels:
     """Every way a model comes in. What is saved loads in one line and computes the same."""
 
-    @staticmethod
     @pytest.fixture(scope="class")
+    @staticmethod
     def first(backbone, teachers, tmp_path_factory):
         """An adapter repository, and what its model computes."""
         path = tmp_path_factory.mktemp("first")
@@ -566,6 +568,21 @@ class TestErrors:
     def test_settings_out_of_range(self, tmp_path, kwargs):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             config(tmp_path, **kwargs)
+
+
+class TestDefaults:
+    def test_machine_without_gpu(self, tmp_path, caplog, monkeypatch):
+        """TRL's defaults are those of a GPU with bfloat16; what is asked for stays."""
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        with caplog.at_level("INFO"), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            args = SugarTrainingConfig(str(tmp_path))
+        assert (args.use_cpu, args.bf16) == (True, False)
+        assert args.gradient_checkpointing
+        assert SugarTrainingConfig(str(tmp_path), bf16=True).bf16
+        # the machine that asks what a run needs need not be the one that trains
+        assert EstimatedTrainingConfig(str(tmp_path)).bf16
+        assert not EstimatedTrainingConfig(str(tmp_path), bf16=False).bf16
 
 
 class TestSaving:

@@ -2,9 +2,15 @@
 checkpoint. Names are imported when they are first touched, so `import hf_sugar` is cheap and does not import torch."""
 
 import importlib
+import logging
 
 
 __version__ = "0.1.0.dev0"
+
+# Where `kernels` is installed, bitsandbytes 0.50 asks the Hub for a CPU kernel when PEFT or transformers import it, and
+# warns if it gets none. Nothing here uses it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+logging.getLogger("kernels.hf_hub").addFilter(lambda record: "quantization-bitsandbytes" not in record.getMessage())
 
 _MODULE_OF = {
     "SugarConfig": "models",

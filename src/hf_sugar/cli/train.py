@@ -1,3 +1,4 @@
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,16 @@ class ModelArguments(ModelConfig):
     use_bnb_nested_quant: bool = field(
         default=True, metadata={"help": "Whether the constants of 4-bit weights are quantized as well."}
     )
+
+
+@dataclass
+class EstimatedTrainingConfig(SugarTrainingConfig):
+    """[`SugarTrainingConfig`] of a run elsewhere: the machine that asks need not be the one that trains."""
+
+    def __post_init__(self, *args):
+        self.use_cpu = True
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        super().__post_init__(*args)
 
 
 @dataclass
@@ -107,6 +118,7 @@ def train(
         raise ValueError("`model_name_or_path` is not set: name the checkpoint to train.")
     if data.train_data is None:
         raise ValueError("`train_data` is not set: name the data to train on.")
+    args = copy.copy(args)
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -150,12 +162,36 @@ def train(
     return trainer
 
 
+def summary(trainer: SugarTrainer) -> str:
+    """Where the result of a training is, how the training ended, and what can be done with it."""
+    last = {}
+    for entry in trainer.state.log_history:
+        last.update(entry)
+    found = {
+        key: f"{last[key]:.4g}"
+        for key in last
+        if key.removeprefix("eval_") in ("loss", "generative_loss", "structure_loss") or "recall@" in key
+    }
+    path = trainer.args.output_dir
+    return "\n".join(
+        [
+            f"The model is in {path}, trained for {trainer.state.global_step} steps.",
+            "Last values: " + ", ".join(f"{key} {value}" for key, value in found.items()),
+            "Next:",
+            f"  hf-sugar evaluate --model_name_or_path {path} --image_text_data DATA",
+            f"  hf-sugar index --model_name_or_path {path} --data DATA --index index",
+            f"  hf-sugar search --model_name_or_path {path} --index index --query TEXT",
+            f"  hf-sugar push {path} --repo_id USER/NAME",
+        ]
+    )
+
+
 def main(argv: list[str]) -> None:
-    if "--estimate-memory" in argv or "--estimate_memory" in argv:
-        argv = [*argv, "--use_cpu", "True"]  # the machine that asks need not be the one that trains
+    planned = "--estimate-memory" in argv or "--estimate_memory" in argv
+    config = EstimatedTrainingConfig if planned else SugarTrainingConfig
     data, args, model, evaluation, action = parse(
         "train",
-        (StreamedDataArguments, SugarTrainingConfig, ModelArguments, EvaluationData, ActionArguments),
+        (StreamedDataArguments, config, ModelArguments, EvaluationData, ActionArguments),
         argv,
         "Train Sugar on a LLaVA checkpoint: supervised fine-tuning with the structure loss.",
     )
@@ -163,5 +199,7 @@ def main(argv: list[str]) -> None:
         print(estimate(args, model).table())
         return
     trainer = train(data, args, model, evaluation)
+    if trainer.is_world_process_zero():
+        print(summary(trainer))
     if args.push_to_hub:
         trainer.push_to_hub()
