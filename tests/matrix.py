@@ -6,9 +6,10 @@ import re
 import subprocess
 import sys
 import time
-import tomllib
 import venv
 from pathlib import Path
+
+import tomllib
 
 
 ROOT = Path(__file__).parents[1]
