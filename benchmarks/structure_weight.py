@@ -15,8 +15,8 @@ from hf_sugar import SugarTrainer, SugarTrainingConfig
 from hf_sugar.cli.arguments import DataArguments
 from hf_sugar.cli.demo import WORLD_LORA, WORLD_TRAINING, render_world, world_teachers
 from hf_sugar.data import load_data
-from hf_sugar.evaluation import embedder, generator
-from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks
+from hf_sugar.evaluation import EvaluationData, evaluate_tasks
+from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.world import checkpoint
 
 
@@ -65,7 +65,7 @@ def main():
             trainer.train()
             model, processor = trainer.model.eval(), trainer.processing_class
             with torch.no_grad():
-                results = evaluate_tasks(evaluation, embedder(model, processor), generator(model, processor))
+                results = evaluate_tasks(evaluation, SugarEmbedder(model, processor), SugarGenerator(model, processor))
             print(f"{weight} | {seed} | " + " | ".join(f"{results[name].value:.1f}" for name in SHOWN), flush=True)
 
 

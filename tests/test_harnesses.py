@@ -5,8 +5,9 @@ import tiny
 from datasets import Dataset, Features, Image, Value
 
 from hf_sugar.evaluation import recall_at_k
+from hf_sugar.inference import SugarEmbedder
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
-from hf_sugar.retrieval import SugarEmbedder, SugarIndex
+from hf_sugar.retrieval import SugarIndex
 from hf_sugar.world import checkpoint, load_world
 
 
@@ -63,7 +64,7 @@ def retrieval(category, queries, corpus):
             self.data_loaded = True
 
     def run(model):
-        from hf_sugar.evaluation.mteb import MTEBModel
+        from hf_sugar.evaluation.harness_mteb import MTEBModel
 
         results = mteb.evaluate(MTEBModel(*model), Task(), cache=None)
         return results.task_results[0].scores["test"][0]

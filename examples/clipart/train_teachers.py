@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from hf_sugar.data import load_data, row_slices
-from hf_sugar.evaluation.report import image_text_pairs
+from hf_sugar.evaluation import image_text_pairs
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tiny_checkpoints"))

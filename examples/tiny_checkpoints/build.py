@@ -30,7 +30,8 @@ from transformers import (
 from trl import TrlParser
 
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer, SugarTrainingConfig
-from hf_sugar.evaluation import exact_match, generator, recall_at_k, winoground
+from hf_sugar.evaluation import exact_match, recall_at_k, winoground
+from hf_sugar.inference import SugarGenerator
 from hf_sugar.world import DESCRIBE, load_world
 from hf_sugar.world.scenes import render, scenes, story
 
@@ -199,7 +200,7 @@ def score_bert(directory: Path, split: str, args: BuildArguments) -> dict[str, f
 def score_llava(directory: Path, split: str, args: BuildArguments) -> dict[str, float]:
     """Exact match of descriptions, of the first answer about an image, and of what an earlier turn told."""
     model = SugarForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
-    generate = generator(model, SugarProcessor.from_pretrained(directory))
+    generate = SugarGenerator(model, SugarProcessor.from_pretrained(directory))
     rows = load_world("conversations", split, 2 * args.eval_size, args.image_size, args.seed)
     rows = [{**row, "messages": row["messages"][:2]} for row in rows]
     described = [row for row in rows if row["messages"][0]["content"][1]["text"] == DESCRIBE]

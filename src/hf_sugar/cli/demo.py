@@ -10,10 +10,15 @@ from peft import LoraConfig
 
 from hf_sugar.data import load_data
 from hf_sugar.distributed import distributed_state
-from hf_sugar.evaluation import embedder, generator
-from hf_sugar.evaluation.benchmarks import load_benchmarks
-from hf_sugar.evaluation.plots import plot_curves
-from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_pictures, write_report
+from hf_sugar.evaluation import (
+    EvaluationData,
+    evaluate_tasks,
+    load_benchmarks,
+    plot_curves,
+    write_pictures,
+    write_report,
+)
+from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
@@ -163,8 +168,8 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
                 for pooling, results in _untrained(trained, processor, evaluation).items():
                     columns.setdefault(f"SFT ({pooling})", []).append(results)
             else:
-                embed = embedder(trained, processor, progress=True)
-                generate = generator(trained, processor, progress=True)
+                embed = SugarEmbedder(trained, processor, progress=True)
+                generate = SugarGenerator(trained, processor, progress=True)
                 results = evaluate_tasks(evaluation, embed, generate)
                 for name, benchmark in benchmarks.items():
                     results |= {f"{name}/{metric}": value for metric, value in benchmark.run(embed, generate).items()}
@@ -183,7 +188,6 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
         output_dir,
         evaluation,
         embed,
-        _prefix_embedder(trained, processor),
         embed_teachers,
         encoder.split,
         logs,
@@ -227,7 +231,7 @@ def render_world(directory: Path, data: DataArguments, evaluation: EvaluationDat
             Gets all of its fields.
 
     Returns:
-        `dict[str, dict]`: settings of [`~evaluation.benchmarks.load_benchmarks`].
+        `dict[str, dict]`: settings of [`~evaluation.load_benchmarks`].
     """
     held_out = {"test": 320, "test_unseen": 320}
     sizes = {
@@ -274,13 +278,13 @@ def render_world(directory: Path, data: DataArguments, evaluation: EvaluationDat
 
 def _untrained(model, processor, evaluation: EvaluationData) -> dict[str, dict[str, Any]]:
     """Results of the hidden states of a model whose projector has not been trained, pooled in two ways."""
-    last = embedder(model, processor, project=False, progress=True)
-    mean = embedder(model, processor, project=False, pooling="mean", progress=True)
+    last = SugarEmbedder(model, processor, project=False, progress=True)
+    mean = SugarEmbedder(model, processor, project=False, pooling="mean", progress=True)
     retrieval = EvaluationData(
         evaluation.image_text_data, evaluation.interleaved_data, None, evaluation.winoground_data
     )
     return {
-        "last": evaluate_tasks(evaluation, last, generator(model, processor, progress=True)),
+        "last": evaluate_tasks(evaluation, last, SugarGenerator(model, processor, progress=True)),
         "mean": evaluate_tasks(retrieval, mean),
     }
 
@@ -290,18 +294,6 @@ def _teacher_embedder(encoder: TripleEncoder):
 
     def embed(items):
         return encoder.encode(list(items))[:, encoder.split or 0 :].numpy()
-
-    return embed
-
-
-def _prefix_embedder(model, processor):
-    """Embeddings of every prefix of documents."""
-
-    @torch.no_grad()
-    def embed(documents):
-        inputs = processor.embed_inputs(documents).to(model.device)
-        embeddings, mask = model.embed_slices(**inputs)
-        return [row[present.bool()].float().cpu().numpy() for row, present in zip(embeddings, mask)]
 
     return embed
 

@@ -1,12 +1,16 @@
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from hf_sugar.distributed import distributed_state
-from hf_sugar.evaluation import embedder, generator, load_benchmarks, plot_curves
-from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_report
-from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
+from hf_sugar.evaluation import EvaluationData, load_benchmarks, load_tasks, plot_curves, write_report
+from hf_sugar.evaluation.tasks import run_tasks
+from hf_sugar.hub.card import RUN_FILE
+from hf_sugar.inference import SugarEmbedder, SugarGenerator
+from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 
 from .arguments import parse
 
@@ -30,9 +34,14 @@ class EvaluateArguments:
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Longest generated answer.
         untrained (`bool`, *optional*, defaults to `False`):
-            Whether to leave out the retrieval projector and compare pooled hidden states: for a plain backbone.
+            Whether to leave out the retrieval projector and compare pooled hidden states. A plain backbone, or a model
+            trained with `structure_weight` 0, is always measured so.
+        on_bad_row (`str`, *optional*, defaults to `"error"`):
+            `"error"` stops at the first malformed row, `"skip"` leaves malformed rows out and says how many.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a report that is in `output_dir`.
         benchmarks (`dict`, *optional*):
-            For each published benchmark, by its name in [`~evaluation.benchmarks.BENCHMARKS`], where its files are:
+            For each published benchmark, by its name in [`~evaluation.published.BENCHMARKS`], where its files are:
             the arguments of its class. In YAML; examples/paper_table.yaml has them all.
         tasks (`list[str]`, *optional*):
             Names of the benchmarks to run. By default all that `benchmarks` has.
@@ -47,8 +56,14 @@ class EvaluateArguments:
     batch_size: int = field(default=32, metadata={"help": "Items in one forward pass."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer."})
     untrained: bool = field(
-        default=False, metadata={"help": "Compare pooled hidden states, without the retrieval projector."}
+        default=False,
+        metadata={"help": "Compare pooled hidden states, without the retrieval projector; always so for a plain one."},
     )
+    on_bad_row: str = field(
+        default="error",
+        metadata={"help": "What to do with a malformed row: 'error' or 'skip'.", "choices": ["error", "skip"]},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the report that is in `output_dir`."})
     benchmarks: dict | str | None = field(
         default=None, metadata={"help": "In YAML: where the files of published benchmarks are, by their names."}
     )
@@ -68,7 +83,7 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
             On what.
 
     Returns:
-        `dict`: results as [`~evaluation.report.evaluate_tasks`] gives them.
+        `dict`: results as [`~evaluation.evaluate_tasks`] gives them.
     """
     if args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint to evaluate.")
@@ -76,15 +91,28 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
         raise ValueError(
             "No data: set at least one of image_text_data, interleaved_data, generation_data, winoground_data, benchmarks."
         )
-    # what is wrong with their files shows before the model is loaded
+    output_dir = Path(args.output_dir)
+    if (output_dir / "report.json").exists() and not args.overwrite:
+        raise ValueError(
+            f"`output_dir` {output_dir} holds a report already. Name another directory, or set `overwrite` to replace it."
+        )
+    # what is wrong with the data shows before the model is loaded
     benchmarks = load_benchmarks(args.benchmarks or {}, args.tasks)
+    tasks = load_tasks(data, args.split, args.on_bad_row)
+    notes = []
+    if reason := untrained_projector(args.model_name_or_path):
+        args.untrained = True
+        notes.append(f"The retrieval projector is not trained ({reason}): pooled hidden states are compared instead.")
+    elif args.untrained:
+        notes.append("Pooled hidden states are compared, without the retrieval projector.")
+
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = SugarForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=dtype)
     model.to(distributed_state().device)
     processor = SugarProcessor.from_pretrained(args.model_name_or_path)
-    embed = embedder(model, processor, args.batch_size, project=not args.untrained, progress=True)
-    generate = generator(model, processor, args.batch_size, args.max_new_tokens, progress=True)
-    results = evaluate_tasks(data, embed, generate, args.split)
+    embed = SugarEmbedder(model, processor, args.batch_size, project=not args.untrained, progress=True)
+    generate = SugarGenerator(model, processor, args.batch_size, args.max_new_tokens, progress=True)
+    results = run_tasks(tasks, embed, generate)
     paper: dict[str, float] = {}
     pictures = []
     title = Path(args.model_name_or_path).name
@@ -92,7 +120,7 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
     def report() -> str:
         runs = {**({"paper (7B)": paper} if paper else {}), title: results}
         settings = {**vars(args), **vars(data)}
-        return write_report(args.output_dir, f"Evaluation of {title}", runs, settings, pictures=pictures)
+        return write_report(output_dir, f"Evaluation of {title}", runs, settings, notes, pictures)
 
     table = report()
     for name, benchmark in benchmarks.items():
@@ -101,13 +129,26 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
         results |= {f"{name}/{metric}": value for metric, value in found.items()}
         paper |= {f"{name}/{metric}": value for metric, value in benchmark.paper.items()}
         if benchmark.axis:
-            plot_curves(found, Path(args.output_dir) / f"{name}.png", benchmark.axis, benchmark.paper)
+            plot_curves(found, output_dir / f"{name}.png", benchmark.axis, benchmark.paper)
             pictures.append((f"{name}.png", f"{name}: results by {benchmark.axis}, with 95% intervals."))
         table = report()  # each may take hours: what is done is kept if the next one fails
     print(table)
     return results
 
 
+def untrained_projector(name_or_path: str) -> str | None:
+    """Why the retrieval projector of a checkpoint is known to be random, if it is."""
+    config, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    if config.get("model_type") != SugarConfig.model_type:
+        return f"{Path(name_or_path).name} is a plain {config.get('model_type')!r} model"
+    run = Path(name_or_path) / RUN_FILE
+    if run.is_file() and json.loads(run.read_text(encoding="utf-8"))["settings"].get("structure_weight") == 0:
+        return "it was trained with `structure_weight` 0"
+    return None
+
+
 def main(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model_name_or_path", *argv]
     args, data = parse("evaluate", (EvaluateArguments, EvaluationData), argv, "Measure retrieval and generation.")
     evaluate(args, data)

@@ -7,9 +7,8 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_sugar.data import load_data
-from hf_sugar.evaluation import embedder, generator
-from hf_sugar.evaluation.plots import plot_losses
-from hf_sugar.evaluation.report import EvaluationData, evaluate_tasks, write_report
+from hf_sugar.evaluation import EvaluationData, evaluate_tasks, plot_losses, write_report
+from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.memory import MemoryEstimate, estimate_memory
 from hf_sugar.models import SugarConfig
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
@@ -147,8 +146,8 @@ def train(
     if evaluation is not None and evaluation.any() and trainer.is_world_process_zero():
         results = evaluate_tasks(
             evaluation,
-            embedder(trainer.model, trainer.processing_class, args.per_device_eval_batch_size, progress=True),
-            generator(trainer.model, trainer.processing_class, args.per_device_eval_batch_size, progress=True),
+            SugarEmbedder(trainer.model, trainer.processing_class, args.per_device_eval_batch_size, progress=True),
+            SugarGenerator(trainer.model, trainer.processing_class, args.per_device_eval_batch_size, progress=True),
         )
         plot_losses(trainer.state.log_history, Path(args.output_dir) / "losses.png")
         table = write_report(

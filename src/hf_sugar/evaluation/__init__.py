@@ -1,38 +1,53 @@
-"""Retrieval and answering tasks, their metrics with confidence intervals, and plots."""
+"""Retrieval and answering tasks, their metrics with confidence intervals, reports and plots. Names are imported when they
+are first touched: matplotlib is not loaded by what draws nothing."""
 
-from .benchmarks import BENCHMARKS, load_benchmarks
-from .metrics import Figure, bootstrap_interval, ranks, recall_at_k, report_table, to_dict
-from .plots import plot_alignment, plot_curves, plot_gallery, plot_losses, plot_similarities
-from .tasks import (
-    WINOGROUND_CHANCE,
-    embedder,
-    exact_match,
-    generator,
-    image_text_retrieval,
-    interleaved_retrieval,
-    winoground,
-)
+import importlib
 
 
-__all__ = [
-    "BENCHMARKS",
-    "WINOGROUND_CHANCE",
-    "Figure",
-    "bootstrap_interval",
-    "embedder",
-    "exact_match",
-    "generator",
-    "image_text_retrieval",
-    "interleaved_retrieval",
-    "load_benchmarks",
-    "plot_alignment",
-    "plot_curves",
-    "plot_gallery",
-    "plot_losses",
-    "plot_similarities",
-    "ranks",
-    "recall_at_k",
-    "report_table",
-    "to_dict",
-    "winoground",
-]
+_MODULE_OF = {
+    "Estimate": "metrics",
+    "bootstrap_interval": "metrics",
+    "ranks": "metrics",
+    "recall_at_k": "metrics",
+    "WINOGROUND_CHANCE": "tasks",
+    "EvaluationData": "tasks",
+    "evaluate_tasks": "tasks",
+    "exact_match": "tasks",
+    "image_text_pairs": "tasks",
+    "image_text_retrieval": "tasks",
+    "interleaved_retrieval": "tasks",
+    "load_tasks": "tasks",
+    "winoground": "tasks",
+    "report_table": "report",
+    "to_dict": "report",
+    "write_report": "report",
+    "plot_alignment": "plots",
+    "plot_curves": "plots",
+    "plot_gallery": "plots",
+    "plot_losses": "plots",
+    "plot_similarities": "plots",
+    "write_pictures": "plots",
+    "BENCHMARKS": "published",
+    "load_benchmarks": "published",
+}
+# former names, for one release
+_RENAMED = {
+    "Figure": ("evaluation.metrics", "Estimate"),
+    "embedder": ("inference", "SugarEmbedder"),
+    "generator": ("inference", "SugarGenerator"),
+}
+
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"hf_sugar.evaluation.{_MODULE_OF[name]}"), name)
+    if name in _RENAMED:
+        module, name = _RENAMED[name]
+        return getattr(importlib.import_module(f"hf_sugar.{module}"), name)
+    raise AttributeError(f"module 'hf_sugar.evaluation' has no attribute '{name}'")
+
+
+def __dir__():
+    return __all__

@@ -1,8 +1,7 @@
-"""Ranks, recalls and bootstrap intervals, and the table that shows them."""
+"""Ranks, recalls and bootstrap intervals."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -11,24 +10,22 @@ BOOTSTRAP = {"confidence": 0.95, "resamples": 2000, "seed": 0}
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """
     A measured percentage with its confidence interval.
 
     Args:
         value (`float`):
             Mean over the queries, in percent.
-        low (`float`):
-            Lower end of the interval, in percent.
-        high (`float`):
-            Upper end of the interval, in percent.
+        low (`float`), high (`float`):
+            Ends of the interval, in percent.
         n (`int`):
             Number of queries the mean is taken over.
 
     Example:
 
     ```python
-    >>> print(Figure(63.1, 58.9, 67.2, 500))
+    >>> print(Estimate(63.1, 58.9, 67.2, 500))
     63.1 [58.9, 67.2]
     ```
     """
@@ -41,19 +38,9 @@ class Figure:
     @classmethod
     def from_hits(
         cls, hits: Sequence[float] | np.ndarray, groups: Sequence[int] | np.ndarray | None = None
-    ) -> "Figure":
-        """
-        Mean of per-query hits (0 or 1, or anything between) with its 95% bootstrap interval.
-
-        Args:
-            hits (`Sequence[float]` or `np.ndarray` of shape `(n,)`):
-                One value for each query.
-            groups (`Sequence[int]` or `np.ndarray` of shape `(n,)`, *optional*):
-                As in [`bootstrap_interval`].
-
-        Returns:
-            [`Figure`]: in percent.
-        """
+    ) -> "Estimate":
+        """Mean of per-query `hits` (0 or 1, or anything between) with its 95% bootstrap interval; `groups` as in
+        [`bootstrap_interval`]."""
         hits = np.asarray(hits, dtype=np.float64)
         low, high = bootstrap_interval(hits, groups=groups)
         return cls(100 * float(hits.mean()), 100 * low, 100 * high, len(hits))
@@ -114,7 +101,7 @@ def recall_at_k(
     Whether each query finds a relevant candidate among its k best ones.
 
     With several relevant candidates one of them is enough, as in image-caption retrieval with five captions an image.
-    Ties are broken pessimistically, see [`ranks`].
+    Ties are broken pessimistically, see [`ranks`], which also says what is refused.
 
     Args:
         scores (`np.ndarray` of shape `(queries, candidates)`):
@@ -126,9 +113,6 @@ def recall_at_k(
 
     Returns:
         `dict[int, np.ndarray]`: for each k the hits, of shape `(queries,)`, float64 0 or 1. Their mean is the recall.
-
-    Raises:
-        `ValueError`: as in [`ranks`].
 
     Example:
 
@@ -188,53 +172,3 @@ def bootstrap_interval(
         means[r] = sums[drawn].sum() / counts[drawn].sum()
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def to_dict(results: dict[str, Any]) -> dict[str, Any]:
-    """
-    Results of a task with every [`Figure`] turned into a `dict`, ready for `json.dump`.
-
-    Args:
-        results (`dict[str, Any]`):
-            What a task returned.
-
-    Returns:
-        `dict[str, Any]`: the same names in the same order.
-    """
-    return {name: value.to_dict() if isinstance(value, Figure) else value for name, value in results.items()}
-
-
-def report_table(runs: dict[str, dict[str, Any]]) -> str:
-    """
-    Markdown table of the results of one or several runs: a line for each metric, in the order of the run that has most,
-    and a column for each run.
-
-    Args:
-        runs (`dict[str, dict[str, Any]]`):
-            For each run (a model, a checkpoint, a setting) the results of one task, or of several merged into one
-            `dict`. Figures, numbers and counts are shown; anything longer, such as the list of misses, is left out.
-
-    Returns:
-        `str`: the table, without a line break at its end.
-
-    Example:
-
-    ```python
-    >>> print(report_table({"SFT": {"recall@1": Figure(20.0, 15.0, 25.0, 500)}, "Sugar": {"recall@1": Figure(40.0, 35.0, 45.0, 500)}}))
-    | metric | SFT | Sugar |
-    |---|---|---|
-    | recall@1 | 20.0 [15.0, 25.0] | 40.0 [35.0, 45.0] |
-    ```
-    """
-    shown = {
-        run: {m: v for m, v in results.items() if isinstance(v, Figure | int | float | str)}
-        for run, results in runs.items()
-    }
-    longest_first = sorted(shown.values(), key=len, reverse=True)
-    metrics = list(dict.fromkeys(metric for results in longest_first for metric in results))
-    lines = [["metric", *shown], ["---"] * (len(shown) + 1)]
-    lines += [[metric, *(str(results.get(metric, "")) for results in shown.values())] for metric in metrics]
-    header, rule, *body = lines
-    return "\n".join(
-        [f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(line)} |" for line in body)]
-    )

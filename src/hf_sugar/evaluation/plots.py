@@ -3,15 +3,23 @@
 import itertools
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+from ..alignment import expected_alignment, label_matrix
+from ..data.readers import load_data
+from ..data.rows import row_name, row_slices
+from ..files import replacing
+from ..inference import SugarEmbedder
+from .tasks import EvaluationData, image_text_pairs
 
 
 COLORS = ("#2f6db5", "#d9622b", "#3a9a5b", "#8a5bb0", "#c43c58", "#6b6b6b")
@@ -304,8 +312,96 @@ def _draw(ax: Axes, item: Any, frame: str | None = None, frame_width: float = 0.
 
 
 def _write(figure: Figure, path: str | os.PathLike) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=DPI)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
+
+
+def write_pictures(
+    directory: str | os.PathLike,
+    data: EvaluationData,
+    embed: SugarEmbedder,
+    embed_teachers: Callable[[list[Any]], torch.Tensor],
+    teacher_split: int | None,
+    logs: dict[str, list[dict[str, float]]],
+    delta: float = 1.0,
+    normalize: str | None = "self+count",
+    split: str = "test",
+) -> list[tuple[str, str]]:
+    """
+    The plots of a report, as far as there are data for them.
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            Where to write.
+        data ([`EvaluationData`]):
+            Documents and image-text rows to draw examples from.
+        embed ([`SugarEmbedder`]):
+            Of the trained model.
+        embed_teachers (`Callable`):
+            Gives the teacher embeddings of slices.
+        teacher_split (`int`, *optional*):
+            Size of the uni-modal half of the teacher embeddings.
+        logs (`dict[str, list[dict]]`):
+            Training log of each run.
+        delta (`float`, *optional*, defaults to `1.0`), normalize (`str`, *optional*, defaults to `"self+count"`):
+            Bandwidth and normalisation of the labels.
+        split (`str`, *optional*, defaults to `"test"`):
+            Split of datasets that have several.
+
+    Returns:
+        `list[tuple[str, str]]`: file names and captions.
+    """
+    directory = Path(directory)
+    pictures = []
+    plot_losses(list(logs.values()), directory / "losses.png", list(logs))
+    pictures.append(("losses.png", "Generative and structure loss over the training steps."))
+
+    for source in _first_source(data.interleaved_data):
+        rows = load_data(source, split)
+        documents = [row_slices(rows[index], row_name(rows[index], index)) for index in range(min(8, len(rows)))]
+        lengths = [len(document) for document in documents]
+        teachers = embed_teachers([item for document in documents for item in document])
+        modality = torch.tensor([int(not isinstance(item, str)) for document in documents for item in document])
+        offsets = torch.tensor([0, *np.cumsum(lengths)])
+        prefixes = torch.tensor([(d, length) for d, n in enumerate(lengths) for length in range(1, n + 1)])
+        triple = {} if teacher_split is None else {"modality": modality, "split": teacher_split}
+        labels, _ = label_matrix(teachers, offsets, prefixes, delta=delta, normalize=normalize, **triple)
+        predicted = np.concatenate(embed.every_slice(documents))
+        plot_similarities(labels.numpy(), predicted @ predicted.T, directory / "similarities.png")
+        pictures.append(("similarities.png", "Labels and predicted cosines of every prefix of eight documents."))
+
+        first, second = (slice(int(offsets[d]), int(offsets[d + 1])) for d in (0, 1))
+        expected = expected_alignment(
+            teachers[first],
+            teachers[second],
+            delta=delta,
+            **({} if teacher_split is None else {"modality_x": modality[first], "modality_y": modality[second]}),
+            split=teacher_split,
+        )
+        plot_alignment(expected.numpy(), documents[0], documents[1], directory / "alignment.png")
+        pictures.append(("alignment.png", "Expected alignment of two documents under the teachers' similarity."))
+
+    for source in _first_source(data.image_text_data):
+        images, texts = image_text_pairs(load_data(source, split))
+        vectors = {"image": embed(images), "text": embed(texts)}
+        lines = []
+        for n in range(min(3, len(images))):
+            for kind, items, query, truth in (
+                ("image", images, texts[n], images[n]),
+                ("text", texts, images[n], texts[n]),
+            ):
+                of_query = vectors["text" if kind == "image" else "image"][n]
+                best = np.argsort(-(vectors[kind] @ of_query), kind="stable")[:5].tolist()
+                correct = [texts[hit] == texts[n] for hit in best]
+                lines.append(
+                    {"query": query, "truth": truth, "hits": [items[hit] for hit in best], "correct": correct}
+                )
+        plot_gallery(lines, directory / "gallery.png")
+        pictures.append(("gallery.png", "Queries, the truth, and the five best candidates of the trained model."))
+    return pictures
+
+
+def _first_source(sources: Any) -> list[Any]:
+    if isinstance(sources, dict) and "path" not in sources:
+        return list(sources.values())[:1]
+    return [sources] if sources else []

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, metadata_load
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from ..evaluation.metrics import Figure
+from ..evaluation.metrics import Estimate
 from ..evaluation.report import environment, report_table
 from ..files import replacing
 
@@ -217,7 +217,9 @@ def model_card(
         eval_results=eval_results,
     )
     runs = {
-        run_name: {metric: Figure(**value) if isinstance(value, dict) else value for metric, value in results.items()}
+        run_name: {
+            metric: Estimate(**value) if isinstance(value, dict) else value for metric, value in results.items()
+        }
         for run_name, results in report.get("runs", {}).items()
     }
     return ModelCard.from_template(

@@ -20,9 +20,10 @@ from trl.trainer.utils import get_config_model_id
 from hf_sugar.alignment import label_matrix
 from hf_sugar.data.checks import text_rows, validate_rows
 from hf_sugar.data.rows import answer_to_image, conversation_row, load_image, row_name, undecoded
-from hf_sugar.evaluation.tasks import embedder, image_text_retrieval
+from hf_sugar.evaluation.tasks import image_text_retrieval
 from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id, run_facts, write_card
 from hf_sugar.hub.push import push_checkpoint
+from hf_sugar.inference import SugarEmbedder
 from hf_sugar.models import SugarForConditionalGeneration
 from hf_sugar.models.modeling_sugar import ADAPTER_SUBFOLDER
 from hf_sugar.models.processing_sugar import fill_images
@@ -461,7 +462,7 @@ class SugarTrainer(SFTTrainer):
         if len(images) < 2:
             return {}
         model = self.accelerator.unwrap_model(self.model)
-        embed = embedder(model, self.processing_class, batch_size=self.args.per_device_eval_batch_size)
+        embed = SugarEmbedder(model, self.processing_class, batch_size=self.args.per_device_eval_batch_size)
         results = image_text_retrieval(embed, images, texts, ks=(1,))
         return {
             "image_to_text_recall@1": results["image_to_text_recall@1"].value,

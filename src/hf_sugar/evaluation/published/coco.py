@@ -3,7 +3,7 @@ from typing import ClassVar
 
 from ...data.readers import load_data
 from ...data.rows import captions_by_image
-from ..metrics import Figure
+from ..metrics import Estimate
 from ..tasks import EmbedFunction, GenerateFunction, image_text_retrieval
 
 
@@ -40,5 +40,5 @@ class Coco:
         self.images, captions = captions_by_image(load_data(source, split))
         self.captions = [texts[:5] for texts in captions]
 
-    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Figure | int]:
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         return image_text_retrieval(embed, self.images, self.captions, match_copies=False)

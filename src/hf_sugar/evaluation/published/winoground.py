@@ -2,8 +2,8 @@ import os
 from typing import Any, ClassVar
 
 from ...data.readers import load_table
-from ..metrics import Figure
-from ..tasks import EmbedFunction, GenerateFunction, winoground
+from ..metrics import Estimate
+from ..tasks import EmbedFunction, GenerateFunction, require_columns, winoground
 
 
 class Winoground:
@@ -25,11 +25,7 @@ class Winoground:
 
     def __init__(self, path: str | os.PathLike | dict[str, Any] = "facebook/winoground", split: str = "test"):
         self.rows = load_table(path, split)
-        missing = {"image_0", "image_1", "caption_0", "caption_1"} - set(self.rows.column_names)
-        if missing:
-            raise ValueError(
-                f"{path} has no column {', '.join(sorted(missing))}, but {', '.join(self.rows.column_names)}. Rename them."
-            )
+        require_columns(self.rows)
 
-    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Figure | int]:
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         return winoground(embed, self.rows)

@@ -1,18 +1,20 @@
 from typing import Any, ClassVar
 
+import numpy as np
+
 from ...data.readers import load_data
 from ...data.rows import row_name
 from ...retrieval.index import SugarIndex
 from ...retrieval.rag import rag_generator
-from ..metrics import Figure
+from ..metrics import Estimate
 from ..tasks import EmbedFunction, GenerateFunction, exact_match
 
 
 class RagGain:
     """
     What retrieval adds: exact match of the answers with the most similar answered questions of a knowledge base before
-    each question, without them, and the difference. A row of the knowledge base with the `id` of the question is not
-    shown.
+    each question, without them, and the difference. Rows of the knowledge base that ask the same about the same pictures
+    are not shown, so that a set can be its own knowledge base.
 
     Args:
         questions (source):
@@ -40,14 +42,13 @@ class RagGain:
                     f"{row_name(row, n)} of `questions` does not end with an answer. Drop it, or add one."
                 )
 
-    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Figure | int]:
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         index = SugarIndex.build(self.knowledge, embed, by="question", progress=True)
-        retrieve = rag_generator(generate, index, self.k)
         results, hits = {}, {}
-        for name, answer in (("without", generate), ("with", retrieve)):
+        for name, answer in (("without", generate), ("with", rag_generator(generate, index, self.k))):
             found = exact_match(answer, self.questions)
             results[f"exact_match_{name}_retrieval"] = found["exact_match"]
-            missed = {miss["row"] for miss in found["misses"]}
-            hits[name] = [row_name(row, n) not in missed for n, row in enumerate(self.questions.select_columns("id"))]
-        gain = [int(b) - int(a) for a, b in zip(hits["without"], hits["with"], strict=True)]
-        return {**results, "gain": Figure.from_hits(gain), "knowledge_rows": len(self.knowledge)}
+            hits[name] = np.ones(len(self.questions))
+            hits[name][[miss["index"] for miss in found["misses"]]] = 0
+        gain = Estimate.from_hits(hits["with"] - hits["without"])
+        return {**results, "gain": gain, "knowledge_rows": len(self.knowledge)}

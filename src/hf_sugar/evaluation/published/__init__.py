@@ -7,7 +7,7 @@ import inspect
 import json
 from typing import Any, ClassVar, Protocol
 
-from ..metrics import Figure
+from ..metrics import Estimate
 from ..tasks import EmbedFunction, GenerateFunction
 from .coco import Coco
 from .mmvp import MMVP
@@ -30,7 +30,7 @@ class Benchmark(Protocol):
     paper: ClassVar[dict[str, float]]
     axis: ClassVar[str]
 
-    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Figure | int]: ...
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]: ...
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {

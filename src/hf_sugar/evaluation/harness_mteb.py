@@ -29,7 +29,7 @@ class MTEBModel(AbsEncoder):
 
     ```python
     >>> import mteb
-    >>> from hf_sugar.evaluation.mteb import MTEBModel
+    >>> from hf_sugar.evaluation.harness_mteb import MTEBModel
 
     >>> mteb.evaluate(MTEBModel(model, processor), mteb.get_tasks(tasks=["Flickr30kT2IRetrieval"]))
     ```
@@ -52,23 +52,8 @@ class MTEBModel(AbsEncoder):
         )
 
     def encode(self, inputs: Any, *, batch_size: int = 32, **kwargs: Any) -> np.ndarray:
-        """
-        Embeddings of the items that mteb gives.
-
-        Args:
-            inputs (`torch.utils.data.DataLoader`):
-                Batches with `text`, `image` or both.
-            batch_size (`int`, *optional*, defaults to `32`):
-                Items in one forward pass.
-            kwargs:
-                What mteb says about the task. It changes nothing.
-
-        Returns:
-            `np.ndarray` of shape `(items, dim)`: float32, L2-normalised.
-
-        Raises:
-            `ValueError`: if a batch has neither texts nor images.
-        """
+        """Embeddings of shape `(items, dim)` of the batches of `inputs`, which hold `text`, `image` or both. What mteb says
+        about the task (`kwargs`) changes nothing."""
         self.embedder.batch_size = batch_size
         embeddings = []
         for batch in inputs:

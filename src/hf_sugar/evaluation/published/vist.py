@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..metrics import Figure, recall_at_k
+from ..metrics import Estimate, recall_at_k
 from ..tasks import EmbedFunction, GenerateFunction
 
 
@@ -74,7 +74,7 @@ class Vist:
         used = dict.fromkeys(photo for steps in stories.values() for *_, photo in steps)
         self.candidates = {photo: photographs[photo] for photo in used if photo in photographs}
 
-    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Figure | int]:
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         numbers = {photo: n for n, photo in enumerate(self.candidates)}
         stories = [[numbers[photo] for photo in story] for story in self.photographs]
         targets = [story[-1] for story in stories]
@@ -83,7 +83,7 @@ class Vist:
         for captions, photos in zip(self.captions, self.photographs, strict=True):
             parts = zip(captions, [self.candidates[photo] for photo in photos], strict=True)
             interleaved.append([part for pair in parts for part in pair][:-1])
-        results: dict[str, Figure | int] = {}
+        results: dict[str, Estimate | int] = {}
         for name, queries in (("5c", self.captions), ("5c+4i", interleaved)):
             scores = embed(queries) @ embeddings.T
             unseen = scores.copy()
@@ -92,7 +92,7 @@ class Vist:
             for suffix, values in (("", scores), ("_unseen", unseen)):
                 # several stories are told of the same photographs
                 results |= {
-                    f"{name}{suffix}_recall@{k}": Figure.from_hits(hits, groups=targets)
+                    f"{name}{suffix}_recall@{k}": Estimate.from_hits(hits, groups=targets)
                     for k, hits in recall_at_k(values, targets).items()
                 }
         return {**results, "candidates": len(numbers), "stories_left_out": self.left_out}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..metrics import Figure
+from ..metrics import Estimate
 from ..tasks import EmbedFunction, GenerateFunction
 
 
@@ -107,7 +107,7 @@ class WebQA(Sequence):
         images = [self._image(image_id) for image_id, _ in facts]
         return {"messages": [{"role": "user", "content": content}], "images": images}
 
-    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Figure | int]:
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         answers = [_YES_OR_NO.match(answer) for answer in generate(self)]
         truths = [truth for _, truth, _ in self.questions for _ in range(self.pairs)]
         hits = [
@@ -115,6 +115,6 @@ class WebQA(Sequence):
             for answer, truth in zip(answers, truths, strict=True)
         ]
         return {
-            **{f"accuracy@{n + 1}": Figure.from_hits(hits[n :: self.pairs]) for n in range(self.pairs)},
+            **{f"accuracy@{n + 1}": Estimate.from_hits(hits[n :: self.pairs]) for n in range(self.pairs)},
             "questions_left_out": self.left_out,
         }

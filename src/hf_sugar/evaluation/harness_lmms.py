@@ -10,11 +10,10 @@ from tqdm.auto import tqdm
 from ..distributed import distributed_state
 from ..inference import SugarEmbedder
 from ..models import SugarForConditionalGeneration, SugarProcessor
-from ..retrieval import SugarIndex
-from ..retrieval import SugarRAG as RAG
+from ..retrieval import SugarIndex, SugarRAG
 
 
-class SugarRAG(lmms):
+class LmmsModel(lmms):
     """
     `--model hf_sugar` of lmms-eval: every question is answered with the most similar answered questions of an index.
 
@@ -49,7 +48,7 @@ class SugarRAG(lmms):
         model = SugarForConditionalGeneration.from_pretrained(pretrained, dtype=dtype).to(state.device).eval()
         processor = SugarProcessor.from_pretrained(pretrained)
         found = None if index is None else SugarIndex.load(index, embed=SugarEmbedder(model, processor))
-        self.rag = RAG(model, processor, found, int(k))
+        self.rag = SugarRAG(model, processor, found, int(k))
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers, in the order of the requests."""
@@ -100,4 +99,4 @@ def _generation_kwargs(settings: dict[str, Any]) -> dict[str, Any]:
     return {"do_sample": sampled, **{name: settings[name] for name in names if settings.get(name) is not None}}
 
 
-MANIFEST = ModelManifest("hf_sugar", chat_class_path="hf_sugar.evaluation.lmms_eval.SugarRAG")
+MANIFEST = ModelManifest("hf_sugar", chat_class_path="hf_sugar.evaluation.harness_lmms.LmmsModel")

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..metrics import Figure
+from ..metrics import Estimate
 from ..tasks import EmbedFunction, GenerateFunction, winoground
 
 
@@ -52,7 +52,7 @@ class MMVP:
         self.statements = [(first[2], second[2]) for first, second in zip(lines[::2], lines[1::2], strict=True)]
         self.images = [images[line[0]] for line in lines]
 
-    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Figure | int]:
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         rows, prompts = [], []
         for n, (first, second) in enumerate(self.statements):
             pair = self.images[2 * n : 2 * n + 2]
@@ -67,10 +67,10 @@ class MMVP:
         patterns = np.array(self.patterns)
         return {
             "matching_pair_accuracy": winoground(embed, rows)["image_score"],
-            "qa_pair_accuracy": Figure.from_hits(pairs),
-            "qa_accuracy": Figure.from_hits(right, groups=np.arange(len(right)) // 2),
+            "qa_pair_accuracy": Estimate.from_hits(pairs),
+            "qa_accuracy": Estimate.from_hits(right, groups=np.arange(len(right)) // 2),
             **{
-                f"qa_pair_accuracy ({pattern})": Figure.from_hits(pairs[patterns == pattern])
+                f"qa_pair_accuracy ({pattern})": Estimate.from_hits(pairs[patterns == pattern])
                 for pattern in dict.fromkeys(self.patterns)
             },
         }

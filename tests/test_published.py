@@ -18,7 +18,7 @@ from PIL import Image
 from hf_sugar.cli.main import main
 from hf_sugar.data import load_data
 from hf_sugar.data.rows import load_image
-from hf_sugar.evaluation import BENCHMARKS, Figure, load_benchmarks, plot_curves, recall_at_k
+from hf_sugar.evaluation import BENCHMARKS, Estimate, load_benchmarks, recall_at_k
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.world.dataset import load_world
 
@@ -238,7 +238,7 @@ def test_mmvp(published):
     found = benchmark.run(lambda items: np.stack([_vector(item, 4) for item in items]), generate)
     assert found["qa_accuracy"].value == pytest.approx(1000 / 12)
     assert found["qa_pair_accuracy"].value == pytest.approx(400 / 6)
-    assert found["qa_pair_accuracy (Orientation)"] == Figure.from_hits([1, 0])
+    assert found["qa_pair_accuracy (Orientation)"] == Estimate.from_hits([1, 0])
     assert found["qa_pair_accuracy (Camera Perspective)"].n == 4
     # the published script: for both statements the softmax over the two images (with this salt the text score differs)
     pairs = []
@@ -299,7 +299,7 @@ def test_rag_gain(published):
     found = benchmark.run(embed, generate)
     assert found["exact_match_without_retrieval"].value == pytest.approx(50)
     assert found["exact_match_with_retrieval"].value == pytest.approx(500 / 6)
-    assert found["gain"] == Figure.from_hits([0, 0, 1, 1, 1, -1])
+    assert found["gain"] == Estimate.from_hits([0, 0, 1, 1, 1, -1])
     assert found["knowledge_rows"] == 10
 
 
@@ -371,6 +371,7 @@ def test_the_command_runs_them_all(published, tmp_path, monkeypatch):
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump({"benchmarks": published}))
     arguments = ["--model_name_or_path", str(tmp_path / "model"), "--max_new_tokens", "3", "--batch_size", "4"]
     out = ["--config", str(tmp_path / "evaluate.yaml"), "--output_dir", str(tmp_path / "out"), *arguments]
+    out.append("--overwrite")
     main(["evaluate", *out])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     results, paper = report["runs"]["model"], report["runs"]["paper (7B)"]
@@ -410,15 +411,6 @@ def test_the_example_names_every_benchmark(tmp_path, monkeypatch):
     for name in set(BENCHMARKS) - {"winoground"}:
         with pytest.raises(FileNotFoundError, match=f"benchmarks.{name}"):
             load_benchmarks(example["benchmarks"], [name])
-
-
-def test_plot_curves(tmp_path):
-    results = {f"{name}@{k}": Figure(10.0 * k, 9.0 * k, 11.0 * k, 5) for name in ("a", "b") for k in (1, 5)}
-    plot_curves({**results, "count": 3}, tmp_path / "plain.png")
-    plot_curves(results, tmp_path / "dashed.png", reference={"a@1": 50.0, "a@5": 60.0})
-    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "dashed.png").read_bytes()
-    with pytest.raises(ValueError, match="none of count is named"):
-        plot_curves({"count": 3}, tmp_path / "plain.png")
 
 
 def _trec_success(scores, relevant):
