@@ -82,7 +82,7 @@ def backbone(hub, place):
 @pytest.fixture(scope="module")
 def items(place):
     tiny.image(3).save(place / "photo.jpg")
-    return ["a red circle", str(place / "photo.jpg"), [str(place / "photo.jpg"), "what is this?"]]
+    return ["a red circle", place / "photo.jpg", [place / "photo.jpg", "what is this?"]]
 
 
 @torch.no_grad()
@@ -293,7 +293,7 @@ class TestLoad:
             (tmp_path / f"{name}.py").write_text(snippet)
             # what is there now cannot be loaded
             HfApi().upload_file(repo_id=f"me/snippet-{name}", path_in_repo="config.json", path_or_fileobj=b"{}")
-            expected[name] = embed(place / name, ["a red circle", str(tmp_path / "photo.jpg")])
+            expected[name] = embed(place / name, ["a red circle", tmp_path / "photo.jpg"])
         script = (
             "import sys; sys.modules['hf_sugar'] = None\n"
             "import json, torch; torch.set_num_threads(1); result = {}\n"

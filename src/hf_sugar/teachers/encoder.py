@@ -424,10 +424,9 @@ class TripleEncoder:
         """
         roles = {"image", "text", "cross"}
         if isinstance(teachers, str):
-            from hf_sugar.world import checkpoint
+            from hf_sugar.world import world_teachers
 
-            tiny = {"image": "dinov2", "text": "bert", "cross": "clip"}
-            sets = {"default": {}, "tiny": {role: str(checkpoint(name)) for role, name in tiny.items()}}
+            sets = {"default": {}, "tiny": world_teachers()}
             if teachers not in sets:
                 raise ValueError(
                     f"`teachers` is {teachers!r}. Use one of {', '.join(sets)}, or a mapping of image, text and cross to "
