@@ -1,5 +1,6 @@
 """Runs the tests of `make test` on the lowest, the pinned and the newest versions that pyproject.toml allows, each set in
-an environment of its own, and prints a table: `make test-matrix`, or `make test-matrix SETS=newest`."""
+an environment of its own, and prints a table: `make test-matrix`, or `make test-matrix SETS=newest`. Needs
+Python 3.11."""
 
 import argparse
 import re

@@ -230,5 +230,5 @@ def test_from_directories_and_the_hub(name, corpus, tmp_path):  # noqa: F811
 
 def test_without_gradio_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=r'pip install "hf_sugar\[app\]"'):
+    with pytest.raises(ImportError, match="its extra `app`, or `pip install gradio`"):
         main(["app", "--model_name_or_path", "model"])

@@ -1,20 +1,12 @@
 import doctest
 import importlib
-import re
-import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import test_trainer
-import tiny
 
 import hf_sugar
-
-
-README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def run(code: str) -> subprocess.CompletedProcess:
@@ -73,36 +65,3 @@ def test_help_answers_within_a_second():
         assert result.returncode == 0
         assert all(command in result.stdout for command in ("demo", "check", "prepare", "train", "evaluate"))
     assert min(times) < 1
-
-
-@pytest.mark.parametrize("quantized", [False, True], ids=["LoRA", "QLoRA"])
-def test_what_the_readme_shows_runs(quantized, tmp_path, monkeypatch, capsys):
-    """Train, load, embed, search, generate, load with the Auto classes: with a tiny backbone, and from a directory."""
-    if quantized:
-        pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    tiny.llava(hidden_size=64, vision_hidden_size=64).save_pretrained("llava")
-    tiny.processor().save_pretrained("llava")
-    tiny.image().save("photo.jpg")
-    rows = test_trainer.rows([test_trainer.conversation])
-    rows.to_parquet("rows.parquet")
-    settings = {**test_trainer.COMMON, "retrieval_dim": 16, "teachers": tiny.teachers(tmp_path / "teachers")}
-    names = {"rows": rows, "images": ["photo.jpg", tiny.image(1)], "settings": settings}
-
-    def run(opening: str, **replaced: str):
-        [block] = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if opening in b]
-        for old, new in {"llava-hf/llava-1.5-7b-hf": "llava", "me/my-sugar": "my-sugar", **replaced}.items():
-            block = block.replace(old, new)
-        exec(block, names)
-
-    run("from datasets import load_dataset", **{"structure_weight=0.3": "structure_weight=0.3, **settings"})
-    if quantized:
-        shutil.rmtree("my-sugar")
-        run("load_in_4bit=True", **{"load_in_4bit=True": "load_in_4bit=True, **settings"})
-        names["trainer"].save_model()
-    run("processor.embed_inputs(")
-    assert names["embeddings"].shape == (3, 16) and len(names["index"]) == 2
-    assert capsys.readouterr().out.strip()
-    run("registers the Auto classes")
-    assert isinstance(names["model"], hf_sugar.SugarForConditionalGeneration)

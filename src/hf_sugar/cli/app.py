@@ -47,7 +47,9 @@ class AppArguments:
 def main(argv: list[str]) -> None:
     model_args, args = parse("app", (ModelArguments, AppArguments), argv, "Search and ask in the browser.")
     if importlib.util.find_spec("gradio") is None:
-        raise ImportError('`hf-sugar app` needs Gradio: pip install "hf_sugar[app]".')
+        raise ImportError(
+            "`hf-sugar app` needs Gradio: install hf_sugar with its extra `app`, or `pip install gradio`."
+        )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     from hf_sugar.retrieval.app import build_page, launch
 

@@ -20,7 +20,7 @@ class LanceIndex:
     that many machines read and write (`s3://`, `gs://`, `az://`), or on a LanceDB server (`db://`). Search is exact until
     [`~LanceIndex.create_index`] is called.
 
-    Needs `pip install hf_sugar[lancedb]`. Documents keep their number when others are deleted.
+    Needs `lancedb`, the extra of that name. Documents keep their number when others are deleted.
 
     Args:
         uri (`str`):
