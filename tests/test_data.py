@@ -32,7 +32,7 @@ from hf_sugar.data import (
 )
 from hf_sugar.data.readers import _LAYOUTS, _SOURCE_KEYS, _BadRow, _llava_rows, _mmc4_rows
 from hf_sugar.data.rows import undecoded
-from hf_sugar.models.processing_sugar import fill_images
+from hf_sugar.models.rows_sugar import conversation_row, fill_images
 from hf_sugar.training.collator import SugarCollator
 
 
@@ -1080,7 +1080,7 @@ class TestChecks:
             ({"messages": document("x", " ")}, "messages[0].content[1].text", "is empty"),
             ({"messages": document(None, role="system")}, "messages[0].content[0]", "system message"),
             ({"messages": [{"role": "user", "content": [{"type": "video", "text": ""}]}]}, "messages[0].content[0].type", "is 'video'"),
-            ({"messages": document('[{"type": "image"}, {"type": "text", "text": "q"}]')}, "messages[0].content", "JSON text of parts"),
+            ({"messages": document('[{"type": "image"}, {"type": "text", "text": "q"}]')}, "messages[0].content[0]", "JSON text of parts"),
             ({"messages": document(None, None, "x"), "images": ["red.png"]}, "images", "1 images but `messages` has 2"),
         ],
     )  # fmt: skip
@@ -1119,6 +1119,32 @@ class TestChecks:
         dataset = Dataset.from_list([{"messages": messages}])
         assert check_rows_structure(dataset) == []
         assert check_dataset(dataset).slices_max == 2
+
+    @pytest.mark.parametrize(
+        ("value", "expected"), [(False, False), (0, False), (1, True), (True, True), (None, True), ("false", None)]
+    )
+    def test_structure(self, root, value, expected):
+        """0 and 1 are what pandas and CSV files make of booleans; a text that means nothing to Python is refused."""
+        row = chat(images=0, structure=value)
+        path = write(root / "a.jsonl", [row])
+        if expected is None:
+            for read in (lambda: validate_rows(Dataset.from_list([row])), lambda: load_data(path)):
+                with pytest.raises(ValueError, match="`structure`: is 'false'. Use true or false"):
+                    read()
+        else:
+            validate_rows(Dataset.from_list([row]))
+            assert conversation_row(row)["structure"] is load_data(path)[0]["structure"] is expected
+
+    @pytest.mark.parametrize("field", ["video", "videos", "audio", "audios"])
+    def test_other_media(self, root, field):
+        path = write(root / "a.jsonl", [llava(), llava(None, human="what?") | {field: "x.mp4"}])
+        with pytest.raises(ValueError, match=f"a.jsonl, row 2, `{field}`: is not read"):
+            load_data(path)
+        assert len(load_data(path, on_bad_row="skip")) == 1
+        rows = Dataset.from_list([chat(images=0) | {field: ["x.mp4"]}, chat(images=0) | {field: None}])
+        assert [(p.row, p.field) for p in check_dataset(rows).problems] == [(0, field)]
+        with pytest.raises(ValueError, match=f"row 0, `{field}`: is not read"):
+            validate_rows(rows)
 
     def test_damaged_by_datasets(self, root):
         texts = {"messages": [{"role": "user", "content": "when?"}, {"role": "assistant", "content": "now"}]}

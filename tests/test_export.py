@@ -70,7 +70,11 @@ def test_files_of_last_pooling(exported):
 def test_files_of_mean_pooling(exported):
     directory = exported / "mean" / "export"
     assert types(directory) == ["sugar_transformer.SugarTransformer", *STOCK[1:]]
-    assert {file.name for file in directory.rglob("*.py")} == {"sugar_transformer.py", "processing_sugar.py"}
+    assert {file.name for file in directory.rglob("*.py")} == {
+        "sugar_transformer.py",
+        "processing_sugar.py",
+        "rows_sugar.py",
+    }
     assert read(directory / "1_Pooling" / "config.json")["pooling_mode"] == "mean"
     assert read(directory / "sentence_bert_config.json")["image_pooling"] == "mean"
     assert "trust_remote_code=True" in (directory / "README.md").read_text()

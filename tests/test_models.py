@@ -297,8 +297,11 @@ class TestProcessor:
             (Path("nowhere.jpg"), r"items\[1\] names the image file 'nowhere.jpg', which does not exist"),
             (3, r"items\[1\] is a int; give a text"),
             ("an <image> here", r"items\[1\]: the text 'an <image> here' contains the image token"),
-            ({"messages": [{"role": "bot", "content": "a"}]}, r"items\[1\]: messages\[0\] has the role 'bot'"),
-            ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"1 image parts .* but 0 images"),
+            ({"messages": [{"role": "bot", "content": "a"}]}, r"items\[1\], `messages\[0\].role`: is 'bot'"),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+                r"holds 0 images but `messages` has 1 image parts",
+            ),
         ],
     )
     def test_bad_items_are_named(self, processor, item, message):

@@ -32,10 +32,10 @@ from hf_sugar import (
     SugarTrainer,
     SugarTrainingConfig,
 )
-from hf_sugar.models import configuration_sugar, modeling_sugar, processing_sugar
+from hf_sugar.models import configuration_sugar, modeling_sugar, processing_sugar, rows_sugar
 
 
-MODULES = (configuration_sugar, modeling_sugar, processing_sugar)
+MODULES = (configuration_sugar, modeling_sugar, processing_sugar, rows_sugar)
 CODE = {Path(module.__file__).name for module in MODULES}
 MODEL_CLASSES = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 TARGETS = dict(

@@ -172,7 +172,7 @@ def test_question_slices_leave_answers_and_system_out():
     assert image.getpixel((0, 0)) == (255, 0, 0) and text == "What colour?"
     conversation["messages"][-1] = message("assistant", "like this", None)
     conversation["images"] *= 2
-    with pytest.raises(ValueError, match="kb row 3: 1 image parts"):
+    with pytest.raises(ValueError, match="kb row 3, `images`: holds 2 images"):
         question_slices(conversation, "kb row 3")
 
 

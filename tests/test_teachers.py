@@ -1171,18 +1171,22 @@ def test_string_content_agrees_with_trl():
 @pytest.mark.parametrize(
     ("messages", "images", "match"),
     [
-        ([{"role": "user", "content": [{"type": "image"}]}], [], r"row 7 \(x\): 1 image parts .* but 0 images"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            [],
+            r"row 7 \(x\), `images`: holds 0 images but `messages` has 1",
+        ),
         (
             [{"role": "user", "content": "q"}, {"role": "human", "content": "a"}],
             [],
-            r"messages\[1\] has the role 'human'",
+            r"`messages\[1\].role`: is 'human'",
         ),
-        ([{"content": "q"}], [], "has the role None"),
-        ([{"role": "user", "content": [{"type": "video"}]}], [], r"messages\[0\].content\[0\] has the type 'video'"),
-        ([{"role": "user", "content": [{"type": "text", "text": " \n"}]}], [], r"content\[0\] is an empty text"),
-        ([{"role": "user", "content": [{"type": "text", "text": None}]}], [], "empty text"),
-        ([{"role": "user", "content": ""}], [], "empty text"),
-        ([{"role": "assistant", "content": "a"}], ["x.png"], "0 image parts in `messages` but 1 images"),
+        ([{"content": "q"}], [], "role`: is None"),
+        ([{"role": "user", "content": [{"type": "video"}]}], [], r"`messages\[0\].content\[0\].type`: is 'video'"),
+        ([{"role": "user", "content": [{"type": "text", "text": " \n"}]}], [], r"content\[0\].text`: is empty"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], [], "is empty"),
+        ([{"role": "user", "content": ""}], [], "content`: is empty"),
+        ([{"role": "assistant", "content": "a"}], ["x.png"], "holds 1 images but `messages` has 0"),
         (
             [{"role": "user", "content": "q"}],
             ["x.png"],

@@ -81,8 +81,8 @@ STOCK_NOTES = """- White space at the end of a text is removed: some tokenizers 
 """
 
 CUSTOM_NOTES = """- An input longer than `model.max_seq_length` is an error.
-- `trust_remote_code=True` is needed for `sugar_transformer.py` and `processing_sugar.py` in this directory, which find
-  the tokens of the last image or text. Read them, and pin a `revision` when you load from the Hub.
+- `trust_remote_code=True` is needed for `sugar_transformer.py`, `processing_sugar.py` and `rows_sugar.py` in this directory,
+  which find the tokens of the last image or text. Read them, and pin a `revision` when you load from the Hub.
 """
 
 
@@ -200,7 +200,7 @@ def export_sentence_transformers(
         }
     else:
         transformer["image_pooling"] = model.config.image_pooling
-        for file in ("sugar_transformer.py", "processing_sugar.py"):
+        for file in ("sugar_transformer.py", "processing_sugar.py", "rows_sugar.py"):
             shutil.copy(Path(__file__).parent / "models" / file, directory)
     projector = model.retrieval_projector
     files = {

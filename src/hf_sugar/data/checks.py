@@ -1,9 +1,7 @@
 """Checks of rows: the quick ones that need no image, and the thorough ones that open every image."""
 
-import datetime
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +11,9 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from hf_sugar.models.processing_sugar import ROLES, fill_images
+from hf_sugar.models.rows_sugar import UNREAD, conversation_row, fill_images, iter_slices, row_name, row_problems
 
-from .rows import conversation_row, load_image, row_name
+from .rows import load_image
 
 
 _KIND_OF = {"answers": "conversations", "captions": "captions", "text": "documents"}
@@ -149,124 +147,6 @@ def _listing(problems: list[Problem], shown: int = 5) -> str:
     return "\n".join(lines)
 
 
-def row_problems(row: dict[str, Any], num_images: int) -> list[tuple[str, str, str]]:
-    """
-    Structural problems of one row. Images are not looked at.
-
-    Args:
-        row (`dict`):
-            Row in the conversational vision format; `images` is not read.
-        num_images (`int`):
-            Number of images that belong to the row.
-
-    Returns:
-        `list[tuple[str, str, str]]`: kind, field and message of each, as in [`Problem`]; empty for a good row.
-    """
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return [
-            ("malformed", "messages", "is not a list with at least one message. Give the row its messages or drop it.")
-        ]
-    problems = []
-    image_parts = texts = answers = captions = 0
-    strings_seen = False
-    for m, message in enumerate(messages):
-        field = f"messages[{m}]"
-        if not isinstance(message, dict):
-            problems.append(("malformed", field, "is not a mapping. Write it as {'role': ..., 'content': [...]}."))
-            continue
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            problems.append(("malformed", f"{field}.role", f"is {role!r}. Use one of {', '.join(ROLES)}."))
-        image_seen = False
-        if isinstance(content, str):
-            if role == "user" and not strings_seen:
-                strings_seen = True
-                image_parts += num_images
-                image_seen = num_images > 0
-            content = [{"type": "text", "text": content}]
-        if content is not None and not isinstance(content, list):
-            problems.append(("malformed", f"{field}.content", _wrong_type(content)))
-            continue
-        if not content:
-            problems.append(("empty", f"{field}.content", "is empty. Fill it or remove the message."))
-            continue
-        for c, part in enumerate(content):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "image" and role == "system":
-                problems.append(
-                    (
-                        "malformed",
-                        f"{field}.content[{c}]",
-                        "is an image in a system message. Move it to a user message.",
-                    )
-                )
-            elif kind == "image":
-                image_parts += 1
-                image_seen = True
-            elif kind != "text":
-                problems.append(
-                    (
-                        "malformed",
-                        f"{field}.content[{c}].type",
-                        f"is {kind!r}. Every part is of the type 'text' or 'image'.",
-                    )
-                )
-            elif part.get("text") is not None and not isinstance(part["text"], str):
-                problems.append(("malformed", f"{field}.content[{c}].text", _wrong_type(part["text"])))
-            elif _is_json_of_parts(part.get("text")):
-                problems.append(
-                    (
-                        "malformed",
-                        f"{field}.content",
-                        f"is JSON text of parts, {part['text'][:40]!r}..., which `datasets` makes of JSON files that hold "
-                        "both texts and lists of parts. Read the files with `hf_sugar.data.load_data`.",
-                    )
-                )
-            elif not (part.get("text") or "").strip():
-                problems.append(("empty", f"{field}.content[{c}].text", "is empty. Fill it or remove the part."))
-            elif role != "system":
-                texts += 1
-                answers += role == "assistant"
-                captions += image_seen
-    if image_parts != num_images:
-        counts = f"holds {num_images} images but `messages` has {image_parts} image parts"
-        problems.append(("count", "images", f"{counts}. Give one image for each image part, in the same order."))
-    loss_on = row.get("loss_on") or "answers"
-    if loss_on not in _KIND_OF:
-        problems.append(("malformed", "loss_on", f"is {loss_on!r}. Use one of {', '.join(_KIND_OF)}."))
-    elif not problems and loss_on == "answers" and not answers:
-        problems.append(
-            ("malformed", "messages", "no answer. Add an assistant turn, or set loss_on='text' for a document.")
-        )
-    elif not problems and loss_on == "captions" and not captions:
-        problems.append(
-            ("malformed", "messages", "no caption. Put a text after the image, or set loss_on='text' for a document.")
-        )
-    elif not problems and loss_on == "text" and not texts:
-        problems.append(("malformed", "messages", "no text. Add a text part or drop the row."))
-    return problems
-
-
-def _wrong_type(value: Any) -> str:
-    hint = "Write the text."
-    if isinstance(value, datetime.date | datetime.time):
-        hint = (
-            "`datasets` reads texts of JSON files that are all dates so. Read the files with "
-            "`hf_sugar.data.load_data`, or give `datasets.load_dataset` the `features`."
-        )
-    return f"is {value!r}, a {type(value).__name__} and not a text. {hint}"
-
-
-def _is_json_of_parts(text: str | None) -> bool:
-    if text is None or not re.match(r'\s*\[\s*\{\s*"(type|text)"', text):
-        return False
-    try:
-        return all(part.get("type") in ("text", "image") for part in json.loads(text))
-    except (json.JSONDecodeError, AttributeError):
-        return False
-
-
 def text_rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], int]]:
     """
     Iterate over the text of a dataset's rows without reading its images.
@@ -294,7 +174,7 @@ def text_rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], int]]:
         counts = pc.is_valid(dataset.select_columns("image").with_format("arrow")[:]["image"]).to_pylist()
     else:
         counts = [0] * len(dataset)
-    names = ("messages", "prompt", "completion", "loss_on", "structure", "id")
+    names = ("messages", "prompt", "completion", "loss_on", "structure", "id", *UNREAD)
     text = dataset.select_columns([name for name in names if name in columns])
     counts = iter(counts)
     for batch in text.iter(batch_size=1000):
@@ -410,9 +290,8 @@ def check_dataset(
             except ValueError as error:
                 found.append(("image", where, str(error).removeprefix(f"{where}: ")))
         if not found:
-            messages = fill_images(row["messages"], images or [None] * num_images, "the row")
-            contents = [message["content"] for message in messages if message["role"] != "system"]
-            texts = sum(part["type"] == "text" for content in contents for part in content)
+            messages = fill_images(row["messages"], images or [None] * num_images)
+            texts = sum(part["type"] == "text" for part in iter_slices(messages))
             texts_total += texts
             images_total += num_images
             text_only += not num_images

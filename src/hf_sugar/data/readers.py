@@ -42,9 +42,10 @@ from datasets.fingerprint import Hasher
 from huggingface_hub import HfFileSystem
 from tqdm.auto import tqdm
 
-from hf_sugar.models.processing_sugar import IMAGE_SUFFIXES, LOSS_ON, fill_images
+from hf_sugar.models.processing_sugar import IMAGE_SUFFIXES
+from hf_sugar.models.rows_sugar import LOSS_ON, UNREAD, conversation_row, fill_images, row_problems
 
-from .checks import Problem, row_problems
+from .checks import Problem
 from .rows import undecoded
 
 
@@ -633,6 +634,9 @@ class _Reading:
         if not isinstance(record, dict):
             raise _BadRow("record", f"is a {type(record).__name__}, not an object. Write it as {layout.example}.")
         record = _renamed(record, self.source)
+        for field in UNREAD:
+            if record.get(field):
+                raise _BadRow(field, "is not read: a row is of texts and images. Drop the record, or the field.")
         rows = layout.rows(record)
         for row in rows:
             row["images"] = [_image(value, root, field) for field, value in row["images"]]
@@ -795,6 +799,7 @@ def _conversational_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             images = [(field, record[field])]
     for kind, field, problem in row_problems(record, len(images)):
         raise _BadRow(field, problem, kind)
+    row = conversation_row(record)
     messages = [
         {
             "role": message["role"],
@@ -805,13 +810,13 @@ def _conversational_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
                 for c, part in enumerate(message["content"])
             ],
         }
-        for m, message in enumerate(fill_images(record["messages"], [None] * len(images), "the row"))
+        for m, message in enumerate(fill_images(record["messages"], [None] * len(images)))
     ]
     row = {
         "messages": messages,
         "images": images,
-        "loss_on": record.get("loss_on") or "answers",
-        "structure": record.get("structure") is not False,
+        "loss_on": row["loss_on"],
+        "structure": row["structure"],
     }
     return [row if record.get("id") is None else {**row, "id": _encodable(str(record["id"]), "id")}]
 

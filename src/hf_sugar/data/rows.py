@@ -9,59 +9,8 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from hf_sugar.models.processing_sugar import fill_images, to_rgb
-
-
-def row_name(row: dict[str, Any], index: int) -> str:
-    """
-    How error messages call a row: its position, and its `id` where it has one.
-
-    Args:
-        row (`dict`):
-            Row in the conversational vision format.
-        index (`int`):
-            Position of the row in its dataset.
-
-    Returns:
-        `str`: for example `"row 17 (llava.json:17)"`.
-    """
-    return f"row {index} ({row['id']})" if row.get("id") else f"row {index}"
-
-
-def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
-    """
-    A row of any layout that TRL takes for vision data, with the columns that this library reads.
-
-    Args:
-        row (`dict`):
-            Row with `messages`, or with `prompt` and `completion` (lists of messages; only what the assistant says in
-            the completion is learnt then), and `images` or `image`.
-
-    Returns:
-        `dict`: `messages`, `images` (a list), `loss_on` (defaults to `"answers"`), `structure` (defaults to `True`) and
-        `id` (or `None`).
-
-    Raises:
-        `ValueError`: if the row has neither `messages` nor conversational `prompt` and `completion`.
-    """
-    if row.get("messages") is not None:
-        messages = row["messages"]
-    elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        messages = [{**message, "learn": False} for message in row["prompt"]] + row["completion"]
-    else:
-        raise ValueError(
-            f"a row has the columns {', '.join(row)}; slices are the content parts of `messages` (or of `prompt` and "
-            "`completion` that are lists of messages). Bring the dataset into that format, for example with "
-            "`hf_sugar.data.load_data`."
-        )
-    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
-    return {
-        "messages": messages,
-        "images": images,
-        "loss_on": row.get("loss_on") or "answers",
-        "structure": row.get("structure") is not False,
-        "id": row.get("id"),
-    }
+from hf_sugar.models.processing_sugar import to_rgb
+from hf_sugar.models.rows_sugar import conversation_row, fill_images, iter_slices, row_name
 
 
 def answer_to_image(row: dict[str, Any]) -> str | None:
@@ -234,12 +183,7 @@ def row_slices(row: dict[str, Any], where: str = "row") -> list[str | Image.Imag
     """
     row = conversation_row(row)
     images = iter(range(len(row["images"])))
-    slices = []
-    for message in fill_images(row["messages"], row["images"], where):
-        if message["role"] != "system":
-            for part in message["content"]:
-                if part["type"] == "image":
-                    slices.append(load_image(part["image"], f"{where}, images[{next(images)}]"))
-                else:
-                    slices.append(part["text"])
-    return slices
+    return [
+        load_image(part["image"], f"{where}, images[{next(images)}]") if part["type"] == "image" else part["text"]
+        for part in iter_slices(fill_images(row["messages"], row["images"], where))
+    ]

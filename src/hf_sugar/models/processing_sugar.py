@@ -14,12 +14,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.utils import is_torchvision_available, logging
 
+from .rows_sugar import fill_images
+
 
 logger = logging.get_logger(__name__)
 
 AUTO_MAP = {"AutoProcessor": "processing_sugar.SugarProcessor"}
-ROLES = ("system", "user", "assistant")
-LOSS_ON = ("answers", "captions", "text")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 # LLaVA-1.5's own template puts every image of a message before every text, which takes interleaved documents apart,
@@ -476,59 +476,6 @@ def _no_loss_message(name: str, loss_on: str) -> str:
         "text": "no text. Add a text part",
     }
     return f"{name} has {need[loss_on]}."
-
-
-def fill_images(messages: list[dict[str, Any]], images: Sequence[Any], where: str) -> list[dict[str, Any]]:
-    """
-    Put the images of a row into the image parts of its messages.
-
-    Args:
-        messages (`list[dict]`):
-            Messages in the conversational vision format. Content that is a plain string becomes one text part; the
-            images then stand before the first such user message, as in TRL.
-        images (`list`):
-            Images in the order of the image parts; they are put in as they are.
-        where (`str`):
-            What error messages call the row.
-
-    Returns:
-        `list[dict]`: new messages that [`SugarProcessor.encode_conversations`] takes.
-
-    Raises:
-        `ValueError`: for an unknown role or part type, an empty text, or a number of images that differs from the
-            number of image parts.
-    """
-    filled, left, strings_seen = [], list(images), False
-    wanted = 0
-    for m, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"{where}: messages[{m}] has the role {role!r}. Use one of {', '.join(ROLES)}.")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-            if role == "user" and not strings_seen:
-                strings_seen = True
-                content = [{"type": "image"} for _ in images] + content
-        parts = []
-        for c, part in enumerate(content or []):
-            if part.get("type") == "image":
-                wanted += 1
-                parts.append({"type": "image", "image": left.pop(0) if left else None})
-            elif part.get("type") != "text":
-                raise ValueError(
-                    f"{where}: messages[{m}].content[{c}] has the type {part.get('type')!r}. Use 'text' or 'image'."
-                )
-            elif not (part.get("text") or "").strip():
-                raise ValueError(f"{where}: messages[{m}].content[{c}] is an empty text. Remove the part or fill it.")
-            else:
-                parts.append({"type": "text", "text": part["text"]})
-        filled.append({**message, "content": parts})
-    if wanted != len(images):
-        raise ValueError(
-            f"{where}: {wanted} image parts in `messages` but {len(images)} images in `images`. Give one image for each "
-            "image part, in the same order."
-        )
-    return filled
 
 
 __all__ = ["SugarProcessor"]

@@ -10,9 +10,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_sugar.alignment import IMAGE, TEXT
-from hf_sugar.data.checks import row_problems
-from hf_sugar.data.rows import conversation_row, load_image
-from hf_sugar.models.processing_sugar import SugarProcessor, fill_images
+from hf_sugar.data.rows import load_image
+from hf_sugar.models.processing_sugar import SugarProcessor
+from hf_sugar.models.rows_sugar import check_row, conversation_row, fill_images, iter_slices
 
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,9 @@ class SugarCollator:
         for index, example in enumerate(examples):
             row = conversation_row(example)
             name = f"Row {row['id']}" if row["id"] else f"Sample {index} of the batch"
+            check_row(row, len(row["images"]), name)
             images = [load_image(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])]
-            messages = fill_images(row["messages"], images, name)
+            messages = fill_images(row["messages"], images)
             loss = row["loss_on"]
             if self.flip_captions and is_image_caption(messages, loss) and self._flips(messages):
                 messages = [{**messages[0], "content": messages[0]["content"][::-1]}]
@@ -74,11 +75,8 @@ class SugarCollator:
             return dict(batch)
 
         slices = [
-            [part["image"] if part["type"] == "image" else part["text"] for part in parts]
-            for parts in (
-                [part for message in messages if use and message["role"] != "system" for part in message["content"]]
-                for messages, use in zip(conversations, structure)
-            )
+            [part["image"] if part["type"] == "image" else part["text"] for part in iter_slices(messages) if use]
+            for messages, use in zip(conversations, structure)
         ]
         # as wide as `slice_ids`, whatever rows are left out
         longest = int(batch["slice_ids"].max()) + 1
@@ -111,9 +109,6 @@ class RowFilter:
     def __call__(self, example: dict[str, Any]) -> bool:
         """Whether a row is good. Of those that are not the first few are logged."""
         try:
-            row = conversation_row(example)
-            for _, field, problem in row_problems(row, len(row["images"])):
-                raise ValueError(f"Row {row['id']}, `{field}`: {problem}")
             self.collator([example])
         except ValueError as error:
             self.skipped += 1

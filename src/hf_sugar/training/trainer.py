@@ -19,14 +19,14 @@ from trl.trainer.utils import get_config_model_id
 
 from hf_sugar.alignment import label_matrix
 from hf_sugar.data.checks import text_rows, validate_rows
-from hf_sugar.data.rows import answer_to_image, conversation_row, load_image, row_name, undecoded
+from hf_sugar.data.rows import answer_to_image, load_image, undecoded
 from hf_sugar.evaluation.tasks import image_text_retrieval
 from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id, run_facts, write_card
 from hf_sugar.hub.push import push_checkpoint
 from hf_sugar.inference import SugarEmbedder
 from hf_sugar.models import SugarForConditionalGeneration
 from hf_sugar.models.modeling_sugar import ADAPTER_SUBFOLDER
-from hf_sugar.models.processing_sugar import fill_images
+from hf_sugar.models.rows_sugar import conversation_row, fill_images, row_name
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 
 from .collator import RowFilter, SugarCollator

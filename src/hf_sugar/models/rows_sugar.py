@@ -1,0 +1,239 @@
+"""The rules of a row, for training and embedding alike. It travels to the Hub with the model, so it imports nothing of the
+package."""
+
+import datetime
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+ROLES = ("system", "user", "assistant")
+LOSS_ON = ("answers", "captions", "text")
+UNREAD = ("video", "videos", "audio", "audios")  # columns of other libraries that would have no effect
+
+
+def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    A row of any layout that TRL takes for vision data, with the columns that this library reads.
+
+    Args:
+        row (`dict`):
+            Row with `messages`, or with `prompt` and `completion` (lists of messages; only what the assistant says in
+            the completion is learnt then), and `images` or `image`.
+
+    Returns:
+        `dict`: `messages`, `images` (a list), `loss_on` (defaults to `"answers"`), `structure` (defaults to `True`),
+        `id` (or `None`), and what there is of [`UNREAD`].
+
+    Raises:
+        `ValueError`: if the row has neither `messages` nor conversational `prompt` and `completion`.
+    """
+    if row.get("messages") is not None:
+        messages = row["messages"]
+    elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        messages = [{**message, "learn": False} for message in row["prompt"]] + row["completion"]
+    else:
+        raise ValueError(
+            f"a row has the columns {', '.join(row)}; slices are the content parts of `messages` (or of `prompt` and "
+            "`completion` that are lists of messages). Bring the dataset into that format, for example with "
+            "`hf_sugar.data.load_data`."
+        )
+    structure = row.get("structure")
+    return {
+        "messages": messages,
+        "images": row.get("images") or ([row["image"]] if row.get("image") is not None else []),
+        "loss_on": row.get("loss_on") or "answers",
+        # what is neither is left for `row_problems`
+        "structure": structure is None or (bool(structure) if structure in (0, 1) else structure),
+        "id": row.get("id"),
+        **{name: row[name] for name in UNREAD if row.get(name)},
+    }
+
+
+def row_name(row: dict[str, Any], index: int) -> str:
+    """How errors call a row: its position, and its `id` where it has one, as in `"row 17 (llava.json:18)"`."""
+    return f"row {index} ({row['id']})" if row.get("id") else f"row {index}"
+
+
+def row_problems(row: dict[str, Any], num_images: int, loss: bool = True) -> list[tuple[str, str, str]]:
+    """
+    What is wrong with a row. Images are not looked at.
+
+    Args:
+        row (`dict`):
+            Row in the conversational vision format; `images` is not read.
+        num_images (`int`):
+            Number of images that belong to the row.
+        loss (`bool`, *optional*, defaults to `True`):
+            Whether some text has to carry the generative loss.
+
+    Returns:
+        `list[tuple[str, str, str]]`: kind (`"image"`, `"count"`, `"empty"` or `"malformed"`), field, and what is wrong
+        there with the remedy; empty for a good row.
+    """
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        problem = "is not a list with at least one message. Give the row its messages or drop it."
+        return [("malformed", "messages", problem)]
+    problems = []
+    image_parts, texts = 0, dict.fromkeys(LOSS_ON, 0)
+    for m, message in enumerate(messages):
+        if not isinstance(message, dict):
+            problem = "is not a mapping. Write it as {'role': ..., 'content': [...]}."
+            return [*problems, ("malformed", f"messages[{m}]", problem)]
+    for m, (role, content) in enumerate(_contents(messages, num_images)):
+        field = f"messages[{m}]"
+        if role not in ROLES:
+            problems.append(("malformed", f"{field}.role", f"is {role!r}. Use one of {', '.join(ROLES)}."))
+        if content is not None and not isinstance(content, list):
+            problems.append(("malformed", f"{field}.content", _not_a_text(content)))
+            continue
+        if not content:
+            problems.append(("empty", f"{field}.content", "is empty. Fill it or remove the message."))
+            continue
+        image_seen = False
+        for c, part in enumerate(content):
+            part = part if isinstance(part, dict) else {}
+            kind, text, name = part.get("type"), part.get("text"), f"{field}.content[{c}]"
+            text_name = f"{name}.text"
+            if isinstance(messages[m]["content"], str):
+                name = text_name = f"{field}.content"
+            if kind == "image" and role == "system":
+                problem = "is an image in a system message. Move it to a user message."
+                problems.append(("malformed", name, problem))
+            elif kind == "image":
+                image_parts += 1
+                image_seen = True
+            elif kind != "text":
+                problem = f"is {kind!r}. Every part is of the type 'text' or 'image'."
+                problems.append(("malformed", f"{name}.type", problem))
+            elif text is not None and not isinstance(text, str):
+                problems.append(("malformed", text_name, _not_a_text(text)))
+            elif not (text or "").strip():
+                problems.append(("empty", text_name, "is empty. Fill it or remove the part."))
+            elif _is_json_of_parts(text):
+                problem = (
+                    f"is JSON text of parts, {text[:40]!r}..., which `datasets` makes of JSON files that hold both texts "
+                    "and lists of parts. Read the files with `hf_sugar.data.load_data`."
+                )
+                problems.append(("malformed", name, problem))
+            elif role != "system":
+                texts["text"] += 1
+                texts["answers"] += role == "assistant"
+                texts["captions"] += image_seen
+    if image_parts != num_images:
+        counts = f"holds {num_images} images but `messages` has {image_parts} image parts"
+        problems.append(("count", "images", f"{counts}. Give one image for each image part, in the same order."))
+    for name in UNREAD:
+        if row.get(name):
+            problems.append(
+                ("malformed", name, "is not read: a row is of texts and images. Drop the column or the row.")
+            )
+    if row.get("structure") not in (None, 0, 1):
+        problems.append(("malformed", "structure", f"is {row['structure']!r}. Use true or false."))
+    loss_on = row.get("loss_on") or "answers"
+    if loss_on not in LOSS_ON:
+        problems.append(("malformed", "loss_on", f"is {loss_on!r}. Use one of {', '.join(LOSS_ON)}."))
+    elif loss and not problems and not texts[loss_on]:
+        problem = {
+            "answers": "no answer. Add an assistant turn, or set loss_on='text' for a document.",
+            "captions": "no caption. Put a text after the image, or set loss_on='text' for a document.",
+            "text": "no text. Add a text part or drop the row.",
+        }[loss_on]
+        problems.append(("malformed", "messages", problem))
+    return problems
+
+
+def check_row(row: dict[str, Any], num_images: int, where: str, loss: bool = True) -> None:
+    """
+    Refuse a malformed row.
+
+    Args:
+        row (`dict`), num_images (`int`), loss (`bool`, *optional*, defaults to `True`):
+            As for [`row_problems`].
+        where (`str`):
+            What the error calls the row.
+
+    Raises:
+        `ValueError`: naming row, field and remedy of the first problem.
+    """
+    for _, field, problem in row_problems(row, num_images, loss):
+        raise ValueError(f"{where}, `{field}`: {problem}")
+
+
+def fill_images(
+    messages: list[dict[str, Any]], images: Sequence[Any], where: str | None = None
+) -> list[dict[str, Any]]:
+    """
+    Put the images of a row into the image parts of its messages.
+
+    Args:
+        messages (`list[dict]`):
+            Messages in the conversational vision format. Content that is a plain string becomes one text part; the
+            images then stand before the first such user message, as in TRL.
+        images (`list`):
+            Images in the order of the image parts; they are put in as they are.
+        where (`str`, *optional*):
+            What errors call the row. Without it the messages are not checked again.
+
+    Returns:
+        `list[dict]`: new messages that [`SugarProcessor.encode_conversations`] takes.
+
+    Raises:
+        `ValueError`: for malformed messages or another number of images, see [`row_problems`].
+    """
+    if where is not None:
+        check_row({"messages": messages}, len(images), where, loss=False)
+    left, filled = iter(images), []
+    for message, (_, content) in zip(messages, _contents(messages, len(images)), strict=True):
+        parts = [
+            {"type": "image", "image": next(left)} if p["type"] == "image" else {"type": "text", "text": p["text"]}
+            for p in content
+        ]
+        filled.append({**message, "content": parts})
+    return filled
+
+
+def iter_slices(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """
+    The slices of messages that [`fill_images`] gave, in reading order: every content part outside of system messages.
+
+    Yields:
+        `dict`: `{"type": "image", "image": ...}` or `{"type": "text", "text": ...}`.
+    """
+    for message in messages:
+        if message["role"] != "system":
+            yield from message["content"]
+
+
+def _contents(messages: list[dict[str, Any]], num_images: int) -> Iterator[tuple[Any, Any]]:
+    """Role and parts of each message; the images of a row stand before its first user message that is a string."""
+    strings_seen = False
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+            if role == "user" and not strings_seen:
+                strings_seen = True
+                content = [{"type": "image"}] * num_images + content
+        yield role, content
+
+
+def _not_a_text(value: Any) -> str:
+    remedy = "Write the text."
+    if isinstance(value, datetime.date | datetime.time):
+        remedy = (
+            "`datasets` reads texts of JSON files that are all dates so. Read the files with "
+            "`hf_sugar.data.load_data`, or give `datasets.load_dataset` the `features`."
+        )
+    return f"is {value!r}, a {type(value).__name__} and not a text. {remedy}"
+
+
+def _is_json_of_parts(text: str) -> bool:
+    if not re.match(r'\s*\[\s*\{\s*"(type|text)"', text):
+        return False
+    try:
+        return all(part.get("type") in ("text", "image") for part in json.loads(text))
+    except (json.JSONDecodeError, AttributeError):
+        return False
