@@ -16,8 +16,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreamer
 
-from .data.rows import conversation_row, load_image, row_name
-from .models.processing_sugar import IMAGE_SUFFIXES, fill_images
+from .data.rows import load_image
+from .models.processing_sugar import IMAGE_SUFFIXES
+from .models.rows_sugar import conversation_row, fill_images, row_name
 
 
 logger = logging.getLogger(__name__)

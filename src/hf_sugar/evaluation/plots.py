@@ -16,9 +16,10 @@ from PIL import Image
 
 from ..alignment import expected_alignment, label_matrix
 from ..data.readers import load_data
-from ..data.rows import row_name, row_slices
+from ..data.rows import row_slices
 from ..files import replacing
 from ..inference import SugarEmbedder
+from ..models.rows_sugar import row_name
 from .tasks import EvaluationData, image_text_pairs
 
 

@@ -11,7 +11,8 @@ from datasets import Dataset
 from PIL import Image
 
 from ..data.readers import load_data, load_table
-from ..data.rows import conversation_row, load_image, row_name, row_slices, undecoded
+from ..data.rows import load_image, row_slices, undecoded
+from ..models.rows_sugar import conversation_row, row_name
 from ..retrieval.rag import split_answer
 from .metrics import Estimate, recall_at_k
 

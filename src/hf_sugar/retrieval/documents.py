@@ -16,7 +16,8 @@ from PIL import Image
 
 from ..data.rows import load_image, undecoded
 from ..inference import TEXT_SUFFIXES, SugarEmbedder, as_row
-from ..models.processing_sugar import IMAGE_SUFFIXES, fill_images
+from ..models.processing_sugar import IMAGE_SUFFIXES
+from ..models.rows_sugar import fill_images
 
 
 PARTS = ("auto", "question", "document", "images", "texts")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..data.rows import row_slices
 from ..inference import SugarGenerator, as_row
-from ..models.processing_sugar import fill_images
+from ..models.rows_sugar import fill_images
 from .base import Hit, Index
 
 

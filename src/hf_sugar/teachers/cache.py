@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from hf_sugar.data.rows import conversation_row, load_image, row_name, undecoded
+from hf_sugar.data.rows import load_image, undecoded
 from hf_sugar.distributed import distributed_state
-from hf_sugar.models.processing_sugar import fill_images
+from hf_sugar.models.rows_sugar import conversation_row, fill_images, row_name
 
 from .encoder import TripleEncoder
 

@@ -3,7 +3,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...data.readers import load_data
-from ...data.rows import row_name
+from ...models.rows_sugar import row_name
 from ...retrieval.index import SugarIndex
 from ...retrieval.rag import rag_generator
 from ..metrics import Estimate
