@@ -41,7 +41,13 @@ from hf_sugar.hub import model_card
 # Whatever of this machine could be in a file: where the tests and their files are, who runs them, the token.
 USER = "jane-roe"
 SECRETS = [str(Path.home()), tempfile.gettempdir() + os.sep, str(Path(__file__).parents[1]), USER, HubServer.token]
-CODE = {"configuration_sugar.py", "modeling_sugar.py", "processing_sugar.py", "rows_sugar.py"}
+CODE = {
+    "adapter_sugar.py",
+    "configuration_sugar.py",
+    "modeling_sugar.py",
+    "processing_sugar.py",
+    "rows_sugar.py",
+}
 PROCESSOR = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -1,4 +1,5 @@
 import pickle
+from copy import deepcopy
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,6 +58,44 @@ class TestModel:
             output = model(**inputs, labels=inputs["input_ids"], **kwargs)
             assert torch.equal(output.logits, expected.logits)
             assert torch.equal(output.loss, expected.loss)
+
+    @pytest.mark.parametrize("asked", [None, True, 1, 0, [0], [-1], [1, 3], [9]])
+    def test_hidden_states_are_those_asked_for_and_embeddings_do_not_depend_on_them(
+        self, raw, model, processor, asked
+    ):
+        # in 5.24.0 the vision tower of the stock class fails where its last layer is not asked for
+        inputs = processor.embed_inputs(ITEMS if asked is None or asked is True else ["a red circle"])
+        plain = {key: value for key, value in inputs.items() if key != "slice_ids"}
+        with torch.no_grad():
+            expected = raw(**plain, output_hidden_states=asked)
+            output = model(**inputs, output_hidden_states=asked)
+            embeddings = model.embed_slices(**inputs)[0]
+        assert torch.equal(output.logits, expected.logits)
+        assert torch.equal(output.embeddings, embeddings)
+        assert (output.hidden_states is None) == (expected.hidden_states is None)
+        for ours, theirs in zip(output.hidden_states or (), expected.hidden_states or (), strict=True):
+            assert ours is theirs is None or torch.equal(ours, theirs)
+
+    def test_fields_have_their_names_in_every_version_of_transformers(self, model, processor):
+        inputs = processor.embed_inputs(ITEMS)
+        with torch.no_grad():
+            output = model(**inputs, use_cache=True)
+            text = model(**processor.embed_inputs(["a red circle"]))
+            features = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+        assert output.past_key_values is output["past_key_values"] is output.get("past_key_values")
+        assert output.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+        assert torch.equal(output.image_hidden_states, features)
+        assert torch.equal(output.get("image_hidden_states"), features)
+        assert text.image_hidden_states is text.get("image_hidden_states") is None
+
+    def test_a_copy_computes_with_its_own_weights(self, model, processor):
+        inputs = processor.embed_inputs(ITEMS)
+        copied = deepcopy(model)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+            output = copied(**inputs)
+        assert not output.logits.any() and not output.embeddings.any() and not copied.embed(**inputs).any()
 
     @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
     def test_generates_the_same_tokens(self, raw, model, processor, kwargs):

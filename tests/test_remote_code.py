@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    BitsAndBytesConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     logging,
@@ -32,10 +34,11 @@ from hf_sugar import (
     SugarTrainer,
     SugarTrainingConfig,
 )
-from hf_sugar.models import configuration_sugar, modeling_sugar, processing_sugar, rows_sugar
+from hf_sugar.models import adapter_sugar, configuration_sugar, modeling_sugar, processing_sugar, rows_sugar
+from hf_sugar.models.adapter_sugar import fingerprint, same_fingerprint
 
 
-MODULES = (configuration_sugar, modeling_sugar, processing_sugar, rows_sugar)
+MODULES = (adapter_sugar, configuration_sugar, modeling_sugar, processing_sugar, rows_sugar)
 CODE = {Path(module.__file__).name for module in MODULES}
 MODEL_CLASSES = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 TARGETS = dict(
@@ -73,8 +76,9 @@ def items(place):
 def trained(backbone, seed=0, **settings) -> PeftModel:
     """What comes out of a training with LoRA, but for the training."""
     settings = {"modules_to_save": ["retrieval_projector"], **TARGETS, **settings}
-    model = SugarForConditionalGeneration.from_backbone(backbone, dtype=torch.float32, retrieval_dim=16)
-    model = get_peft_model(model, LoraConfig(**settings))
+    if not isinstance(backbone, SugarForConditionalGeneration):
+        backbone = SugarForConditionalGeneration.from_backbone(backbone, dtype=torch.float32, retrieval_dim=16)
+    model = get_peft_model(backbone, LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -417,6 +421,7 @@ class TestAdapter:
         model.save_pretrained(tmp_path)
         assert contents(tmp_path) == contents(place / "adapter") - contents(place / "full") | {
             "config.json",
+            "adapter_sugar.py",
             "modeling_sugar.py",
             "configuration_sugar.py",
         }
@@ -443,10 +448,10 @@ class TestAdapter:
         assert torch.equal(embed(SugarForConditionalGeneration.from_pretrained(tmp_path), inputs), alone["other"])
         with pytest.raises(ValueError, match="the name 'other' is attached"):
             model.load_sugar_adapter(place / "other", "other")
-        with pytest.raises(ValueError, match="multiple"):  # PEFT's own message
-            model.set_adapter(["default", "other"])
-        with pytest.raises(ValueError, match="Several adapters are active .default, other."):
-            model.save_pretrained(tmp_path)
+        for name in ("third", ["default", "other"]):
+            with pytest.raises(ValueError, match="no adapter .*. Name one of these: default, other"):
+                model.set_adapter(name)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
 
     @pytest.mark.parametrize("around", [False, True], ids=["attached", "PeftModel"])
     def test_merged_it_is_a_full_checkpoint(self, place, inputs, tmp_path, around):
@@ -614,21 +619,95 @@ class TestWrongAdapter:
         with pytest.raises(ValueError, match=message):
             model.load_sugar_adapter(place / "adapter")
 
+    @pytest.mark.parametrize(
+        "tied, settings",
+        [
+            (False, {"trainable_token_indices": [5, 6, 300]}),
+            (False, {"target_modules": ["q_proj", "embed_tokens"], "use_dora": False}),
+            (True, {"target_modules": ["q_proj", "embed_tokens"]}),
+            (True, {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
+            (True, {"modules_to_save": ["retrieval_projector", "lm_head"]}),
+            (True, {"modules_to_save": ["retrieval_projector", "embed_tokens"], "ensure_weight_tying": True}),
+            (True, {"trainable_token_indices": [5, 6, 300]}),
+        ],
+    )
+    def test_whatever_peft_trains(self, place, inputs, tmp_path, tied, settings):
+        """Saved, loaded, exported and merged, it computes the same; also where PEFT's own merge adds a change twice."""
+        llava = tiny.llava(tied=tied)
+        llava.save_pretrained(tmp_path / "llava")
+        plain = {key: value for key, value in inputs.items() if key != "slice_ids"}
+
+        @torch.no_grad()
+        def check(model):
+            if isinstance(model, SugarForConditionalGeneration):
+                torch.testing.assert_close(embed(model, inputs), embeddings, atol=1e-5, rtol=0)
+            torch.testing.assert_close(model.eval()(**plain).logits, logits, atol=1e-5, rtol=0)
+
+        exclude = r"(?!vlm\.model\.language_model\.|vlm\.lm_head).*"
+        model = trained(tmp_path / "llava", exclude_modules=exclude, **settings)
+        embeddings, logits = embed(model, inputs), model(**plain).logits.detach()
+        model.get_base_model().save_pretrained(tmp_path / "adapter")
+        model = SugarForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+        check(model)
+        model.export_adapter(tmp_path / "stock")
+        check(PeftModel.from_pretrained(llava, tmp_path / "stock"))
+        check(model.merge_and_unload())
+        model.save_pretrained(tmp_path / "merged")
+        check(SugarForConditionalGeneration.from_pretrained(tmp_path / "merged"))
+        model.export_backbone(tmp_path / "exported")
+        check(LlavaForConditionalGeneration.from_pretrained(tmp_path / "exported"))
+
+    def test_what_no_adapter_can_bring_is_refused(self, place, tmp_path):
+        with pytest.raises(
+            ValueError, match="`bias='all'` of the PEFT configuration changes the biases of the backbone"
+        ):
+            trained(place / "llava", bias="all").get_base_model().save_pretrained(tmp_path)
+        assert not contents(tmp_path)
+
     def test_another_backbone_of_the_same_shapes(self, place, tmp_path):
-        tiny.llava(seed=1).save_pretrained(tmp_path / "other")
-        message = r"another backbone.*trained on '.*llava'.*this is '.*other'"
-        model = SugarForConditionalGeneration.from_backbone(tmp_path / "other", retrieval_dim=16)
+        """Only one of its matrices is another one."""
+        key = "language_model.model.layers.1.mlp.up_proj.weight"
+        other = changed(place, "llava", tmp_path, "model.safetensors", lambda weights: weights[key].mul_(1.1))
+        model = SugarForConditionalGeneration.from_backbone(other, retrieval_dim=16)
+        message = r"another backbone.*the weights are not.*trained on '.*llava'.*this is '.*llava'"
         with pytest.raises(ValueError, match=message):
             model.load_sugar_adapter(place / "adapter")
         assert not hasattr(model, "peft_config")
-        # another precision is the same backbone
-        model = SugarForConditionalGeneration.from_backbone(place / "llava", retrieval_dim=16, dtype=torch.bfloat16)
-        model.load_sugar_adapter(place / "adapter")
+
+    @pytest.mark.parametrize("who", ["PEFT", "the model"])
+    def test_a_merged_backbone_does_not_pass_for_the_one_it_was(self, place, inputs, tmp_path, who):
+        if who == "PEFT":
+            model = trained(place / "llava").merge_and_unload()
+        else:
+            model = SugarForConditionalGeneration.from_pretrained(place / "adapter").merge_and_unload()
+        model.vlm.save_pretrained(tmp_path / "merged")
+        model = trained(model)
+        expected = embed(model, inputs)
+        assert model.get_base_model().backbone_source() == ("", None)
+        model.get_base_model().save_pretrained(tmp_path / "adapter")
+        with pytest.raises(ValueError, match="another backbone"):
+            SugarForConditionalGeneration.from_pretrained(
+                tmp_path / "adapter", backbone_name_or_path=str(place / "llava")
+            )
+        again = SugarForConditionalGeneration.from_pretrained(
+            tmp_path / "adapter", backbone_name_or_path=str(tmp_path / "merged")
+        )
+        torch.testing.assert_close(embed(again, inputs), expected, atol=1e-6, rtol=0)
+
+    def test_adapters_from_before_fingerprints(self, place, inputs, tmp_path):
+        def change(config):
+            config.update(backbone_sample=[0.0] * 16)
+            config.pop("backbone_fingerprint")
+
+        model = SugarForConditionalGeneration.from_pretrained(
+            changed(place, "adapter", tmp_path, "config.json", change)
+        )
+        assert torch.equal(embed(model, inputs), embed(trained(place / "llava"), inputs))
 
     def test_backbone_that_lacks_weights(self, place, tmp_path):
         key = "language_model.lm_head.weight"
         broken = changed(place, "llava", tmp_path, "model.safetensors", lambda weights: weights.pop(key))
-        with pytest.raises(ValueError, match=r"backbone '.*' of the adapter .* lacks weights: vlm\.lm_head\.weight"):
+        with pytest.raises(ValueError, match=r"checkpoint '.*llava' lacks weights: vlm\.lm_head\.weight"):
             SugarForConditionalGeneration.from_pretrained(place / "adapter", backbone_name_or_path=str(broken))
 
     @pytest.mark.parametrize("field, value", [("image_pooling", "last"), ("retrieval_dim", 8)])
@@ -637,6 +716,102 @@ class TestWrongAdapter:
         model = SugarForConditionalGeneration.from_backbone(place / "llava", **settings)
         with pytest.raises(ValueError, match=f"was trained with {field}=.*this model has {value!r}"):
             model.load_sugar_adapter(place / "adapter")
+
+
+class TestFingerprint:
+    def test_precision_and_adapters_do_not_matter(self, place):
+        def load(name="llava", **settings):
+            return SugarForConditionalGeneration.from_pretrained(place / name, **settings)
+
+        found = fingerprint(load().vlm)
+        for settings in (
+            {"dtype": "bfloat16"},
+            {"dtype": "float16"},
+            {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        ):
+            assert same_fingerprint(fingerprint(load(**settings).vlm), found)
+        assert fingerprint(load("adapter").vlm) == found
+
+    def test_of_the_whole_model_everything_counts(self, place):
+        model = SugarForConditionalGeneration.from_pretrained(place / "adapter")
+        model.load_sugar_adapter(place / "other", "other")
+        found = {"other": fingerprint(model, adapters=True)}
+        model.set_adapter("default")
+        found["default"] = fingerprint(model, adapters=True)
+        model.disable_adapters()
+        found["none"] = fingerprint(model, adapters=True)
+        assert not any(same_fingerprint(a, b) for a, b in combinations(found.values(), 2))
+        again = SugarForConditionalGeneration.from_pretrained(place / "other", dtype="bfloat16")
+        assert same_fingerprint(fingerprint(again, adapters=True), found["other"])
+
+    def test_every_weight_counts(self, place):
+        model = SugarForConditionalGeneration.from_pretrained(place / "full")
+        found = fingerprint(model)
+        for name, weight in model.named_parameters():
+            before = weight.data.clone()
+            weight.data += 0.05 * before.abs().mean() + 1e-3
+            assert not same_fingerprint(fingerprint(model), found), name
+            weight.data = before
+        assert fingerprint(model) == found
+        assert not same_fingerprint(found, "0123456789abcdef")
+
+
+def without(*names):
+    return lambda content: [content.pop(name) for name in list(content) if name.startswith(names)]
+
+
+class TestDamage:
+    @pytest.mark.parametrize(
+        "file, change, message",
+        [
+            ("config.json", dict.clear, "no config.json of a model: it is missing or damaged"),
+            ("config.json", without("vlm_config"), "no config.json of a model: it is missing or damaged"),
+            ("model.safetensors", without("retrieval_projector"), "lacks weights: retrieval_projector.linear_1.bias"),
+            ("model.safetensors", without("vlm.language_model.lm_head"), "lacks weights: vlm.lm_head.weight"),
+        ],
+    )
+    def test_nothing_is_filled_in(self, place, tmp_path, file, change, message):
+        with pytest.raises((OSError, ValueError), match=message):
+            SugarForConditionalGeneration.from_pretrained(changed(place, "full", tmp_path, file, change))
+
+    @pytest.mark.parametrize(
+        "name, file, size, message",
+        [
+            ("full", "config.json", None, "no config.json of a model: it is missing or damaged"),
+            ("full", "model.safetensors", 10000, "full/model.safetensors is damaged"),
+            ("llava", "model.safetensors", 0, "llava/model.safetensors is damaged"),
+            ("adapter", "adapter/adapter_model.safetensors", 1000, "adapter/adapter_model.safetensors is damaged"),
+        ],
+    )
+    def test_the_file_is_named(self, place, tmp_path, name, file, size, message):
+        copy = shutil.copytree(place / name, tmp_path / name)
+        content = (copy / file).read_bytes()
+        (copy / file).unlink()
+        if size is not None:
+            (copy / file).write_bytes(content[:size])
+        with pytest.raises(OSError, match=message):
+            SugarForConditionalGeneration.from_pretrained(copy)
+
+    @pytest.mark.parametrize(
+        "file, message",
+        [
+            ("processor_config.json", "lacks processor_config.json"),
+            ("tokenizer.json", "tokenizer.json.* is missing or damaged"),
+        ],
+    )
+    def test_of_a_processor(self, place, tmp_path, file, message):
+        copy = shutil.copytree(place / "full", tmp_path / "full")
+        (copy / file).unlink()
+        with pytest.raises(OSError, match=message):
+            SugarProcessor.from_pretrained(copy)
+
+    def test_a_plain_backbone_is_loaded_quietly(self, place, capfd):
+        logging.enable_propagation()
+        try:
+            SugarForConditionalGeneration.from_pretrained(place / "llava")
+        finally:
+            logging.disable_propagation()
+        assert "MISSING" not in "".join(capfd.readouterr())
 
 
 class TestExportedBackbone:

@@ -68,6 +68,7 @@ def llava(
     layers: int = 2,
     size: int = 28,
     max_positions: int = 512,
+    tied: bool = False,
 ) -> LlavaForConditionalGeneration:
     set_seed(seed)
     vision = CLIPVisionConfig(
@@ -88,9 +89,14 @@ def llava(
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        tie_word_embeddings=tied,
     )
     config = LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=4, image_seq_length=(size // 14) ** 2
+        text_config=text,
+        vision_config=vision,
+        image_token_index=4,
+        image_seq_length=(size // 14) ** 2,
+        tie_word_embeddings=tied,
     )
     return LlavaForConditionalGeneration(config).eval()
 

@@ -37,9 +37,9 @@ class SugarConfig(PreTrainedConfig):
             Set in an adapter repository: where the backbone's weights are.
         backbone_revision (`str`, *optional*):
             Set in an adapter repository: commit of the backbone that the adapter was trained on.
-        backbone_sample (`list[float]`, *optional*):
-            Set in an adapter repository: some numbers of the backbone's input embeddings, by which another backbone of
-            the same shapes is recognised.
+        backbone_fingerprint (`str`, *optional*):
+            Set in an adapter repository: some numbers of every weight of the backbone, by which another backbone of the
+            same shapes is recognised.
     """
 
     model_type = "sugar"
@@ -54,7 +54,7 @@ class SugarConfig(PreTrainedConfig):
     initializer_range: float | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
-    backbone_sample: list[float] | None = None
+    backbone_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -85,10 +85,16 @@ class SugarConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        # Without this, pointing at a plain LLaVA would silently build the default 7B with random weights.
+        # Without this, pointing at a plain or damaged checkpoint would silently build the default 7B with random weights.
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") not in (None, cls.model_type):
             config = {"model_type": cls.model_type, "vlm_config": config}
+        if not config.get("vlm_config"):
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no config.json of a model: it is missing or damaged. It needs the "
+                "`model_type` of a backbone, or `vlm_config`. Copy or download the checkpoint again."
+            )
+        config.pop("backbone_sample", None)  # of early adapter repositories
         return config, kwargs
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from huggingface_hub import get_session
 from PIL import Image, ImageOps
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.utils import is_torchvision_available, logging
@@ -154,21 +154,32 @@ class SugarProcessor(ProcessorMixin):
         Raises:
             `ImportError`: if the processor of this family takes videos too, and torchvision, which those need, is not
                 installed.
+            `OSError`: if a file is missing or damaged.
         """
         stored, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         backbone_class = AutoProcessor
         if "backbone_processor_class" in stored:
             backbone_class = processor_class_from_name(stored["backbone_processor_class"])
+        elif "processor_class" not in stored:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if config.get("model_type") == "sugar":
+                raise OSError(
+                    f"{pretrained_model_name_or_path} lacks processor_config.json. Save the processor there, with the model."
+                )
         try:
             processor = backbone_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (AttributeError, ImportError, RecursionError, ValueError) as error:
+        except (AttributeError, ImportError, KeyError, RecursionError, ValueError) as error:
             # what transformers raises for a missing torchvision: not every time it says so
             signs = ("torchvision", "VIDEO_PROCESSOR_MAPPING", "recursion")
-            if is_torchvision_available() or not any(sign.lower() in str(error).lower() for sign in signs):
-                raise
-            raise ImportError(
-                f"The processor of {pretrained_model_name_or_path} needs torchvision, because this family takes videos "
-                "too or resizes its images with it. Run `pip install torchvision`."
+            needs_torchvision = any(sign.lower() in str(error).lower() for sign in signs)
+            if needs_torchvision and not is_torchvision_available():
+                raise ImportError(
+                    f"The processor of {pretrained_model_name_or_path} needs torchvision, because this family takes "
+                    "videos too or resizes its images with it. Run `pip install torchvision`."
+                ) from error
+            raise OSError(
+                f"The processor of {pretrained_model_name_or_path} cannot be loaded, one of its files (processor_config.json, "
+                f"tokenizer.json, ...) is missing or damaged: {error}"
             ) from error
         if "backbone_processor_class" in stored:  # its template is the one that it was trained with
             return _with_slices(processor)
