@@ -141,7 +141,9 @@ def train(
     )
     sources = data.train_data if isinstance(data.train_data, list) else [data.train_data]
     trainer.dataset_names = [str(source["path"] if isinstance(source, dict) else source) for source in sources]
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(
+        {"true": True, "false": False}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
+    )
     trainer.save_model()
     if evaluation is not None and evaluation.any() and trainer.is_world_process_zero():
         results = evaluate_tasks(

@@ -1,21 +1,15 @@
 import hashlib
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from PIL import Image
-from tqdm.auto import tqdm
 
 from hf_sugar.alignment import IMAGE, TEXT
 from hf_sugar.data.rows import load_image
 from hf_sugar.models.processing_sugar import SugarProcessor
 from hf_sugar.models.rows_sugar import check_row, conversation_row, fill_images, iter_slices
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,7 +44,8 @@ class SugarCollator:
     embed_slices: Callable[[list[str | Image.Image]], torch.Tensor] | None = None
     flip_captions: bool = False
     seed: int = 0
-    epoch: int = 0
+    # in memory that the workers of a data loader share, so that those that persist know it too
+    epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         conversations, loss_on, names, structure = [], [], [], []
@@ -90,54 +85,7 @@ class SugarCollator:
 
     def _flips(self, messages: list[dict[str, Any]]) -> bool:
         [text] = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
-        return hashlib.blake2b(f"{self.seed} {self.epoch} {text}".encode(), digest_size=1).digest()[0] % 2 == 1
-
-
-class RowFilter:
-    """
-    Tells rows that can be collated from others, which it counts, in the workers of a data loader too.
-
-    Args:
-        collator ([`SugarCollator`]):
-            What the rows have to pass; its teachers are not asked.
-    """
-
-    def __init__(self, collator: SugarCollator):
-        self.collator = replace(collator, embed_slices=None)
-        self.skipped = torch.zeros((), dtype=torch.long).share_memory_()
-
-    def __call__(self, example: dict[str, Any]) -> bool:
-        """Whether a row is good. Of those that are not the first few are logged."""
-        try:
-            self.collator([example])
-        except ValueError as error:
-            self.skipped += 1
-            if self.skipped <= 5:
-                logger.warning("Skipped: %s", error)
-            return False
-        return True
-
-    def filter(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        """
-        The good rows of a dataset: all are looked at now, those of a streaming one when they are asked for.
-
-        Args:
-            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-                Rows with undecoded images.
-            name (`str`):
-                What the error calls the dataset.
-
-        Raises:
-            `ValueError`: if no row is left.
-        """
-        if isinstance(dataset, IterableDataset):
-            return dataset.filter(self)
-        good = [
-            index for index, row in enumerate(tqdm(dataset, desc="looking for bad rows", unit=" rows")) if self(row)
-        ]
-        if not good:
-            raise ValueError(f"{name}: none of {len(dataset)} rows can be used; the log names the first.")
-        return dataset if len(good) == len(dataset) else dataset.select(good)
+        return hashlib.blake2b(f"{self.seed} {int(self.epoch)} {text}".encode(), digest_size=1).digest()[0] % 2 == 1
 
 
 def is_image_caption(messages: list[dict[str, Any]], loss_on: str) -> bool:

@@ -1,3 +1,4 @@
+import math
 from dataclasses import InitVar, dataclass, field
 
 import torch
@@ -9,77 +10,43 @@ from ..alignment.kernel import _check_delta
 
 logger = logging.get_logger(__name__)
 
+# Settings of SFTConfig that mean nothing here, with what does.
+_WITHOUT_EFFECT = {
+    "packing": "A row stays by itself: the structure loss compares rows.",
+    "eval_packing": "A row stays by itself: the structure loss compares rows.",
+    "padding_free": "Rows are padded: the structure loss compares rows.",
+    "completion_only_loss": "What is learnt is said by the rows: of `prompt` and `completion` the completion, of "
+    "`messages` what the column `loss_on` says.",
+    "assistant_only_loss": "What is learnt is said by the rows: give them a column `loss_on` of 'answers' (its default).",
+    "pad_to_multiple_of": "Batches are padded to their longest row.",
+    "label_smoothing_factor": "It needs a second forward pass.",
+}
+# Smallest and largest value.
+_RANGES = {
+    "structure_weight": (0, 1e6),
+    "delta": (0, 1e6),
+    "positions_per_sample": (1, math.inf),
+    "retrieval_dim": (1, math.inf),
+    "retrieval_hidden_size": (1, math.inf),
+    "eval_retrieval_rows": (0, math.inf),
+    "max_length": (1, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+}
+
 
 @dataclass
 class SugarTrainingConfig(SFTConfig):
-    r"""
-    Configuration of [`SugarTrainer`]: everything that [`~trl.SFTConfig`] has, and the settings of the structure loss
-    of [Sugar](https://huggingface.co/papers/2411.00304).
+    """
+    Configuration of [`SugarTrainer`]: everything that [`~trl.SFTConfig`] has, and the settings of the structure loss of
+    [Sugar](https://huggingface.co/papers/2411.00304), which `hf-sugar train --help` lists with their meaning.
 
-    Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 1e-4, `lr_scheduler_type` `"cosine"` and
-    `warmup_steps` 0.03 (a share of all steps), as in the paper; and `max_length` `None`, which stands for the longest
-    sequence that the model takes. A longer sample is an error, never cut.
+    Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 1e-4, `lr_scheduler_type` `"cosine"` and `warmup_steps`
+    0.03, as in the paper; `max_length` `None`; and `bf16`, `use_cpu` are what the machine can do.
 
-    Parameters:
-        > Parameters that control the structure loss
-
-        structure_weight (`float`, *optional*, defaults to `0.3`):
-            Weight of the structure loss (alpha in Eq. 1; the paper does not publish its value). With `0.0` the trainer
-            is plain supervised fine-tuning.
-        delta (`float`, *optional*, defaults to `1.0`):
-            Bandwidth of the alignment kernel: sigma = delta * sqrt((n + m) / 2) for sequences of n and m slices.
-        positions_per_sample (`int`, *optional*, defaults to `4`):
-            How many slice ends of each sample are drawn at every step. A sample with fewer slices gives all of them.
-        label_kernel (`str`, *optional*, defaults to `"gak"`):
-            `"gak"` aligns the slice sequences; `"mean"` averages the similarity over all slice pairs (the "w/o GAK"
-            ablation).
-        label_normalization (`str`, *optional*, defaults to `"self+count"`):
-            Normalisation of the alignment kernel: `"none"`, `"self"`, `"count"` or `"self+count"`.
-        structure_reduction (`str`, *optional*, defaults to `"row_mean"`):
-            Reduction of the structure loss, see [`StructureLoss`].
-        gather_across_devices (`bool`, *optional*, defaults to `True`):
-            Whether to compare the positions of all processes with one another. Gradient accumulation does not enlarge
-            the comparison.
-        flip_captions (`bool`, *optional*, defaults to `True`):
-            Whether image-caption rows appear in both orders at random, so that text that has not seen its image is
-            trained too. A flipped row carries no generative loss.
-
-        > Parameters that control the teachers
-
-        teachers (`dict[str, str]`, *optional*):
-            Hub ids or directories of the frozen encoders: `image`, `text` and `cross` (a CLIP-like pair). With `cross`
-            alone it is used for everything (the "w/o TK" ablation). Defaults to DINOv2-base, BGE-base and CLIP
-            ViT-L/14.
-        teacher_mode (`str`, *optional*, defaults to `"cache"`):
-            `"cache"` embeds every slice of the dataset once, before training; `"online"` embeds batch by batch.
-        teacher_cache_dir (`str`, *optional*):
-            Where the cache is kept. Defaults to `teacher_cache` in `output_dir`.
-
-        > Parameters that control the model
-
-        image_pooling (`str`, *optional*, defaults to `"mean"`):
-            What represents an image: the `"mean"` of the hidden states of its tokens, or the `"last"` one.
-        retrieval_dim (`int`, *optional*, defaults to `768`):
-            Size of the embeddings, when the retrieval projector is made new.
-        retrieval_hidden_size (`int`, *optional*):
-            Width of the hidden layer of a new retrieval projector. Defaults to the hidden size of the language model.
-        load_in_4bit (`bool`, *optional*, defaults to `False`):
-            QLoRA: load a model that is named by id with NF4 weights, double quantization and bfloat16 compute
-            (bitsandbytes). For anything else pass `quantization_config` to the trainer. On the command line it is a
-            setting of the model ([`~trl.ModelConfig`]), not of the training.
-
-        > Parameters that control the data
-
-        on_bad_row (`str`, *optional*, defaults to `"error"`):
-            What is done with a row that cannot be used (an unreadable image, too many tokens, a malformed conversation):
-            `"error"` stops and names it, `"skip"` leaves it out, logs the first few, and says at the end how many there
-            were. To find them, every image is opened once more. On the command line it is a setting of the data.
-
-        > Parameters that control the evaluation
-
-        eval_retrieval_rows (`int`, *optional*, defaults to `512`):
-            Evaluation also measures image-text retrieval among the first so many rows of the evaluation dataset that
-            have one image and one answer or caption. `0` turns it off.
+    Raises:
+        `ValueError`: for a value out of range, and for a setting of [`~trl.SFTConfig`] that would have no effect.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
@@ -90,26 +57,35 @@ class SugarTrainingConfig(SFTConfig):
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Longest sequence allowed, image tokens included; a longer sample is an error. Defaults to what the "
-            "model takes."
+            "help": "Longest sequence allowed, image tokens included; a longer sample is an error, never cut. Defaults to "
+            "what the model takes."
         },
     )
 
-    # Parameters that control the structure loss
+    # Structure loss
     structure_weight: float = field(
         default=0.3,
-        metadata={"help": "Weight of the structure loss (alpha in Eq. 1). 0 is plain supervised fine-tuning."},
+        metadata={
+            "help": "Weight of the structure loss (alpha in Eq. 1; the paper does not publish its value). 0 is plain "
+            "supervised fine-tuning."
+        },
     )
     delta: float = field(
-        default=1.0, metadata={"help": "Bandwidth of the alignment kernel: sigma = delta * sqrt((n + m) / 2)."}
+        default=1.0,
+        metadata={
+            "help": "Bandwidth of the alignment kernel: sigma = delta * sqrt((n + m) / 2) for sequences of n and m slices."
+        },
     )
     positions_per_sample: int = field(
-        default=4, metadata={"help": "How many slice ends of each sample are drawn at every step."}
+        default=4,
+        metadata={
+            "help": "How many slice ends of each sample are drawn at every step; a sample with fewer slices gives all."
+        },
     )
     label_kernel: str = field(
         default="gak",
         metadata={
-            "help": "'gak' aligns the slice sequences, 'mean' averages over all slice pairs.",
+            "help": "'gak' aligns the slice sequences, 'mean' averages over all slice pairs (the 'w/o GAK' ablation).",
             "choices": ["gak", "mean"],
         },
     )
@@ -128,19 +104,34 @@ class SugarTrainingConfig(SFTConfig):
         },
     )
     gather_across_devices: bool = field(
-        default=True, metadata={"help": "Whether to compare the positions of all processes with one another."}
+        default=True,
+        metadata={
+            "help": "Whether to compare the positions of all processes with one another. Gradient accumulation does not "
+            "enlarge the comparison."
+        },
+    )
+    allow_single_sample: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a label matrix may hold the positions of one sample alone. They are all alike, and embeddings "
+            "that are compared with nothing else collapse."
+        },
     )
     flip_captions: bool = field(
-        default=True, metadata={"help": "Whether image-caption rows appear in both orders at random."}
+        default=True,
+        metadata={
+            "help": "Whether image-caption rows appear in both orders at random, so that text that has not seen its image "
+            "is trained too. A flipped row carries no generative loss."
+        },
     )
 
-    # Parameters that control the teachers
+    # Teachers
     teachers: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Hub ids or directories of the frozen encoders: `image`, `text` and `cross`; `cross` alone is used "
-            "for everything. It may also hold `revisions`, `dtype`, `long_text` ('windows' or 'truncate') and "
-            "`batch_size`."
+            "help": "Hub ids or directories of the frozen encoders: `image`, `text` and `cross` (a CLIP-like pair); `cross` "
+            "alone is used for everything (the 'w/o TK' ablation). It may also hold `revisions`, `dtype`, `long_text` "
+            "('windows' or 'truncate') and `batch_size`. Defaults to DINOv2-base, BGE-base and CLIP ViT-L/14."
         },
     )
     teacher_mode: str = field(
@@ -154,7 +145,7 @@ class SugarTrainingConfig(SFTConfig):
         default=None, metadata={"help": "Where the cache is kept. Defaults to `teacher_cache` in `output_dir`."}
     )
 
-    # Parameters that control the model
+    # Model
     image_pooling: str = field(
         default="mean",
         metadata={
@@ -171,15 +162,19 @@ class SugarTrainingConfig(SFTConfig):
             "help": "Width of the hidden layer of a new retrieval projector. Defaults to the language model's hidden size."
         },
     )
-
-    # Not a field: parsers that take this class together with `trl.ModelConfig` have `--load_in_4bit` from there.
+    # On the command line these two are settings of `trl.ModelConfig` and of the data, so they are no fields here. QLoRA:
+    # a model that is named by id is loaded with NF4 weights, double quantization and bfloat16 compute.
     load_in_4bit: InitVar[bool] = False
-    on_bad_row: InitVar[str] = "error"  # likewise, from `hf_sugar.cli.arguments.DataArguments`
+    # "error" stops at a row that cannot be used; "skip" leaves it out, having opened every image once more to find it.
+    on_bad_row: InitVar[str] = "error"
 
-    # Parameters that control the evaluation
+    # Evaluation
     eval_retrieval_rows: int = field(
         default=512,
-        metadata={"help": "Rows of the evaluation dataset among which image-text retrieval is measured; 0 for none."},
+        metadata={
+            "help": "Image-text retrieval is measured too, among the first so many rows of the evaluation dataset that have "
+            "one image and one answer or caption; 0 for none."
+        },
     )
 
     # parsed from JSON on the command line, as transformers does for its own dict fields
@@ -197,16 +192,20 @@ class SugarTrainingConfig(SFTConfig):
         super().__post_init__()
         self.load_in_4bit = load_in_4bit
         self.on_bad_row = on_bad_row
+
         if on_bad_row not in ("error", "skip"):
             raise ValueError(f"`on_bad_row` is {on_bad_row!r}; it must be error or skip.")
-        if self.structure_weight < 0:
-            raise ValueError(f"`structure_weight` is {self.structure_weight}; it must be 0 or more.")
+        for name, remedy in _WITHOUT_EFFECT.items():
+            if getattr(self, name) not in (None, self.__dataclass_fields__[name].default):
+                raise ValueError(f"`{name}` would have no effect. {remedy}")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"`{name}` is {value}; it must be from {least} to {most:g}.")
         _check_delta(self.delta)
-        if self.positions_per_sample < 1:
-            raise ValueError(f"`positions_per_sample` is {self.positions_per_sample}; it must be 1 or more.")
-        for name in ("label_kernel", "label_normalization", "structure_reduction", "teacher_mode", "image_pooling"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
+        for name, setting in self.__dataclass_fields__.items():
+            choices = setting.metadata.get("choices") if name in SugarTrainingConfig.__annotations__ else None
+            if choices and getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
         if self.teacher_mode == "online" and self.dataloader_num_workers > 0:
             raise ValueError(

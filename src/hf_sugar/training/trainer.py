@@ -1,35 +1,35 @@
 import copy
-import logging
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from hf_sugar.alignment import label_matrix
-from hf_sugar.data.checks import text_rows, validate_rows
-from hf_sugar.data.rows import answer_to_image, load_image, undecoded
+from hf_sugar.data.rows import answer_to_image, load_image
 from hf_sugar.evaluation.tasks import image_text_retrieval
 from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id, run_facts, write_card
 from hf_sugar.hub.push import push_checkpoint
 from hf_sugar.inference import SugarEmbedder
 from hf_sugar.models import SugarForConditionalGeneration
 from hf_sugar.models.modeling_sugar import ADAPTER_SUBFOLDER
-from hf_sugar.models.rows_sugar import conversation_row, fill_images, row_name
+from hf_sugar.models.rows_sugar import conversation_row, row_name
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 
-from .collator import RowFilter, SugarCollator
+from .collator import SugarCollator
 from .config import SugarTrainingConfig
 from .gather import gather_rows
 from .loading import (
@@ -44,42 +44,35 @@ from .loading import (
     train_through_4bit,
 )
 from .loss import StructureLoss
+from .positions import draw_positions, position_labels
+from .rows import RowFilter, each, readable
+from .sampler import LengthGroups, row_lengths
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
-class _TellEpoch(TrainerCallback):
-    """Lets the collator know the epoch, on which it depends which captions are flipped."""
+class _TellCollator(TrainerCallback):
+    """Lets the collator, and its copies in workers, know the epoch, on which it depends which captions are flipped; and
+    says at the end how many rows were left out."""
 
-    def __init__(self, collator: SugarCollator):
+    def __init__(self, collator: SugarCollator, rows: RowFilter):
         self.collator = collator
+        self.rows = rows
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.epoch = int(round(state.epoch or 0, 6))
-
-
-class _TellSkipped(TrainerCallback):
-    """Says at the end of the training how many rows were left out."""
-
-    def __init__(self, rows: RowFilter):
-        self.rows = rows
+        self.collator.epoch.fill_(int(round(state.epoch or 0, 6)))
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.rows.skipped:
             logger.warning("%d rows were skipped because of `on_bad_row='skip'`.", self.rows.skipped)
 
 
-class _ShuffledLengthGroups(LengthGroupedSampler):
-    """Upstream goes from long to short batches again and again, so that the kinds of rows come in turns; here the
-    batches are shuffled."""
-
-    def __iter__(self):
-        indices = list(super().__iter__())
-        whole = len(indices) // self.batch_size
-        batches = [indices[n * self.batch_size : (n + 1) * self.batch_size] for n in range(whole)]
-        order = torch.randperm(whole).tolist()
-        yield from [index for n in order for index in batches[n]] + indices[whole * self.batch_size :]
+@contextmanager
+def _random_numbers_kept(device: torch.device):
+    """The training draws the same random numbers whether it is evaluated in between or not: a data loader draws one."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 _REFUSED = {
@@ -180,27 +173,31 @@ class SugarTrainer(SFTTrainer):
         for name, remedy in _REFUSED.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` cannot be combined with the structure loss: {remedy}")
-        if args.label_smoothing_factor > 0:
-            raise ValueError("`label_smoothing_factor` needs a second forward pass; set it to 0 with `SugarTrainer`.")
         if args.push_to_hub and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
                 f"`hub_strategy={args.hub_strategy.value!r}` publishes optimizer states and training_args.bin, a pickle with the "
                 "paths and tokens of this machine. Set it to 'every_save' or 'end'."
             )
         args = copy.copy(args)  # TRL changes some, in the parts of it too
-        args.accelerator_config = copy.copy(args.accelerator_config)
         args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        # of a stream for evaluation too: batches of several processes have no common length by which to dispatch them
+        args.accelerator_config.dispatch_batches = False
+        self._structure = args.structure_weight > 0
+        shared = args.gather_across_devices and args.world_size > 1
+        if self._structure and args.per_device_train_batch_size == 1 and not shared:
+            problem = (
+                "Every label matrix holds the positions of one sample: they are all alike, and the embeddings collapse. Raise "
+                "`per_device_train_batch_size` (accumulation does not enlarge the matrix)"
+            )
+            if not args.allow_single_sample:
+                raise ValueError(f"{problem}, or set `structure_weight=0` or `allow_single_sample=True`.")
+            logger.warning("%s.", problem)
 
         # Datasets
-        self._structure = args.structure_weight > 0
         validate = args.on_bad_row == "error"
-        train_dataset = _prepared(train_dataset, "train_dataset", validate)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                key: _prepared(value, f"eval_dataset[{key!r}]", validate) for key, value in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = _prepared(eval_dataset, "eval_dataset", validate)
+        train_dataset = readable(train_dataset, "train_dataset", validate)
+        eval_dataset = each(eval_dataset, "eval_dataset", lambda *given: readable(*given, validate))
 
         # Model and processor
         set_seed(args.seed)  # of a new retrieval projector
@@ -231,14 +228,12 @@ class SugarTrainer(SFTTrainer):
         # SFTTrainer would cut at `max_length`; the collator refuses longer rows instead.
         max_length = args.max_length or base.config.get_text_config().max_position_embeddings
         args.max_length = None
+        self._good_rows = RowFilter(SugarCollator(processing_class, max_length))
         if args.on_bad_row == "skip":
-            good_rows = RowFilter(SugarCollator(processing_class, max_length))
-            train_dataset = good_rows.filter(train_dataset, "train_dataset")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {key: good_rows.filter(value, key) for key, value in eval_dataset.items()}
-            elif eval_dataset is not None:
-                eval_dataset = good_rows.filter(eval_dataset, "eval_dataset")
+            train_dataset = self._good_rows.filter(train_dataset, "train_dataset")
+            eval_dataset = each(eval_dataset, "eval_dataset", self._good_rows.filter)
 
+        # SFTTrainer
         projector = base.retrieval_projector
         exact = copy.deepcopy([projector.linear_1, projector.linear_2])
         with warnings.catch_warnings():
@@ -275,11 +270,24 @@ class SugarTrainer(SFTTrainer):
         self.data_collator = SugarCollator(
             processing_class, max_length, embed_slices, self._structure and args.flip_captions, args.seed
         )
-        self.add_callback(_TellEpoch(self.data_collator))
-        if args.on_bad_row == "skip":
-            self.add_callback(_TellSkipped(good_rows))
         self._eval_collator = SugarCollator(processing_class, max_length, embed_slices)
+        self.add_callback(_TellCollator(self.data_collator, self._good_rows))
         self.structure_loss = StructureLoss(reduction=args.structure_reduction)
+        self._start_evaluation()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"No checkpoint in {self.args.output_dir} was written to its end: start without `resume_from_checkpoint`."
+                )
+        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
+            raise ValueError(
+                f"{resume_from_checkpoint} is no checkpoint that was written to its end. The last one in {self.args.output_dir}: "
+                f"{last_whole_checkpoint(self.args.output_dir)}."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_for_training(self, *args, **kwargs):
         # An evaluation before the training has prepared the bare model. What DDP, FSDP or DeepSpeed have wrapped stays so.
@@ -341,42 +349,31 @@ class SugarTrainer(SFTTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
-        # Rows are tokenised when they are collated; what groups them is an estimate that is good enough. It is rounded
-        # up to a power of two, so that rows of about the same length stay mixed: the structure loss compares them.
-        image_tokens = self.processing_class.embed_inputs([PIL.Image.new("RGB", (336, 336))])["slice_ids"].eq(0).sum()
-        lengths = []
-        for row, images in text_rows(dataset):
-            parts = [
-                part for message in fill_images(row["messages"], [None] * images, "") for part in message["content"]
-            ]
-            characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
-            lengths.append(1 << int(characters / 4 + images * int(image_tokens)).bit_length())
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return _ShuffledLengthGroups(batch_size, lengths=lengths)
+        return LengthGroups(batch_size, lengths=row_lengths(dataset, self.processing_class))
 
     def _get_eval_sampler(self, eval_dataset):
-        # Upstream groups evaluation rows by length too, and would have to collate them all to know theirs.
-        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
-        try:
-            return super()._get_eval_sampler(eval_dataset)
-        finally:
-            self.args.train_sampling_strategy = strategy
+        return (
+            None  # in order: upstream groups evaluation rows by length too, and would have to collate them to know it
+        )
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        # evaluation is the same every time: rows are not flipped
-        training_collator, self.data_collator = self.data_collator, self._eval_collator
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
+        training_collator = self.data_collator
+        if not is_training:
+            self.data_collator = self._eval_collator  # rows are not flipped
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
         finally:
             self.data_collator = training_collator
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mode = "train" if self.model.training else "eval"
         # `generative_loss` is this micro-batch's share of the accumulated batch; the structure loss is a value of the
         # micro-batch, so it is averaged over them.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         teacher_embeddings = inputs.pop("teacher_embeddings", None)
         modality = inputs.pop("slice_modality", None)
+        if not self.model.training:
+            inputs["labels"][self._new_rows(len(inputs["labels"])) :] = -100
         outputs = []
 
         def forward(**kwargs):
@@ -385,69 +382,114 @@ class SugarTrainer(SFTTrainer):
 
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         generative_loss = loss = result[0] if return_outputs else result
-        logged = {"generative_loss": generative_loss.detach() * steps}
-        if self._structure:
-            embeddings, labels, clamped = self._positions(outputs[0].embeddings, teacher_embeddings, modality)
-            structure_loss = self.structure_loss(embeddings, labels)
+        values = {"generative_loss": generative_loss.detach() * steps}
+        if not self.model.training:
+            tokens = outputs[0].label_mask.sum()
+            self._eval_sums["generative_loss"] += torch.stack([generative_loss * tokens, tokens])
+            if self._structure:  # a value of rows, however they are batched: see `evaluation_loop`
+                self._collect_rows(outputs[0].embeddings, teacher_embeddings, modality)
+        elif self._structure:
+            structure_loss, found = self._structure_loss(outputs[0].embeddings, teacher_embeddings, modality)
             loss = generative_loss + self.args.structure_weight * structure_loss / steps
-            logged["structure_loss"] = structure_loss.detach()
-            logged["labels_clamped"] = torch.tensor(clamped, device=loss.device)
-        for name, value in logged.items():
-            self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
+            values.update(found)
+        if self.model.training:
+            for name, value in values.items():
+                self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
         return (loss, result[1]) if return_outputs else loss
 
-    def _positions(self, embeddings, teacher_embeddings, modality):
-        """Draw positions and give their embeddings `(n, dim)`, the label matrix `(n, n)` and the share clamped; over
-        all processes when `gather_across_devices`."""
-        present = modality >= 0
-        # the largest random numbers of each row, absent slices last
-        order = torch.rand(modality.shape, device=modality.device).masked_fill(~present, -1)
-        kept = order.argsort(dim=1, descending=True).argsort(dim=1) < self.args.positions_per_sample
-        sample, place = (kept & present).nonzero(as_tuple=True)
-        embeddings = embeddings[sample, place]
-        prefixes = torch.stack([sample, place + 1], dim=1)
-
-        if self.args.gather_across_devices:
+    def _structure_loss(self, embeddings, teacher_embeddings, modality):
+        """The structure loss of samples, and what is logged of it. In training they are those of all processes when
+        `gather_across_devices`."""
+        sample, number = draw_positions(modality, self.args.positions_per_sample, spread=not self.model.training)
+        embeddings = embeddings[sample, number]
+        prefixes = torch.stack([sample, number + 1], dim=1)
+        if self.args.gather_across_devices and self.model.training:
             samples = gather_rows(sample.new_tensor([[len(modality)]]))  # of each process
             prefixes[:, 0] += samples[: self.accelerator.process_index].sum()
             embeddings, prefixes = gather_rows(embeddings), gather_rows(prefixes)
             teacher_embeddings, modality = gather_rows(teacher_embeddings), gather_rows(modality, padding=-1)
-            present = modality >= 0
+        samples, clamped = int((modality >= 0).any(dim=1).sum()), 0.0
+        if samples > 1 or samples and self.args.allow_single_sample:
+            labels, clamped = position_labels(prefixes, teacher_embeddings, modality, self.args, self._split)
+        else:
+            if samples and self.model.training:
+                logger.warning_once("A label matrix held the positions of one sample alone: no structure loss for it.")
+            embeddings, labels = embeddings[:0], embeddings.new_zeros(0, 0)
+        loss = self.structure_loss(embeddings, labels)
+        return loss, {
+            "structure_loss": loss.detach(),
+            "labels_clamped": loss.new_tensor(clamped),
+            "samples_compared": loss.new_tensor(samples),
+        }
 
-        # rows that stay out of the structure loss have no slices here, and the labels know only those that have
-        counts = present.sum(dim=1)
-        if not counts.any():
-            return embeddings, embeddings.new_zeros(0, 0), 0.0
-        prefixes[:, 0] = (counts > 0).cumsum(0)[prefixes[:, 0]] - 1
-        offsets = torch.cat([counts.new_zeros(1), counts[counts > 0].cumsum(0)])
-        labels, clamped = label_matrix(
-            teacher_embeddings[present],
-            offsets,
-            prefixes,
-            delta=self.args.delta,
-            normalize=None if self.args.label_normalization == "none" else self.args.label_normalization,
-            label_kernel=self.args.label_kernel,
-            modality=None if self._split is None else modality[present],
-            split=self._split,
-        )
-        return embeddings, labels, clamped
+    def _start_evaluation(self):
+        # sums of values times their weights, and of the weights; rows whose structure loss is not known yet
+        self._eval_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=self.args.device))
+        self._eval_rows: list[tuple[torch.Tensor, ...]] = []
 
+    def _new_rows(self, rows: int) -> int:
+        """How many rows of an evaluation batch are new: accelerate fills up the last batches of several processes with
+        rows that were evaluated already."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return max(0, state.remainder - self.accelerator.process_index * rows)
+
+    def _collect_rows(self, embeddings, teacher_embeddings, modality, last: bool = False):
+        """Evaluate the structure loss of rows as soon as there are as many as a process compares in training. All processes
+        do, on the rows of all."""
+        columns = embeddings, teacher_embeddings, modality
+        if embeddings is not None:
+            new = self._new_rows(len(embeddings))
+            self._eval_rows += zip(*(gather_rows(x[:new], padding) for x, padding in zip(columns, (0, 0, -1))))
+        size = max(2, self.args.per_device_train_batch_size)
+        while len(self._eval_rows) >= size or last and self._eval_rows:
+            rows, self._eval_rows = self._eval_rows[:size], self._eval_rows[size:]
+            columns = [pad_sequence(x, True, padding) for x, padding in zip(zip(*rows), (0, 0, -1))]
+            _, values = self._structure_loss(*columns)
+            for name, value in values.items():
+                self._eval_sums[name] += torch.stack([value * len(rows), value.new_tensor(len(rows))])
+
+    # Evaluation and prediction take one path, `evaluation_loop`.
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if isinstance(eval_dataset, Dataset | IterableDataset):
-            eval_dataset = _prepared(eval_dataset, "eval_dataset")
-            self._embed_ahead([eval_dataset])
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        # a dict of datasets comes back here, dataset by dataset
-        if self._structure and self.args.eval_retrieval_rows and not isinstance(dataset, dict):
-            found = self._retrieval(dataset)
-            if found:
-                found = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
-                metrics.update(found)
-                self.log(dict(found))
-        return metrics
+            eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
+        with _random_numbers_kept(self.args.device):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        test_dataset = self._prepare_rows(test_dataset, "test_dataset")
+        with _random_numbers_kept(self.args.device):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def _prepare_rows(self, dataset, name):
+        dataset = readable(dataset, name, self.args.on_bad_row == "error")
+        if self.args.on_bad_row == "skip":
+            dataset = self._good_rows.filter(dataset, name)
+        self._embed_ahead([dataset])
+        return dataset
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As upstream, with the losses of all rows: the same however many processes there are. A label matrix is of the rows
+        of one batch on one process. All metrics are there before callbacks are asked."""
+        self._start_evaluation()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
+        self._metrics["eval"].clear()
+        self._eval_sums["generative_loss"] = self.accelerator.reduce(self._eval_sums["generative_loss"])
+        if self._structure:
+            self._collect_rows(None, None, None, last=True)
+        metrics.update({name: (value / weight).item() for name, (value, weight) in self._eval_sums.items() if weight})
+        metrics["loss"] = metrics.get("generative_loss", 0.0) + self.args.structure_weight * metrics.get(
+            "structure_loss", 0
+        )
+        if self._structure and self.args.eval_retrieval_rows:
+            rows = dataloader.dataset
+            metrics.update(self._retrieval(rows.dataset if isinstance(rows, IterableDatasetShard) else rows))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
 
     def _retrieval(self, dataset) -> dict[str, float]:
         """Recall@1 between the images and the answers (or captions) of the rows that have one of each."""
@@ -464,10 +506,7 @@ class SugarTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         embed = SugarEmbedder(model, self.processing_class, batch_size=self.args.per_device_eval_batch_size)
         results = image_text_retrieval(embed, images, texts, ks=(1,))
-        return {
-            "image_to_text_recall@1": results["image_to_text_recall@1"].value,
-            "text_to_image_recall@1": results["text_to_image_recall@1"].value,
-        }
+        return {name: results[name].value for name in ("image_to_text_recall@1", "text_to_image_recall@1")}
 
     # Upstream restores nothing into a LLaVA resumed from full weights, because the names of the parameters in the file
     # are those of the older layout (huggingface/transformers#43701): load through the class, which converts them.
@@ -591,11 +630,22 @@ class SugarTrainer(SFTTrainer):
             )
 
 
-def _prepared(dataset, name: str, validate: bool = True):
-    """Refuse a dataset that cannot be trained on; leave its images undecoded, so that the collator can say which row an
-    unreadable one is in."""
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(f"`{name}` must be a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}.")
-    if validate and isinstance(dataset, Dataset):
-        validate_rows(dataset, name)
-    return undecoded(dataset)
+def is_whole(checkpoint: str) -> bool:
+    """Whether a checkpoint was written to its end: the state of the trainer is the last that is written."""
+    try:
+        TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
+
+
+def last_whole_checkpoint(directory: str) -> str | None:
+    """The newest checkpoint of a run that was written to its end; a log line says if a newer one was not."""
+    found = [
+        path for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
+    ]
+    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if is_whole(str(checkpoint)):
+            return str(checkpoint)
+        logger.warning("%s was not written to its end, and is passed over.", checkpoint)
+    return None

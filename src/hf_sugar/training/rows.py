@@ -1,0 +1,86 @@
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from hf_sugar.data.checks import validate_rows
+from hf_sugar.data.rows import undecoded
+
+from .collator import SugarCollator
+
+
+logger = logging.getLogger(__name__)
+
+
+class RowFilter:
+    """
+    Tells rows that can be collated from others, which it counts, in the workers of a data loader too.
+
+    Args:
+        collator ([`SugarCollator`]):
+            What the rows have to pass; its teachers are not asked.
+    """
+
+    def __init__(self, collator: SugarCollator):
+        self.collator = replace(collator, embed_slices=None)
+        self.skipped = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def __call__(self, example: dict[str, Any]) -> bool:
+        """Whether a row is good. Of those that are not the first few are logged."""
+        try:
+            self.collator([example])
+        except ValueError as error:
+            self.skipped += 1
+            if self.skipped <= 5:
+                logger.warning("Skipped: %s", error)
+            return False
+        return True
+
+    def filter(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        """
+        The good rows of a dataset: all are looked at now, those of a streaming one when they are asked for.
+
+        Args:
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Rows with undecoded images.
+            name (`str`):
+                What the error calls the dataset.
+
+        Raises:
+            `ValueError`: if no row is left.
+        """
+        if isinstance(dataset, IterableDataset):
+            return dataset.filter(self)
+        good = [
+            index for index, row in enumerate(tqdm(dataset, desc="looking for bad rows", unit=" rows")) if self(row)
+        ]
+        if not good:
+            raise ValueError(f"{name}: none of {len(dataset)} rows can be used; the log names the first.")
+        return dataset if len(good) == len(dataset) else dataset.select(good)
+
+
+def each(dataset, name: str, function: Callable):
+    """What a function makes of a dataset and its name, or of each in a `dict` of datasets; `None` stays."""
+    if isinstance(dataset, dict):
+        return {key: function(value, f"{name}[{key!r}]") for key, value in dataset.items()}
+    return None if dataset is None else function(dataset, name)
+
+
+def readable(dataset, name: str, validate: bool):
+    """Refuse a dataset that cannot be trained on; leave its images undecoded, so that the collator can say which row an
+    unreadable one is in."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"`{name}` must be a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}.")
+    if isinstance(dataset, Dataset):
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                f"`{name}` has a transform (`with_transform`), and would be other rows at every look. Teachers embed rows as "
+                "they are stored: make them with `map`, and take the transform off (`reset_format`)."
+            )
+        if validate:
+            validate_rows(dataset, name)
+    return undecoded(dataset)
