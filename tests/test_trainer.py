@@ -12,6 +12,7 @@ import tiny
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer, SugarTrainingConfig
@@ -335,17 +336,16 @@ class TestModels:
             SugarTrainer(model, config(tmp_path, teachers), train_dataset=rows([conversation]))
 
     @pytest.mark.parametrize(
-        "kwargs, error",
+        "name, make, error",
         [
-            ({"processing_class": tiny.tokenizer()}, "reads no images"),
-            ({"args": SFTConfig("unused", bf16=False, use_cpu=True)}, "SFTConfig. Pass a `SugarTrainingConfig`"),
-            ({"model_init": tiny.llava}, "model_init"),
-            ({"peft_config": PromptTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM")}, "no slice"),
+            ("processing_class", tiny.tokenizer, "reads no images"),
+            ("args", lambda: SFTConfig("unused", bf16=False, use_cpu=True), "SFTConfig. Pass a `SugarTrainingConfig`"),
+            ("model_init", lambda: tiny.llava, "model_init"),
+            ("peft_config", lambda: PromptTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM"), "no slice"),
         ],
-        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
-    def test_arguments_of_another_kind(self, backbone, teachers, tmp_path, kwargs, error):
-        kwargs = {"args": config(tmp_path, teachers), "train_dataset": rows([conversation]), **kwargs}
+    def test_arguments_of_another_kind(self, backbone, teachers, tmp_path, name, make, error):
+        kwargs = {"args": config(tmp_path, teachers), "train_dataset": rows([conversation]), name: make()}
         with pytest.raises((TypeError, ValueError), match=error):
             SugarTrainer(backbone, **kwargs)
 
@@ -543,11 +543,6 @@ class TestErrors:
         with pytest.raises(ValueError, match="messages"):
             SugarTrainer(backbone, config(tmp_path, teachers), train_dataset=data)
 
-    @pytest.mark.parametrize("kwargs", [{"packing": True}, {"padding_free": True}, {"label_smoothing_factor": 0.1}])
-    def test_settings_that_cannot_work(self, backbone, teachers, tmp_path, kwargs):
-        with pytest.raises(ValueError, match=next(iter(kwargs)).replace("packing", "[Pp]acking").split("_")[0]):
-            SugarTrainer(backbone, config(tmp_path, teachers, **kwargs), train_dataset=rows([conversation]))
-
     @pytest.mark.parametrize("name", ["data_collator", "compute_loss_func", "formatting_func"])
     def test_arguments_that_cannot_work(self, backbone, teachers, tmp_path, name):
         with pytest.raises(ValueError, match=name):
@@ -556,18 +551,33 @@ class TestErrors:
             )
 
     @pytest.mark.parametrize(
-        "kwargs",
+        "name, value",
         [
-            {"delta": 0.0},
-            {"structure_weight": -1.0},
-            {"positions_per_sample": 0},
-            {"label_kernel": "dtw"},
-            {"teacher_mode": "offline"},
+            *(("structure_weight", value) for value in (-1.0, math.nan, math.inf, 1e200)),
+            *(("delta", value) for value in (0.0, 1e200, math.nan)),
+            *(
+                (name, 0)
+                for name in ("positions_per_sample", "retrieval_dim", "per_device_train_batch_size", "max_length")
+            ),
+            ("label_kernel", "dtw"),
+            ("teacher_mode", "offline"),
+            # what TRL would take and nothing here would heed
+            *((name, True) for name in ("packing", "padding_free", "completion_only_loss", "assistant_only_loss")),
+            ("completion_only_loss", False),
+            ("label_smoothing_factor", 0.1),
         ],
     )
-    def test_settings_out_of_range(self, tmp_path, kwargs):
-        with pytest.raises(ValueError, match=next(iter(kwargs))):
-            config(tmp_path, **kwargs)
+    def test_settings_that_cannot_be_meant(self, tmp_path, name, value):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            config(tmp_path, **{name: value})
+
+    def test_dataset_with_transform(self, backbone, teachers, tmp_path):
+        with pytest.raises(ValueError, match="with_transform.*`map`"):
+            SugarTrainer(
+                backbone,
+                config(tmp_path, teachers),
+                train_dataset=rows([conversation]).with_transform(lambda rows: rows),
+            )
 
 
 class TestDefaults:
@@ -658,95 +668,217 @@ class TestSaving:
             SugarForConditionalGeneration.from_pretrained(tmp_path)
 
 
-WORKER = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-import test_trainer as t
-from hf_sugar import SugarTrainer
-from peft import LoraConfig
-backbone, teachers, path = sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
-settings = dict(max_steps=3, teacher_cache_dir=sys.argv[6])
-"""
+def compared(path, backbone, teachers, batch):
+    """Losses of the same rows in the same global batches, and the evaluation of an uneven number of rows."""
+    settings = dict(positions_per_sample=99, flip_captions=False, train_sampling_strategy="sequential", max_steps=3)
+    trainer = SugarTrainer(
+        backbone,
+        config(path, teachers, per_device_train_batch_size=batch, **settings),
+        train_dataset=rows([conversation, story], 16),
+        eval_dataset=rows([conversation, story, caption], 7),
+    )
+    trainer.args.per_device_train_batch_size = 4  # rows that are compared in an evaluation
+    keys = ("loss", "generative_loss", "structure_loss", "image_to_text_recall@1")
+    evaluated = trainer.evaluate()
+    streamed = trainer.evaluate(trainer.eval_dataset.select(range(4)).to_iterable_dataset())
+    trainer.train()
+    found = {key: history(trainer, key) for key in ("loss", "generative_loss", "structure_loss", "grad_norm")}
+    return found | {
+        f"{n}_{key}": metrics[f"eval_{key}"] for n, metrics in enumerate((evaluated, streamed)) for key in keys
+    }
 
-COMPARED = (
-    WORKER
-    + """
-trainer = SugarTrainer(
-    backbone,
-    t.config(path, teachers, positions_per_sample=99, flip_captions=False,
-             per_device_train_batch_size=int(sys.argv[5]), train_sampling_strategy="sequential", **settings),
-    train_dataset=t.rows([t.conversation, t.story], 16),
-)
-trainer.train()
-if trainer.is_world_process_zero():
-    keys = ("loss", "generative_loss", "structure_loss", "grad_norm")
-    print("RESULT", json.dumps({key: t.history(trainer, key) for key in keys}))
-"""
-)
 
-EVALUATED_FIRST = (
-    WORKER
-    + """
-found = {}
-for kind, lora, kwargs in [("full", None, {}), ("lora", LoraConfig(r=4), {}), ("on_start", LoraConfig(r=4), {"eval_on_start": True})]:
-    data = t.rows([t.conversation, t.caption], 16)
-    args = t.config(path, teachers, eval_strategy="steps", eval_steps=2, **settings, **kwargs)
-    trainer = SugarTrainer(backbone, args, train_dataset=data, eval_dataset=data.select(range(8)), peft_config=lora)
-    if not kwargs:
+def agree(path, backbone, teachers, lora, on_start):
+    """Whether the processes end with the same weights when they have evaluated before they train."""
+    data = rows([conversation, caption], 8)
+    trainer = SugarTrainer(
+        backbone,
+        config(path, teachers, eval_strategy="steps", eval_steps=2, eval_on_start=on_start),
+        train_dataset=data,
+        eval_dataset=data,
+        peft_config=LoraConfig(r=4) if lora else None,
+    )
+    if not on_start:
         trainer.evaluate()
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
     first, second = trainer.accelerator.gather(weights).chunk(2)
-    found[kind] = [type(trainer.model_wrapped).__name__, torch.equal(first, second)]
-if trainer.is_world_process_zero():
+    return type(trainer.model_wrapped).__name__, torch.equal(first, second)
+
+
+WORKER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import test_trainer as t
+t.torch.set_num_threads(1)
+path, backbone, teachers = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+found = [t.compared(path, backbone, teachers, 4)]
+found += [t.agree(path, backbone, teachers, *how) for how in ((False, False), (True, False), (True, True))]
+if t.torch.distributed.get_rank() == 0:
     print("RESULT", json.dumps(found))
 """
-)
 
 
-def launch(script, processes, backbone, teachers, tmp_path, batch=4):
-    """What a script prints, in processes that talk to one another over gloo."""
-    file = tmp_path / "worker.py"
-    file.write_text(script)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        str(file),
-    ]
-    arguments = [
-        str(Path(__file__).parent),
-        backbone,
-        json.dumps(teachers),
-        str(tmp_path / str(processes)),
-        str(batch),
-    ]
+def test_two_processes(backbone, teachers, tmp_path):
+    """As one process with the same global batch: the structure loss compares the positions of both processes with one
+    another, and evaluation counts every row once. Their weights stay equal, evaluated before or not: accelerate takes a
+    model that was prepared for an evaluation as it is, without DDP."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [str(Path(__file__).parent), str(tmp_path / "two"), backbone, json.dumps(teachers)]
     result = subprocess.run(
-        [*command, *arguments, str(tmp_path / "cache")],
+        [*launch, str(tmp_path / "worker.py"), *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, result.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT")), result.stderr
-
-
-def test_two_processes_equal_one(backbone, teachers, tmp_path):
-    """Same global batch: the structure loss compares the positions of both processes with one another."""
-    one, _ = launch(COMPARED, 1, backbone, teachers, tmp_path, batch=8)
-    two, logged = launch(COMPARED, 2, backbone, teachers, tmp_path, batch=4)
-    for key, values in one.items():
+    two, *agreeing = json.loads(lines[0].removeprefix("RESULT"))
+    for key, values in compared(tmp_path / "one", backbone, teachers, 8).items():
         assert two[key] == pytest.approx(values, abs=1e-5, rel=1e-5), key
-    assert "FutureWarning" not in logged
+    assert agreeing == 3 * [["DistributedDataParallel", True]]
+    assert "FutureWarning" not in result.stderr
 
 
-def test_ranks_agree_when_evaluated_first(backbone, teachers, tmp_path):
-    """accelerate takes a model that was prepared for an evaluation as it is, without DDP."""
-    found, _ = launch(EVALUATED_FIRST, 2, backbone, teachers, tmp_path)
-    assert found == {kind: ["DistributedDataParallel", True] for kind in ("full", "lora", "on_start")}
+class TestEvaluation:
+    def test_apart_from_the_training(self, backbone, teachers, tmp_path):
+        """The same every time, whatever the batches, and the training does not notice."""
+        losses = []
+        for strategy in ("no", "steps"):
+            trainer = SugarTrainer(
+                backbone,
+                config(tmp_path, teachers, positions_per_sample=1, eval_strategy=strategy, eval_steps=1),
+                train_dataset=rows([caption, story]),
+                eval_dataset={"a": rows([story], 6), "b": rows([caption], 5)},
+            )
+            trainer.train()
+            losses.append(history(trainer, "loss"))
+        assert losses[0] == losses[1]
+        first = trainer.evaluate()
+        trainer.args.per_device_eval_batch_size = 1
+        second = trainer.evaluate()
+        names = ("loss", "generative_loss", "structure_loss", "samples_compared")
+        for name in [f"eval_{key}_{name}" for key in "ab" for name in names] + ["eval_b_image_to_text_recall@1"]:
+            assert second[name] == pytest.approx(first[name], rel=1e-5), name
+        predicted = trainer.predict(rows([caption], 5), metric_key_prefix="eval_b").metrics
+        assert predicted["eval_b_loss"] == pytest.approx(first["eval_b_loss"], rel=1e-5)
+
+    def test_loss_of_rows(self, backbone, teachers, tmp_path):
+        """Against the mean over all tokens, and over groups of rows, computed by hand."""
+        data = rows([conversation, story], 6)
+        trainer = SugarTrainer(
+            backbone,
+            config(tmp_path, teachers, per_device_eval_batch_size=2, positions_per_sample=99, max_steps=1),
+            train_dataset=data,
+            eval_dataset=data,
+        )
+        found = trainer.evaluate()
+        losses, model = [], trainer.model.eval()
+        for group in (range(4), range(4, 6)):
+            batch = trainer._eval_collator([dict(data[i]) for i in group])
+            teacher_embeddings, modality = batch.pop("teacher_embeddings"), batch.pop("slice_modality")
+            with torch.no_grad():
+                output = model(**batch)
+            tokens = (batch["labels"][:, 1:] != -100).sum().item()
+            present = modality >= 0
+            counts = present.sum(1)
+            labels, _ = label_matrix(
+                teacher_embeddings[present],
+                torch.tensor([0, *counts.cumsum(0)]),
+                torch.tensor([(i, n + 1) for i, count in enumerate(counts) for n in range(count)]),
+                modality=modality[present],
+                split=trainer._split,
+            )
+            cosines = output.embeddings[present] @ output.embeddings[present].T
+            structure = ((cosines - labels) ** 2).sum() / len(labels)
+            losses.append((output.loss.item() * tokens, tokens, structure.item() * len(group), len(group)))
+        generative, tokens, structure, count = map(sum, zip(*losses))
+        assert found["eval_generative_loss"] == pytest.approx(generative / tokens, rel=1e-4)
+        assert found["eval_structure_loss"] == pytest.approx(structure / count, rel=1e-4)
+        assert found["eval_loss"] == pytest.approx(generative / tokens + 0.3 * structure / count, rel=1e-4)
+
+    def test_early_stopping_on_recall(self, backbone, teachers, tmp_path):
+        trainer = SugarTrainer(
+            backbone,
+            config(
+                tmp_path,
+                teachers,
+                learning_rate=0.0,
+                eval_strategy="steps",
+                eval_steps=1,
+                save_strategy="steps",
+                save_steps=1,
+                load_best_model_at_end=True,
+                metric_for_best_model="image_to_text_recall@1",
+            ),
+            train_dataset=rows([caption]),
+            eval_dataset=rows([caption], 6),
+            callbacks=[EarlyStoppingCallback(1)],
+        )
+        trainer.train()
+        assert trainer.state.global_step == 2 and trainer.state.best_global_step == 1
+
+
+class TestBatches:
+    def test_one_sample_is_nothing_to_compare(self, backbone, teachers, tmp_path, caplog):
+        def trainer(n, **kwargs):
+            return SugarTrainer(backbone, config(tmp_path, teachers, **kwargs), train_dataset=rows([story], n))
+
+        with pytest.raises(ValueError, match="one sample.*per_device_train_batch_size.*allow_single_sample"):
+            trainer(4, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+        allowed = trainer(4, per_device_train_batch_size=1, allow_single_sample=True, max_steps=1)
+        assert "the embeddings collapse" in caplog.text
+        allowed.train()
+        assert history(allowed, "structure_loss")[0] > 0
+        assert history(allowed, "samples_compared") == [1]
+        # the last batch of an epoch may have one row
+        uneven = trainer(5, max_steps=2)
+        uneven.train()
+        assert history(uneven, "samples_compared") == [4, 1]
+        assert history(uneven, "structure_loss")[0] > 0 == history(uneven, "structure_loss")[1]
+
+    def test_persistent_workers_know_the_epoch(self, backbone, teachers, tmp_path):
+        first_slices = []
+
+        class Noting(SugarTrainer):
+            def training_step(self, model, inputs, *args, **kwargs):
+                first_slices[-1].append(inputs["slice_modality"][:, 0].tolist())
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        for kwargs in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
+            first_slices.append([])
+            Noting(
+                backbone,
+                config(tmp_path, teachers, max_steps=9, learning_rate=0.0, **kwargs),
+                train_dataset=rows([caption]),
+            ).train()
+        assert first_slices[0] == first_slices[1]
+        assert len({sum(map(sum, first_slices[0][n : n + 3])) for n in (0, 3, 6)}) > 1
+
+
+class TestResume:
+    def test_goes_back_to_a_whole_checkpoint(self, backbone, teachers, tmp_path, caplog):
+        def trainer(directory):
+            return SugarTrainer(
+                backbone,
+                config(directory, teachers, save_strategy="steps", save_steps=2),
+                train_dataset=rows([conversation]),
+                peft_config=LoraConfig(r=4),
+            )
+
+        trainer(tmp_path / "out").train()
+        newest = tmp_path / "out" / "checkpoint-4"
+        state = newest / "trainer_state.json"
+        state.write_text(state.read_text()[:100])  # the last file that is written
+        resumed = trainer(tmp_path / "out")
+        with pytest.raises(
+            ValueError, match="(?s)checkpoint-4 is no checkpoint that was written to its end.*checkpoint-2"
+        ):
+            resumed.train(resume_from_checkpoint=str(newest))
+        resumed.train(resume_from_checkpoint=True)
+        assert "checkpoint-4 was not written to its end" in caplog.text
+        assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+        with pytest.raises(ValueError, match="No checkpoint in .* was written to its end"):
+            trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
