@@ -16,8 +16,7 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_sugar.cli.main import main
-from hf_sugar.data import load_data
-from hf_sugar.data.rows import load_image
+from hf_sugar.data import load_data, load_image
 from hf_sugar.evaluation import BENCHMARKS, Estimate, load_benchmarks, recall_at_k
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.world.dataset import load_world

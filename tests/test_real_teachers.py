@@ -14,7 +14,7 @@ from transformers.models.efficientnet.image_processing_pil_efficientnet import E
 from hf_sugar import TripleEncoder
 from hf_sugar.cli.demo import world_teachers
 from hf_sugar.cli.main import main
-from hf_sugar.data.rows import load_image
+from hf_sugar.data import load_image
 from hf_sugar.world import checkpoint
 
 

@@ -222,6 +222,7 @@ class TestFullCheckpoint:
         assert set(get_imports(module.__file__)) - set(sys.stdlib_module_names) <= {
             "PIL",
             "huggingface_hub",
+            "jinja2",
             "numpy",
             "safetensors",
             "torch",

@@ -59,7 +59,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hf_sugar.alignment import IMAGE, TEXT
-from hf_sugar.data.rows import load_image, row_slices
+from hf_sugar.data import load_image, row_slices
 from hf_sugar.models.rows_sugar import row_name
 from hf_sugar.teachers import TeacherCache, TripleEncoder, slice_key
 from hf_sugar.world import checkpoint

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreamer
 
-from .data.rows import load_image
+from .data import load_image
 from .models.processing_sugar import IMAGE_SUFFIXES
 from .models.rows_sugar import conversation_row, fill_images, row_name
 

@@ -11,6 +11,17 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 
+def _source(source: Any) -> Any:
+    if not isinstance(source, str) or not source.startswith("{"):
+        return source
+    try:
+        return yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{source!r} is no mapping in YAML or JSON. Write it as {{path: data.json, weight: 1}}."
+        ) from error
+
+
 @dataclass
 class DataArguments:
     """
@@ -34,10 +45,19 @@ class DataArguments:
     eval_data: list[str] | None = field(
         default=None, metadata={"help": "What to evaluate the losses on during training."}
     )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that image paths are relative to, instead of that of each file."}
+    )
     on_bad_row: str = field(
         default="error",
         metadata={"help": "What to do with a malformed row: 'error' or 'skip'.", "choices": ["error", "skip"]},
     )
+
+    def __post_init__(self):
+        for name in ("train_data", "eval_data"):  # a mapping may be given on the command line too
+            sources = getattr(self, name)
+            if isinstance(sources, list):
+                setattr(self, name, [_source(source) for source in sources])
 
 
 @dataclass

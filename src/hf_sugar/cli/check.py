@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     bad_rows: list[Problem] = []
     try:
         # every bad row is of interest here, not the first alone
-        dataset = load_data(sources, args.split, on_bad_row="skip", bad_rows=bad_rows)
+        dataset = load_data(sources, args.split, on_bad_row="skip", image_root=data.image_root, bad_rows=bad_rows)
     except (FileNotFoundError, ValueError) as error:
         print(error)
         return 1

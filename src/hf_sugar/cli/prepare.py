@@ -58,7 +58,14 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> dict[str, in
     cache = TeacherCache.for_encoder(args.teacher_cache_dir, encoder)
     total: dict[str, int] = {}
     for source, split in sources:
-        rows = load_data(source, split, seed=args.seed, on_bad_row=data.on_bad_row, streaming=data.streaming)
+        rows = load_data(
+            source,
+            split,
+            seed=args.seed,
+            on_bad_row=data.on_bad_row,
+            streaming=data.streaming,
+            image_root=data.image_root,
+        )
         counts = cache.fill(rows, encoder, data.on_bad_row)
         total = {name: total.get(name, 0) + count for name, count in counts.items()}
     return total

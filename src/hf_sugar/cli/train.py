@@ -125,10 +125,11 @@ def train(
         **(args.model_init_kwargs or {}),
     }
     args.on_bad_row = data.on_bad_row
+    reading = {"seed": args.seed, "on_bad_row": data.on_bad_row, "image_root": data.image_root}
     eval_dataset = None
     if data.eval_data is not None:
-        eval_dataset = load_data(data.eval_data, "validation", seed=args.seed, on_bad_row=data.on_bad_row)
-    train_dataset = load_data(data.train_data, seed=args.seed, on_bad_row=data.on_bad_row, streaming=data.streaming)
+        eval_dataset = load_data(data.eval_data, "validation", **reading)
+    train_dataset = load_data(data.train_data, streaming=data.streaming, **reading)
     if data.streaming:  # what is read ahead is shuffled; other data are shuffled by the sampler
         train_dataset = train_dataset.shuffle(seed=args.seed)
     trainer = SugarTrainer(

@@ -2,9 +2,10 @@
 
 from hf_sugar.models.rows_sugar import row_name
 
-from .checks import CheckReport, Problem, check_dataset, check_rows_structure, validate_rows
-from .readers import ROW_FEATURES, load_data, load_table
-from .rows import captions_by_image, load_image, row_slices
+from .checks import CheckReport, Problem, check_dataset, validate_rows
+from .files import load_table
+from .images import captions_by_image, load_image, row_slices, stored_image
+from .load import ROW_FEATURES, load_data
 
 
 __all__ = [
@@ -13,11 +14,11 @@ __all__ = [
     "Problem",
     "captions_by_image",
     "check_dataset",
-    "check_rows_structure",
     "load_data",
     "load_image",
     "load_table",
     "row_name",
     "row_slices",
+    "stored_image",
     "validate_rows",
 ]

@@ -1,4 +1,4 @@
-"""Checks of rows: the quick ones that need no image, and the thorough ones that open every image."""
+"""Checks of rows: the quick one that needs no image, and the thorough one that opens every image."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_sugar.models.rows_sugar import UNREAD, conversation_row, fill_images, iter_slices, row_name, row_problems
 
-from .rows import load_image
+from .images import load_image, undecoded
 
 
 _KIND_OF = {"answers": "conversations", "captions": "captions", "text": "documents"}
@@ -63,32 +63,18 @@ class CheckReport:
     What [`check_dataset`] found. `str(report)` is a summary to read.
 
     Attributes:
-        rows (`int`):
-            Number of rows.
+        rows (`int`), images (`int`), texts (`int`):
+            Number of rows, of image slices and of text slices.
         kinds (`dict[str, int]`):
             Rows whose loss is on answers (`"conversations"`), on captions (`"captions"`), on all text (`"documents"`).
-        images (`int`):
-            Number of image slices.
-        texts (`int`):
-            Number of text slices.
-        text_only (`int`):
-            Rows without an image.
-        no_structure (`int`):
-            Rows that stay out of the structure loss.
-        slices_min (`int`):
-            Fewest slices in a row.
-        slices_mean (`float`):
-            Slices in a row on average.
-        slices_max (`int`):
-            Most slices in a row.
+        text_only (`int`), no_structure (`int`):
+            Rows without an image, and rows that stay out of the structure loss.
+        slices_min (`int`), slices_mean (`float`), slices_max (`int`):
+            Slices in a row.
         duplicates (`int`):
             Rows that repeat an earlier one: same messages, same image files or bytes.
-        tokens_min (`int`, *optional*):
-            Shortest row in tokens, image tokens included. Only with a processor, as the next two.
-        tokens_mean (`float`, *optional*):
-            Tokens of a row on average.
-        tokens_max (`int`, *optional*):
-            Longest row in tokens.
+        tokens_min (`int`), tokens_mean (`float`), tokens_max (`int`), *optional*:
+            Tokens in a row, image tokens included. Only with a processor.
         max_length (`int`, *optional*):
             The limit that the rows were held against.
         problems (`list[Problem]`):
@@ -147,25 +133,28 @@ def _listing(problems: list[Problem], shown: int = 5) -> str:
     return "\n".join(lines)
 
 
-def text_rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], int]]:
+def text_rows(dataset: Dataset, name: str = "the dataset") -> Iterator[tuple[dict[str, Any], int]]:
     """
     Iterate over the text of a dataset's rows without reading its images.
 
     Args:
         dataset ([`datasets.Dataset`]):
-            Rows of any layout that [`~data.rows.conversation_row`] takes.
+            Rows of any layout that [`conversation_row`] takes.
+        name (`str`, *optional*, defaults to `"the dataset"`):
+            What errors call the dataset.
 
     Yields:
-        `tuple[dict, int]`: `messages`, `loss_on`, `structure` and `id`, and the number of images.
+        `tuple[dict, int]`: the row of [`conversation_row`] without its images, and their number.
 
     Raises:
-        `ValueError`: if the dataset has no `messages` column (nor `prompt` and `completion`), or no column of images.
+        `ValueError`: if the dataset has a transform, or no `messages` column (nor `prompt` and `completion`).
     """
+    dataset = undecoded(dataset, name)
     columns = dataset.column_names
     if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
         raise ValueError(
-            f"the dataset has no `messages` column (it has {', '.join(columns)}). Bring it into the conversational "
-            "vision format, for example with `hf_sugar.data.load_data`."
+            f"{name} has no `messages` column (it has {', '.join(columns)}). Bring it into the conversational vision "
+            "format, for example with `hf_sugar.data.load_data`."
         )
     if "images" in columns:
         lists = dataset.select_columns("images").with_format("arrow")[:]["images"]
@@ -175,41 +164,16 @@ def text_rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], int]]:
     else:
         counts = [0] * len(dataset)
     names = ("messages", "prompt", "completion", "loss_on", "structure", "id", *UNREAD)
-    text = dataset.select_columns([name for name in names if name in columns])
-    counts = iter(counts)
-    for batch in text.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            row = conversation_row(dict(zip(batch, values, strict=True)))
-            del row["images"]
-            yield row, int(next(counts) or 0)
-
-
-def check_rows_structure(dataset: Dataset) -> list[Problem]:
-    """
-    Check the structure of every row: roles, parts, number of images, and that some text carries the loss. No image is
-    read, so this is quick on large datasets too.
-
-    Args:
-        dataset ([`datasets.Dataset`]):
-            Rows in the conversational vision format.
-
-    Returns:
-        `list[Problem]`: what is wrong, in the order of the rows.
-
-    Raises:
-        `ValueError`: if the dataset has no `messages` column.
-    """
-    progress = tqdm(text_rows(dataset), total=len(dataset), desc="checking rows", unit=" rows")
-    return [
-        Problem(index, field, message, row.get("id"), kind)
-        for index, (row, num_images) in enumerate(progress)
-        for kind, field, message in row_problems(row, num_images)
-    ]
+    texts = dataset.select_columns([name for name in names if name in columns])
+    for row, count in zip(texts, counts, strict=True):
+        row = conversation_row(row)
+        del row["images"]
+        yield row, int(count)
 
 
 def validate_rows(dataset: Dataset, name: str = "dataset") -> None:
     """
-    Refuse a dataset with malformed rows.
+    Refuse a dataset with malformed rows. No image is read, so this is quick on large datasets too.
 
     Args:
         dataset ([`datasets.Dataset`]):
@@ -218,35 +182,35 @@ def validate_rows(dataset: Dataset, name: str = "dataset") -> None:
             What the error calls the dataset.
 
     Raises:
-        `ValueError`: naming the first few malformed rows and their total, or if there is no row at all.
+        `ValueError`: naming the first few malformed rows and their total, or if there is no row at all, or for what
+            [`text_rows`] refuses.
     """
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows.")
-    problems = check_rows_structure(dataset)
+    rows = tqdm(text_rows(dataset, name), total=len(dataset), desc="checking rows", unit=" rows")
+    problems = [
+        Problem(index, field, message, row.get("id"), kind)
+        for index, (row, num_images) in enumerate(rows)
+        for kind, field, message in row_problems(row, num_images)
+    ]
     if problems:
         raise ValueError(f"{name} cannot be used: {_listing(problems)}")
 
 
 def check_dataset(
-    dataset: Dataset,
-    processor: Any = None,
-    max_length: int | None = None,
-    decode: bool = True,
-    bad_rows: Sequence[Problem] = (),
+    dataset: Dataset, processor: Any = None, max_length: int | None = None, bad_rows: Sequence[Problem] = ()
 ) -> CheckReport:
     """
-    Check a dataset thoroughly, and count what is in it.
+    Check a dataset thoroughly, every image opened, and count what is in it.
 
     Args:
         dataset ([`datasets.Dataset`]):
             Rows in the conversational vision format.
         processor ([`SugarProcessor`], *optional*):
             Processor of the model to be trained. With it every row is tokenized, images included, to find its length,
-            and texts that contain the processor's image token are reported. Needs `decode`.
+            and rows that the processor refuses are reported.
         max_length (`int`, *optional*):
             Report rows of more tokens than this. Needs `processor`.
-        decode (`bool`, *optional*, defaults to `True`):
-            Whether to open every image.
         bad_rows (`Sequence[Problem]`, *optional*):
             Problems of rows that were left out when the dataset was read, see [`load_data`]: they are reported too.
 
@@ -254,54 +218,41 @@ def check_dataset(
         [`CheckReport`]: counts and problems.
 
     Raises:
-        `ValueError`: if the dataset has no rows or no `messages` column, or if an argument lacks the one it needs.
+        `ValueError`: if the dataset has no rows or no `messages` column, or if `max_length` lacks the processor.
     """
     if len(dataset) == 0:
         raise ValueError("the dataset has no rows.")
     if max_length is not None and processor is None:
         raise ValueError("`max_length` counts tokens: give the `processor` too.")
-    if processor is not None and not decode:
-        raise ValueError("`processor` needs the images: leave `decode` at True.")
-
-    columns = dataset.column_names
-    arrow = dataset.with_format("arrow")  # images as they are stored: casting the column would copy them all
     problems, kinds, digests = [*bad_rows], Counter(), set()
     images_total = texts_total = text_only = no_structure = 0
     slices, lengths = [], []
-    for index, (row, num_images) in enumerate(
-        tqdm(text_rows(dataset), total=len(dataset), desc="checking rows", unit=" rows")
-    ):
-        found = row_problems(row, num_images)
-        stored = []
-        if num_images:
-            record = arrow[index]
-            stored = record["images"].to_pylist()[0] if "images" in columns else record["image"].to_pylist()
-        digest = hashlib.blake2b(json.dumps(row["messages"], sort_keys=True).encode())
-        for image in stored:
-            image = image or {"bytes": None, "path": None}  # a null in the list; decoding reports it below
-            digest.update(image["bytes"] or (image["path"] or "").encode())
-        digests.add(digest.digest())
-
+    for index, row in enumerate(tqdm(undecoded(dataset), desc="checking rows", unit=" rows")):
+        row = conversation_row(row)
+        found = row_problems(row, len(row["images"]))
+        digest = hashlib.blake2b(json.dumps(row["messages"], sort_keys=True, default=str).encode())
         images = []
-        for n, image in enumerate(stored if decode else []):
-            where = f"images[{n}]"
+        for n, image in enumerate(row["images"]):
+            stored = image if isinstance(image, dict) else {"bytes": None, "path": image}
+            digest.update(stored["bytes"] or (stored["path"] or "").encode())
             try:
-                images.append(load_image(image, where))
+                images.append(load_image(image, f"images[{n}]"))
             except ValueError as error:
-                found.append(("image", where, str(error).removeprefix(f"{where}: ")))
+                found.append(("image", f"images[{n}]", str(error).removeprefix(f"images[{n}]: ")))
+        digests.add(digest.digest())
         if not found:
-            messages = fill_images(row["messages"], images or [None] * num_images)
+            messages = fill_images(row["messages"], images)
             texts = sum(part["type"] == "text" for part in iter_slices(messages))
             texts_total += texts
-            images_total += num_images
-            text_only += not num_images
+            images_total += len(images)
+            text_only += not images
             no_structure += not row["structure"]
-            slices.append(texts + num_images)
-            kinds[_KIND_OF[row.get("loss_on") or "answers"]] += 1
+            slices.append(texts + len(images))
+            kinds[_KIND_OF[row["loss_on"]]] += 1
             if processor is not None:
                 found, tokens = _tokenized(messages, processor, max_length)
                 lengths += tokens
-        problems += [Problem(index, field, message, row.get("id"), kind) for kind, field, message in found]
+        problems += [Problem(index, field, message, row["id"], kind) for kind, field, message in found]
 
     return CheckReport(
         rows=len(dataset),

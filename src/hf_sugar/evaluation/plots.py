@@ -15,8 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..alignment import expected_alignment, label_matrix
-from ..data.readers import load_data
-from ..data.rows import row_slices
+from ..data import load_data, row_slices
 from ..files import replacing
 from ..inference import SugarEmbedder
 from ..models.rows_sugar import row_name

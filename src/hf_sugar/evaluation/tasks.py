@@ -10,8 +10,8 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from ..data.readers import load_data, load_table
-from ..data.rows import load_image, row_slices, undecoded
+from ..data import load_data, load_table
+from ..data.images import load_image, row_slices, undecoded
 from ..models.rows_sugar import conversation_row, row_name
 from ..retrieval.rag import split_answer
 from .metrics import Estimate, recall_at_k
@@ -344,7 +344,7 @@ def interleaved_retrieval(
         embed (`Callable`):
             Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, such as a [`SugarEmbedder`].
         stories (`Sequence[list[str | PIL.Image.Image]]`):
-            Stories as slices in reading order. [`hf_sugar.data.rows.row_slices`] makes one of a row.
+            Stories as slices in reading order. [`hf_sugar.data.row_slices`] makes one of a row.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`):
             Cut-offs.
         min_context (`int`, *optional*, defaults to `2`):

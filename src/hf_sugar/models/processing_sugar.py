@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import get_session
+from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
@@ -406,7 +407,13 @@ class SugarProcessor(ProcessorMixin):
             if parts and parts[-1]["type"] == "text":
                 last.add(len(texts) - 1)
             marked.append({"role": role, "content": parts})
-        rendered = self.apply_chat_template(marked, tokenize=False)
+        try:
+            rendered = self.apply_chat_template(marked, tokenize=False)
+        except TemplateError as error:
+            raise ValueError(
+                f"{name}: the chat template of this checkpoint refuses the conversation ({error}). Change the row or drop "
+                "it, or set `processor.chat_template` to one that takes it."
+            ) from error
 
         # The template has put marks and image tokens somewhere; put the texts in and note where each slice is.
         pieces, spans, position, cursor, found = [], {}, 0, 0, []

@@ -33,6 +33,8 @@ def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
         messages = row["messages"]
     elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         messages = [{**message, "learn": False} for message in row["prompt"]] + row["completion"]
+    elif "messages" in row:  # a row without a value, which `row_problems` names
+        messages = None
     else:
         raise ValueError(
             f"a row has the columns {', '.join(row)}; slices are the content parts of `messages` (or of `prompt` and "
@@ -222,12 +224,12 @@ def _contents(messages: list[dict[str, Any]], num_images: int) -> Iterator[tuple
 
 def _not_a_text(value: Any) -> str:
     remedy = "Write the text."
-    if isinstance(value, datetime.date | datetime.time):
+    if isinstance(value, datetime.date | datetime.time | int | float):  # seen with `datasets` 5.2
         remedy = (
-            "`datasets` reads texts of JSON files that are all dates so. Read the files with "
-            "`hf_sugar.data.load_data`, or give `datasets.load_dataset` the `features`."
+            "`datasets.load_dataset` reads texts of JSON files so that look like dates or numbers. Read the files with "
+            "`hf_sugar.data.load_data`, or write the text."
         )
-    return f"is {value!r}, a {type(value).__name__} and not a text. {remedy}"
+    return f"is {value!r} of type {type(value).__name__}, not a text. {remedy}"
 
 
 def _is_json_of_parts(text: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..alignment import expected_alignment
-from ..data.rows import load_image, row_slices
+from ..data import load_image, row_slices
 from ..evaluation.plots import plot_alignment
 from .base import Hit
 from .rag import SugarRAG

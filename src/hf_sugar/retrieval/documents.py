@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from ..data.rows import load_image, undecoded
+from ..data.images import load_image, undecoded
 from ..inference import TEXT_SUFFIXES, SugarEmbedder, as_row
 from ..models.processing_sugar import IMAGE_SUFFIXES
 from ..models.rows_sugar import fill_images

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..data.rows import row_slices
+from ..data import row_slices
 from ..inference import SugarGenerator, as_row
 from ..models.rows_sugar import fill_images
 from .base import Hit, Index
@@ -49,7 +49,7 @@ def question_slices(row: dict[str, Any], where: str = "row") -> list[str | Image
         `list[str | PIL.Image.Image]`: slices in reading order, one item for an embedding function.
 
     Raises:
-        `ValueError`: if the images do not fit the user's messages, or as in [`~data.rows.row_slices`].
+        `ValueError`: if the images do not fit the user's messages, or as in [`~data.row_slices`].
     """
     questions = [message for message in row["messages"] if message["role"] == "user"]
     return row_slices({"messages": questions, "images": row["images"]}, where)

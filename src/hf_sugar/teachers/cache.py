@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from hf_sugar.data.rows import load_image, undecoded
+from hf_sugar.data.images import load_image, undecoded
 from hf_sugar.distributed import distributed_state
 from hf_sugar.models.rows_sugar import conversation_row, fill_images, row_name
 
@@ -403,7 +403,7 @@ class TeacherCache:
 
         Args:
             rows (`datasets.Dataset` or `datasets.IterableDataset` or `Iterable[dict]`):
-                Rows in any layout that [`~hf_sugar.data.rows.conversation_row`] takes. Of datasets whose columns are known
+                Rows in any layout that [`~hf_sugar.models.rows_sugar.conversation_row`] takes. Of datasets whose columns are known
                 the blocks that an earlier run finished are not looked at again; image files are taken to be the same if
                 their size and time are.
             encoder ([`TripleEncoder`]):

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from hf_sugar.alignment import IMAGE, TEXT
-from hf_sugar.data.rows import load_image
+from hf_sugar.data import load_image
 
 
 logger = logging.getLogger(__name__)

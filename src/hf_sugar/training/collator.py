@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from hf_sugar.alignment import IMAGE, TEXT
-from hf_sugar.data.rows import load_image
+from hf_sugar.data import load_image
 from hf_sugar.models.processing_sugar import SugarProcessor
 from hf_sugar.models.rows_sugar import check_row, conversation_row, fill_images, iter_slices
 

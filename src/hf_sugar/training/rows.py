@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from hf_sugar.data.checks import validate_rows
-from hf_sugar.data.rows import undecoded
+from hf_sugar.data.images import undecoded
 
 from .collator import SugarCollator
 
@@ -83,4 +83,4 @@ def readable(dataset, name: str, validate: bool):
             )
         if validate:
             validate_rows(dataset, name)
-    return undecoded(dataset)
+    return undecoded(dataset, name)

@@ -5,7 +5,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_sugar.data.checks import text_rows
 from hf_sugar.models import SugarProcessor
-from hf_sugar.models.processing_sugar import fill_images
+from hf_sugar.models.rows_sugar import fill_images
 
 
 class LengthGroups(LengthGroupedSampler):

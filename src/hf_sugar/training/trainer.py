@@ -19,7 +19,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from hf_sugar.data.rows import answer_to_image, load_image
+from hf_sugar.data.images import answer_to_image, load_image
 from hf_sugar.evaluation.tasks import image_text_retrieval
 from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id, run_facts, write_card
 from hf_sugar.hub.push import push_checkpoint

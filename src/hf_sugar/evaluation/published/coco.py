@@ -1,8 +1,7 @@
 import os
 from typing import ClassVar
 
-from ...data.readers import load_data
-from ...data.rows import captions_by_image
+from ...data import captions_by_image, load_data
 from ..metrics import Estimate
 from ..tasks import EmbedFunction, GenerateFunction, image_text_retrieval
 

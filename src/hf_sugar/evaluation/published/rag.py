@@ -2,7 +2,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...data.readers import load_data
+from ...data import load_data
 from ...models.rows_sugar import row_name
 from ...retrieval.index import SugarIndex
 from ...retrieval.rag import rag_generator

@@ -1,7 +1,7 @@
 import os
 from typing import Any, ClassVar
 
-from ...data.readers import load_table
+from ...data import load_table
 from ..metrics import Estimate
 from ..tasks import EmbedFunction, GenerateFunction, require_columns, winoground
 
