@@ -1,9 +1,8 @@
-"""The compiled kernels and how one is chosen. The op by itself is tested in hub_kernels/*/tests."""
+"""The compiled kernels and how one is chosen. Triton by itself is tested in hub_kernels/gak-triton/tests."""
 
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,28 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tslearn.metrics import cdist_gak, unnormalized_gak
+from tslearn.metrics import cdist_gak
 
 from hf_sugar.alignment import (
     KernelFallbackWarning,
+    backends,
     compiled_kernel,
     global_alignment_kernel,
     label_matrix,
+    naive,
     packed_alignment_kernel,
-    selection,
+    recursion,
 )
 
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "hub_kernels"
-sys.path[:0] = [str(KERNELS), str(KERNELS / "gak" / "benchmarks")]
-
-from common import compare, gen_inputs, reference  # noqa: E402
-
-
-MODES = (None, "self", "count", "self+count")
+sys.path.insert(0, str(KERNELS))
 
 
 @pytest.fixture(scope="session")
@@ -45,15 +39,14 @@ def built(tmp_path_factory) -> Path:
         pytest.skip("hub_kernels/build_local.py needs Python 3.11")
     import build_local
 
-    name = f"_gak_cpu_{build_local.tree_hash(KERNELS / 'gak', 'cpu')}"
     for file in (KERNELS / "gak" / "build").glob("*/metadata.json"):
-        if json.loads(file.read_text())["id"] == name:
+        if json.loads(file.read_text())["id"] == build_local.library_name():
             return KERNELS / "gak"
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler to build the kernel with")
     folder = tmp_path_factory.mktemp("kernels")
-    build_local.build("gak", "cpu", folder)
-    return folder / "gak"
+    build_local.build(folder)
+    return folder
 
 
 @pytest.fixture
@@ -65,10 +58,10 @@ def choose(monkeypatch):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
-        selection._select.cache_clear()
+        backends._select.cache_clear()
 
     yield set_environment
-    selection._select.cache_clear()
+    backends._select.cache_clear()
 
 
 @pytest.fixture
@@ -89,119 +82,96 @@ def gak(built):
 # Agreement
 
 
-@pytest.mark.parametrize("isa", ["", "avx2", "portable"])
-def test_tests_of_the_kernel_pass(built, isa):
-    """With the instructions of this machine, and with less."""
-    environment = {**os.environ, "GAK_BUILD": str(built), "OMP_NUM_THREADS": "1", "GAK_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNELS / "gak" / "tests")]
-    if isa:
-        command += ["-k", "brute or reference or close or (gradcheck and True)"]
-    finished = subprocess.run([*command, "-c", os.devnull], env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+def job(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    distances = 4 * torch.rand(20, 19, generator=generator, dtype=dtype)
+    # more pairs than go through the recursion together, of all lengths in no order
+    n, m, row, column = (torch.randint(low, 10, (70,), generator=generator) for low in (1, 1, 0, 0))
+    return distances, row, column, n, m, n + m + row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("delta", [0.01, 0.15, 1.0, 100.0])
+def test_equals_the_definition(gak, delta, dtype):
+    arguments = job(dtype=dtype)
+    # cells are as exact as a float64 is
+    torch.testing.assert_close(
+        gak.log_kernels(*arguments, delta), naive.log_kernels(*arguments, delta), rtol=1e-12, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("delta", [0.05, 1.0])
+def test_long_sequences(gak, delta):
+    """Too long for a float64 without logarithms."""
+    distances = 4 * torch.rand(500, 400, generator=torch.Generator().manual_seed(0))
+    pair = [torch.tensor(numbers) for numbers in ([0, 3], [0, 5], [500, 2], [400, 2], [900, 4])]
+    value = gak.log_kernels(distances, *pair, delta)
+    torch.testing.assert_close(value, recursion.log_kernels(distances, *pair, delta), rtol=1e-12, atol=0)
+
+
+def test_neighbours_change_no_bit(gak):
+    """A pair's bits depend neither on its neighbours nor on how many there are."""
+    arguments = job()
+    value = gak.log_kernels(*arguments, 0.7)
+    for p in range(0, 70, 7):
+        alone = gak.log_kernels(arguments[0], *(index[p : p + 1] for index in arguments[1:]), 0.7)
+        assert torch.equal(alone, value[p : p + 1])
+
+
+def test_the_op_is_a_torch_op(gak):
+    torch.library.opcheck(gak.ops.log_kernels, (*job(), 1.0))
+    compiled = torch.compile(gak.log_kernels, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*job(), 1.0), gak.log_kernels(*job(), 1.0))
+
+
+def test_pairs_outside_the_matrix_are_refused(gak):
+    distances, *indices = job()
+    for index, wrong in ((0, -1), (0, 20), (1, 19), (2, 0), (2, 21), (3, 20), (4, 0), (0, 2**62)):
+        changed = [part.clone() for part in indices]
+        changed[index][69] = wrong
+        with pytest.raises(RuntimeError, match="pair 69 leaves the matrix"):
+            gak.log_kernels(distances, *changed, 1.0)
+    for wrong in (indices[0].int(), indices[0][:-1]):
+        with pytest.raises(RuntimeError, match="must be contiguous int64 vectors of one length"):
+            gak.log_kernels(distances, wrong, *indices[1:], 1.0)
+    with pytest.raises(RuntimeError, match="`distances` must be a contiguous matrix of float32 or float64"):
+        gak.log_kernels(distances.half(), *indices, 1.0)
 
 
 @pytest.mark.parametrize("triple", [False, True])
-def test_equals_the_pytorch_path(gak, triple):
-    # more slices than one block holds
-    inputs = gen_inputs(220, 15, 32, 2, shortest=1, triple=triple)
-    exact = {**inputs, "embeddings": inputs["embeddings"].double()}
-    other = inputs["prefixes"][5:40]
-    for normalize in MODES:
-        options = {"delta": 0.8, "normalize": normalize, "log": True}
-        expected = packed_alignment_kernel(**exact, **options, backend="torch")
-        compare(gak.packed_alignment_kernel(**inputs, **options), expected, 1e-5)
-        compare(gak.packed_alignment_kernel(**exact, **options), expected, 1e-10)
-        compare(packed_alignment_kernel(**inputs, **options, backend="torch"), expected, 1e-5)
-        some = gak.packed_alignment_kernel(**inputs, other_prefixes=other, **options)
-        compare(some, expected[:, 5:40], 1e-5)
+def test_equals_the_pytorch_path(local, triple):
+    lengths = torch.randint(1, 9, (40,), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(int(lengths.sum()), 8, generator=torch.Generator().manual_seed(1))
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    prefixes = torch.stack([torch.arange(40), lengths], dim=1)
+    options = {"modality": torch.arange(len(x)) % 2, "split": 4} if triple else {}
+    for normalize in (None, "self", "count", "self+count"):
+        for others in (None, prefixes[3:9]):
+            arguments = x, offsets, prefixes, others
+            values = [
+                packed_alignment_kernel(*arguments, normalize=normalize, log=True, backend=backend, **options)
+                for backend in ("local", "torch")
+            ]
+            torch.testing.assert_close(*values, rtol=1e-6, atol=1e-6)
+    labels, share = label_matrix(x, offsets, prefixes, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_SUGAR_KERNELS", "torch")
+        expected, expected_share = label_matrix(x, offsets, prefixes, **options)
+    torch.testing.assert_close(labels, expected, rtol=0, atol=1e-6)
+    assert share == expected_share
 
 
-def test_gradients_equal_those_of_the_pytorch_path(local):
-    inputs = gen_inputs(6, 5, 12, 2, shortest=1, dtype=torch.float64)
-    x = inputs.pop("embeddings")
-    weights = torch.randn(12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gradients = []
-    for backend in ("local", "torch"):
-        leaf = x.clone().requires_grad_()
-        value = packed_alignment_kernel(leaf, **inputs, normalize="self+count", backend=backend)
-        gradients.append(torch.autograd.grad((value * weights).sum(), leaf)[0])
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+def test_gradients_take_the_pytorch_path(local):
+    x = [torch.eye(3, dtype=torch.float64, requires_grad=True), torch.ones(2, 3, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda a: global_alignment_kernel([a, x[1]], backend="local"), x[0])
 
 
 def test_equals_tslearn(local):
     generator = torch.Generator().manual_seed(0)
     x = [torch.randn(8, 5, generator=generator, dtype=torch.float64) for _ in range(5)]
     unit = [(s / s.norm(dim=1, keepdim=True)).numpy() for s in x]
-    sigma = 0.7 * math.sqrt(8)
-    value = global_alignment_kernel(x, delta=0.7, normalize=None, backend="local").numpy()
-    expected = [[float(unnormalized_gak(a, b, sigma=sigma)) for b in unit] for a in unit]
-    np.testing.assert_allclose(value, expected, rtol=1e-9)
     value = global_alignment_kernel(x, delta=0.7, backend="local").numpy()
-    np.testing.assert_allclose(value, cdist_gak(unit, sigma=sigma), rtol=1e-9)
-
-
-def test_labels_are_those_of_the_pytorch_path(choose, built):
-    inputs = gen_inputs(24, 6, 32, 3, shortest=1)
-    choose(HF_SUGAR_KERNELS="torch")
-    expected, expected_share = label_matrix(**inputs)
-    choose(HF_SUGAR_KERNELS="local", HF_SUGAR_KERNEL_PATH=built)
-    labels, share = label_matrix(**inputs)
-    torch.testing.assert_close(labels, expected, rtol=0, atol=2e-6)
-    assert share == expected_share
-    sample, length = inputs["prefixes"].T
-    assert (labels[sample[:, None] == sample] == 1).all() and labels.max() <= 1
-    first = inputs["offsets"][sample[length == 1]]
-    x, codes = inputs["embeddings"][first], inputs["modality"][first]
-    for i, a in enumerate(x):
-        for j, b in enumerate(x):
-            half = slice(None, 16) if codes[i] == codes[j] else slice(16, None)
-            cosine = torch.cosine_similarity(a[half], b[half], dim=0)
-            if first[i] != first[j]:
-                torch.testing.assert_close(labels[length == 1][:, length == 1][i, j], cosine, rtol=0, atol=1e-6)
-
-
-lean = settings(max_examples=25, deadline=None)
-
-
-@lean
-@given(
-    samples=st.integers(1, 9),
-    slices=st.integers(1, 7),
-    triple=st.booleans(),
-    delta=st.floats(0.05, 20),
-    seed=st.integers(0, 10_000),
-    normalize=st.sampled_from(MODES),
-)
-def test_properties(gak, samples, slices, triple, delta, seed, normalize):
-    inputs = gen_inputs(samples, slices, 6, 2, shortest=1, triple=triple, seed=seed)
-    options = {"delta": delta, "normalize": normalize, "log": True}
-    value = gak.packed_alignment_kernel(**inputs, **options)
-    assert torch.equal(value, value.T)
-    compare(value, reference(**inputs, delta=delta, normalize=normalize), 1e-5 if delta >= 0.1 else 1e-4)
-    if normalize in ("self", "self+count"):
-        assert (value.diagonal() == 0).all()
-    if normalize == "count" or (normalize == "self" and not triple):
-        assert value.max() <= 1e-5
-
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    starts = inputs["offsets"]
-    picked = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in order.tolist()])
-    moved = {
-        "embeddings": inputs["embeddings"][picked],
-        "offsets": torch.nn.functional.pad((starts[1:] - starts[:-1])[order].cumsum(0), (1, 0)),
-        "prefixes": torch.stack([order.argsort()[inputs["prefixes"][:, 0]], inputs["prefixes"][:, 1]], dim=1),
-        "modality": inputs["modality"][picked] if triple else None,
-        "split": inputs["split"],
-    }
-    compare(gak.packed_alignment_kernel(**moved, **options), value, 1e-6)
-
-
-@lean
-@given(delta=st.floats(0.05, 10.0), factor=st.floats(1.05, 3.0), seed=st.integers(0, 10_000))
-def test_single_slices_grow_with_delta(gak, delta, factor, seed):
-    inputs = gen_inputs(6, 1, 8, shortest=1, triple=False, seed=seed)
-    low, high = (gak.packed_alignment_kernel(**inputs, delta=d, log=True) for d in (delta, delta * factor))
-    assert (high > low)[~torch.eye(6, dtype=torch.bool)].all()
+    np.testing.assert_allclose(value, cdist_gak(unit, sigma=0.7 * math.sqrt(8)), rtol=1e-9)
 
 
 # Selection
@@ -220,13 +190,13 @@ def test_torch_is_used_when_told(choose, built):
 
 def test_nothing_built_is_no_reason_to_warn(choose, built, monkeypatch, tmp_path):
     choose(HF_SUGAR_KERNELS="")
-    monkeypatch.setattr(selection, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(backends, "CHECKOUT", tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert compiled_kernel("cpu") is None
         packed_alignment_kernel(*ARGUMENTS)
         # nor is a build for another device
-        monkeypatch.setattr(selection, "CHECKOUT", built)
+        monkeypatch.setattr(backends, "CHECKOUT", built)
         assert compiled_kernel("mps") is None
 
 
@@ -280,11 +250,11 @@ def test_a_damaged_build_is_never_loaded(choose, built, tmp_path, damage):
 def test_a_kernel_that_is_wrong_is_refused(choose, monkeypatch, tmp_path):
     class Wrong:
         @staticmethod
-        def packed_alignment_kernel(*arguments, **options):
-            return torch.zeros(2, 2)
+        def log_kernels(*arguments):
+            return torch.zeros(2)
 
     choose(HF_SUGAR_KERNEL_PATH=tmp_path)
-    monkeypatch.setattr(selection, "_load_local", lambda folder, device: Wrong)
+    monkeypatch.setattr(backends, "_load_local", lambda folder: Wrong)
     with pytest.warns(KernelFallbackWarning, match="the test call gave"):
         assert compiled_kernel("cpu") is None
 
@@ -297,42 +267,6 @@ def test_unknown_choice(choose):
         global_alignment_kernel([torch.eye(2)], backend="fast")
 
 
-def test_errors_are_those_of_the_pytorch_path(local):
-    embeddings, offsets, prefixes = ARGUMENTS
-    bad = embeddings.clone()
-    bad[3, 1] = math.nan
-    with pytest.raises(ValueError, match="Slice 1 of sequence 1 .row 3.*NaN"):
-        packed_alignment_kernel(bad, offsets, prefixes)
-    with pytest.raises(ValueError, match="Slice 1 of sequence 1 .row 3.*NaN"):
-        packed_alignment_kernel(bad.requires_grad_(), offsets, prefixes)
-    with pytest.raises(ValueError, match="Slice 1 of sequence 1 .row 3.*all zeros"):
-        packed_alignment_kernel(embeddings * torch.tensor([1, 1, 1, 0])[:, None], offsets, prefixes)
-    good = {"embeddings": embeddings + 1, "offsets": offsets, "prefixes": prefixes}
-    good |= {"modality": torch.tensor([0, 1, 1, 0]), "split": 2}
-    packed_alignment_kernel(**good)
-    for change in [
-        {"offsets": offsets + 1},
-        {"offsets": offsets[:1]},
-        {"offsets": torch.tensor([0, 3, 3, 4])},
-        {"prefixes": prefixes[:0]},
-        {"prefixes": prefixes.T[:1].T},
-        {"prefixes": torch.tensor([[0, 3]])},
-        {"prefixes": torch.tensor([[-1, 1]])},
-        {"other_prefixes": torch.tensor([[0, 1], [1, 0]])},
-        {"delta": 0},
-        {"split": 4},
-        {"split": None},
-        {"modality": None},
-        {"modality": torch.tensor([0, 1, 1])},
-        {"modality": torch.tensor([0, 1, 1, 2])},
-        {"modality": torch.tensor([0, 1, 1, 0.5])},
-    ]:
-        with pytest.raises(ValueError) as expected:
-            packed_alignment_kernel(**good | change, backend="torch")
-        with pytest.raises(ValueError, match=f"^{re.escape(str(expected.value))}$"):
-            packed_alignment_kernel(**good | change)
-
-
 SPY = """
 import socket, sys, warnings
 looked_up = []
@@ -341,12 +275,12 @@ def spy(*arguments, **options):
     raise OSError("no network in this test")
 socket.getaddrinfo = socket.socket.connect = socket.socket.connect_ex = socket.create_connection = spy
 import torch
-from hf_sugar.alignment import compiled_kernel, label_matrix, selection
+from hf_sugar.alignment import backends, compiled_kernel, label_matrix
 warnings.simplefilter("ignore")
 label_matrix(torch.eye(4), torch.tensor([0, 2, 4]), torch.tensor([[0, 2], [1, 1]]))
 assert (compiled_kernel("cpu") is not None) == (sys.argv[1] == "built"), "selection"
 print(len(looked_up))
-selection._select.cache_clear()
+backends._select.cache_clear()
 warnings.simplefilter("error")
 try:
     compiled_kernel("cpu", "hub")
@@ -378,7 +312,7 @@ def test_the_benchmark_runs(built):
     environment = {**os.environ, "HF_SUGAR_KERNEL_PATH": str(built)}
     finished = subprocess.run([*command, "--no-tslearn"], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert "| 6x3x16 |" in finished.stdout and "recursion per pair" in finished.stdout
+    assert "| 6x3x16 |" in finished.stdout
 
 
 def test_build_files_are_valid():
@@ -389,46 +323,15 @@ def test_build_files_are_valid():
         assert Build.open(KERNELS / kernel)
 
 
-def test_the_library_asks_for_no_new_system(built):
-    checker = pytest.importorskip("kernel_abi_check", reason="kernel-abi-check is not installed")
-    library = checker.ObjectFile(next((built / "build").glob("*cpu*/*.so")))
-    assert not library.check_manylinux("manylinux_2_28")
-    assert not library.check_python_abi("3.9")
-
-
-def test_the_two_kernels_share_their_host_side():
-    ours, theirs = KERNELS / "gak" / "torch-ext" / "gak", KERNELS / "gak-triton" / "torch-ext" / "gak_triton"
-    assert (ours / "pairs.py").read_text() == (theirs / "pairs.py").read_text()
-
-
 @pytest.mark.extras
-def test_cuda_compiles(tmp_path):
-    """Compiled for sm_80, sm_90, sm_100 and sm_120; it is not run, because that takes a GPU."""
-    if not shutil.which("nvcc"):
-        pytest.skip("nvcc is not installed")
-    pytest.importorskip("kernels")
-    import build_local
-
-    variant = build_local.build("gak", "cuda", tmp_path)
-    assert next(variant.glob("*.so")).stat().st_size > 10_000
-
-
-@pytest.mark.extras
-@pytest.mark.parametrize("part", ["interpreter", "compile"])
-def test_triton(part, tmp_path):
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_triton(interpret):
     """Two processes: the interpreter and the compiler of Triton exclude each other."""
     pytest.importorskip("triton", reason="triton is not installed")
-    pytest.importorskip("kernels", reason="the Triton kernel is loaded with the `kernels` package")
-    import build_local
-
-    for backend in ("cpu", "cuda"):
-        build_local.build("gak-triton", backend, tmp_path)
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1" if part == "interpreter" else "0",
-        "GAK_TRITON_BUILD": str(tmp_path / "gak-triton"),
-    }
-    folder = KERNELS / "gak-triton" / "tests" / f"test_{part}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(folder)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+    finished = subprocess.run(
+        [*command, str(KERNELS / "gak-triton" / "tests")],
+        env={**os.environ, "TRITON_INTERPRET": interpret},
+        **{"capture_output": True, "text": True},
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -1,54 +1,29 @@
-#include "torch_binding.h"
-
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
-#define GAK_CONCAT_(a, b) a##b
-#define GAK_CONCAT(a, b) GAK_CONCAT_(a, b)
-#define GAK_STRING_(a) #a
-#define GAK_STRING(a) GAK_STRING_(a)
+torch::stable::Tensor log_kernels(
+    const torch::stable::Tensor& distances, const torch::stable::Tensor& row, const torch::stable::Tensor& column,
+    const torch::stable::Tensor& n, const torch::stable::Tensor& m, const torch::stable::Tensor& total, double delta);
+
+#define CONCAT_(a, b) a##b
+#define CONCAT(a, b) CONCAT_(a, b)
+#define STRING_(a) #a
+#define STRING(a) STRING_(a)
 // Expands the name before the library macro pastes it.
-#define GAK_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
-#define GAK_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+#define LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
-GAK_LIBRARY(TORCH_EXTENSION_NAME, ops) {
-  ops.def(
-      "log_alignment(Tensor embeddings, Tensor offsets, Tensor prefixes, Tensor? others, Tensor? modality, int split, "
-      "float delta, int normalize) -> Tensor");
-  ops.def(
-      "log_recursion(Tensor distances, Tensor offsets, Tensor prefixes, Tensor? others, float delta, int normalize) "
-      "-> Tensor");
-  ops.def(
-      "log_recursion_backward(Tensor gradient, Tensor distances, Tensor offsets, Tensor prefixes, Tensor? others, "
-      "float delta, int normalize) -> Tensor");
-  // The CUDA backend has these two only; the others are the CPU's.
-  ops.def(
-      "log_pairs(Tensor distances, Tensor row_start, Tensor row_length, Tensor column_start, Tensor column_length, "
-      "float delta, bool own, bool symmetric) -> Tensor");
-  ops.def(
-      "log_pairs_backward(Tensor gradient, Tensor distances, Tensor row_start, Tensor row_length, Tensor row_group, "
-      "Tensor column_start, Tensor column_length, Tensor column_group, int longest_row, int longest_column, "
-      "float delta, bool own, bool expected_only) -> Tensor");
-  ops.def("expected_alignment(Tensor distances, float delta) -> Tensor");
+LIBRARY(TORCH_EXTENSION_NAME, ops) {
+  ops.def("log_kernels(Tensor distances, Tensor row, Tensor column, Tensor n, Tensor m, Tensor total, float delta) -> Tensor");
 }
 
-#if defined(CPU_KERNEL)
-GAK_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
-  ops.impl("log_alignment", TORCH_BOX(&gak_log_alignment));
-  ops.impl("log_recursion", TORCH_BOX(&gak_log_recursion));
-  ops.impl("log_recursion_backward", TORCH_BOX(&gak_log_recursion_backward));
-  ops.impl("expected_alignment", TORCH_BOX(&gak_expected_alignment));
+LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, ops) {
+  ops.impl("log_kernels", TORCH_BOX(&log_kernels));
 }
-#else
-GAK_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, ops) {
-  ops.impl("log_pairs", TORCH_BOX(&gak_log_pairs));
-  ops.impl("log_pairs_backward", TORCH_BOX(&gak_log_pairs_backward));
-}
-#endif
 
-// Lets Python import the library as a module, which loads it and so registers the ops.
-PyMODINIT_FUNC GAK_CONCAT(PyInit_, TORCH_EXTENSION_NAME)(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, GAK_STRING(TORCH_EXTENSION_NAME), nullptr, 0, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
+// Lets Python import the library as a module, which loads it and so registers the op.
+PyMODINIT_FUNC CONCAT(PyInit_, TORCH_EXTENSION_NAME)(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, STRING(TORCH_EXTENSION_NAME)};
   return PyModule_Create(&module);
 }

@@ -1,6 +1,7 @@
-from .kernel import IMAGE, TEXT, expected_alignment, global_alignment_kernel, log_delannoy, packed_alignment_kernel
+from .backends import KernelFallbackWarning, compiled_kernel
+from .kernel import expected_alignment, global_alignment_kernel, log_delannoy, packed_alignment_kernel
 from .labels import label_matrix
-from .selection import KernelFallbackWarning, compiled_kernel
+from .slices import IMAGE, TEXT
 
 
 __all__ = [

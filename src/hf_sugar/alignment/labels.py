@@ -1,9 +1,11 @@
 """The label matrix of the structure-induced loss."""
 
-import numpy as np
+import itertools
+
 import torch
 
-from .kernel import _check_offsets, _check_prefixes, _Slices, packed_alignment_kernel
+from .kernel import packed_alignment_kernel
+from .slices import Slices, check_prefixes
 
 
 # A self-normalised kernel of equal sequences is 1 up to rounding; that is no clamping worth reporting.
@@ -63,29 +65,36 @@ def label_matrix(
     """
     if label_kernel not in ("gak", "mean"):
         raise ValueError(f"`label_kernel` must be 'gak' or 'mean', got {label_kernel!r}.")
-    starts = _check_offsets(offsets, len(embeddings))
-    samples, lengths = torch.from_numpy(_check_prefixes("prefixes", prefixes, starts)).to(embeddings.device).unbind(1)
-
-    first = torch.from_numpy(starts).to(embeddings.device)[samples]
-
     with torch.autocast(embeddings.device.type, enabled=False):
         if label_kernel == "mean":
-            slices = _Slices(embeddings, starts, modality, split)
-            place = torch.arange(len(embeddings), device=embeddings.device)
-            inside = (place >= first[:, None]) & (place < (first + lengths)[:, None])
-            weights = inside.to(slices.dtype) / lengths[:, None]
-            labels = weights @ slices.cosines(slice(None), slice(None)) @ weights.T
+            labels = _mean_cosines(Slices(embeddings, offsets, modality, split), prefixes)
         else:
-            labels = packed_alignment_kernel(
-                embeddings, offsets, prefixes, delta=delta, normalize=normalize, modality=modality, split=split
+            log_labels = packed_alignment_kernel(
+                *(embeddings, offsets, prefixes),
+                **{"delta": delta, "normalize": normalize, "log": True, "modality": modality, "split": split},
             )
-            single = (lengths == 1).nonzero().squeeze(1)
-            picked = first[single]
-            codes = modality[picked.to(modality.device)] if modality is not None else None
-            slices = _Slices(embeddings[picked], np.arange(len(picked) + 1), codes, split)
-            labels[single[:, None], single] = slices.cosines(slice(None), slice(None)).to(labels.dtype)
+            labels = log_labels.exp()
+            # The kernel of two single slices is s / (2 - s), from which their cosine, 1 + delta^2 log s, is had back.
+            single = (prefixes[:, 1] == 1).nonzero()
+            log_kernels = log_labels[single, single.T]
+            log_s = log_kernels - torch.log1p(torch.expm1(log_kernels) / 2)
+            labels[single, single.T] = 1 + delta**2 * log_s
 
-    same = samples[:, None] == samples[None, :]
+    sample = prefixes[:, 0].to(labels.device)
+    same = sample[:, None] == sample
     clamped = (labels > 1 + ROUNDING) & ~same
     share = clamped.sum().item() / max((~same).sum().item(), 1)
     return labels.clamp(max=1).masked_fill(same, 1.0).float(), share
+
+
+def _mean_cosines(slices: Slices, prefixes: torch.Tensor) -> torch.Tensor:
+    sample, length = check_prefixes("prefixes", prefixes, slices.offsets).unbind(1)
+    place, first = torch.arange(int(slices.offsets[-1])), slices.offsets[sample, None]
+    weights = ((place >= first) & (place < first + length[:, None])) / length[:, None]
+    weights = weights.to(slices.halves[0][0])
+    labels = weights.new_zeros(len(prefixes), len(prefixes))
+    for a, b in itertools.product(range(len(slices.spans)), repeat=2):
+        # Half the squared distance of unit vectors is 1 minus their cosine.
+        cosines = 1 - slices.distances(a, b) / 2
+        labels += weights[:, slices.spans[a]] @ cosines @ weights[:, slices.spans[b]].T
+    return labels

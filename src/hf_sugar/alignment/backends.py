@@ -1,4 +1,4 @@
-"""Which implementation of the alignment kernel runs: a compiled one if there is one, PyTorch otherwise."""
+"""Which implementation of the recursion runs: a compiled one if there is one, PyTorch otherwise."""
 
 import functools
 import importlib.util
@@ -6,11 +6,12 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from . import naive
 
 
 logger = logging.getLogger(__name__)
@@ -18,9 +19,8 @@ logger = logging.getLogger(__name__)
 HUB_REPOSITORY, HUB_VERSION = "hf-sugar/gak", 1
 BACKENDS = ("auto", "torch", "local", "hub")
 
-# src/hf_sugar/alignment/selection.py of a source checkout; an installed wheel has no such folder.
+# src/hf_sugar/alignment/backends.py of a source checkout; an installed wheel has no such folder.
 CHECKOUT = Path(__file__).resolve().parents[3] / "hub_kernels" / "gak"
-
 
 # Threads that come first together must not load, test and warn each for itself.
 _SELECTING = threading.RLock()
@@ -30,11 +30,15 @@ class KernelFallbackWarning(UserWarning):
     """A compiled alignment kernel that was asked for, or is there, cannot be used; PyTorch does its work."""
 
 
+class _NotBuiltError(Exception):
+    pass
+
+
 def compiled_kernel(device: str, backend: str = "auto") -> ModuleType | None:
     """
     The compiled alignment kernel for tensors of a device.
 
-    Tried in this order: a local build, the Hub, Triton (CUDA tensors only). Nothing is looked up on the network unless
+    On a CPU a local build is tried, then the Hub; for CUDA tensors Triton. Nothing is looked up on the network unless
     `"hub"` is asked for. A local build must have the digests it was built with, and every candidate pass a test call;
     what was found is kept for the life of the process, and the reason why something was not usable is given once, as a
     [`KernelFallbackWarning`].
@@ -51,7 +55,7 @@ def compiled_kernel(device: str, backend: str = "auto") -> ModuleType | None:
             - `"hub"`: a local build, or else the Hub kernel `hf-sugar/gak`, which is downloaded and run.
 
     Returns:
-        `module` or `None`: a module with `packed_alignment_kernel`, or `None` for the PyTorch path.
+        `module` or `None`: a module with `log_kernels`, or `None` for the PyTorch path.
 
     Raises:
         `ValueError`: if `backend` or `HF_SUGAR_KERNELS` is none of these.
@@ -69,77 +73,62 @@ def compiled_kernel(device: str, backend: str = "auto") -> ModuleType | None:
 
 @functools.lru_cache
 def _select(device: str, mode: str, path: str | None) -> ModuleType | None:
-    reasons = []
     folder = Path(path) if path else CHECKOUT
-    candidates: list[tuple[str, Callable[[], ModuleType]]] = [
-        (f"local build {folder}", lambda: _load_local(folder, device))
-    ]
-    if mode == "hub":
-        candidates.append((f"Hub kernel {HUB_REPOSITORY}", lambda: _load_hub(device)))
-    if device == "cuda" and importlib.util.find_spec("triton"):
-        candidates.append(("Triton kernel", _load_triton))
-    for name, load in candidates:
+    candidates = {}
+    if device == "cpu":
+        candidates[f"local build {folder}"] = lambda: _load_local(folder)
+        if mode == "hub":
+            candidates[f"Hub kernel {HUB_REPOSITORY}"] = _load_hub
+    elif device == "cuda" and importlib.util.find_spec("triton"):
+        candidates["Triton kernel"] = _load_triton
+    reasons, found, instead = [], None, "the PyTorch implementation is used, which gives the same values more slowly"
+    for name, load in candidates.items():
         # Whatever goes wrong in a kernel that is an option must not stop the work: PyTorch does the same.
         try:
             module = load()
-            _self_test(module, device)
+            _test(module, device)
         except _NotBuiltError as error:
             # No reason to speak, unless it was asked for.
             if mode == "local" or path:
                 reasons.append(f"{name}: {error}")
-            continue
         except Exception as error:
             reasons.append(f"{name}: {type(error).__name__}: {error}")
-            continue
-        logger.info("Alignment kernel for %s tensors: %s.", device, name)
-        _warn(device, reasons, f"{name} is used")
-        return module
-    _warn(device, reasons, "the PyTorch implementation is used, which gives the same values more slowly")
-    return None
-
-
-def _warn(device: str, reasons: list[str], instead: str):
+        else:
+            logger.info("Alignment kernel for %s tensors: %s.", device, name)
+            found, instead = module, f"{name} is used"
+            break
     if reasons:
         warnings.warn(
             f"Alignment kernel for {device} tensors: {instead}. Not usable: {'; '.join(reasons)}. Run `make kernels` to "
             "build it, or set HF_SUGAR_KERNELS=torch to stop looking (docs/kernels.md).",
             KernelFallbackWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
+    return found
 
 
-class _NotBuiltError(Exception):
-    pass
-
-
-def _load_local(folder: Path, device: str) -> ModuleType:
+def _load_local(folder: Path) -> ModuleType:
     files = sorted((folder / "build").glob("*/metadata.json"))
     if not files:
-        raise _NotBuiltError(f"nothing is built for {device} tensors")
+        raise _NotBuiltError("nothing is built for cpu tensors")
     # Optional, and not needed unless there is a build.
     from kernels import get_local_kernel
     from kernels._rust import Digest, DigestAlgorithm, Metadata
 
-    found = False
     for file in files:
-        metadata = Metadata.read_from_file(file)
-        if str(metadata.backend.backend_type).lower() != device:
-            continue
-        if metadata.digest is None:
+        digest = Metadata.read_from_file(file).digest
+        if digest is None:
             raise ValueError(f"{file} has no digest, so that a damaged library could not be told: build it again")
         # A library cut short kills the process when it is loaded; no exception could be caught.
-        metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, file.parent))
-        found = True
-    if not found:
-        raise _NotBuiltError(f"nothing is built for {device} tensors")
-    return get_local_kernel(folder, backend=device)
+        digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, file.parent))
+    return get_local_kernel(folder, backend="cpu")
 
 
-def _load_hub(device: str) -> ModuleType:
+def _load_hub() -> ModuleType:
     from kernels import get_kernel
 
     # Asked for by name, so that this one repository is trusted and no other.
-    return get_kernel(HUB_REPOSITORY, version=HUB_VERSION, backend=device, trust_remote_code=[HUB_REPOSITORY])
+    return get_kernel(HUB_REPOSITORY, version=HUB_VERSION, backend="cpu", trust_remote_code=[HUB_REPOSITORY])
 
 
 def _load_triton() -> ModuleType:
@@ -148,14 +137,10 @@ def _load_triton() -> ModuleType:
     return triton_kernel
 
 
-def _self_test(module: ModuleType, device: str):
-    """Two slices at right angles against themselves and against the second alone: values known by hand."""
-    slices = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]], device=device)
-    value = module.packed_alignment_kernel(
-        slices, torch.tensor([0, 2, 3]), torch.tensor([[0, 2], [1, 1]]), delta=1.0, normalize=None, log=True
-    )
-    # Local kernels of slices at right angles: s / (2 - s), s = exp(-phi / (2 sigma^2)), phi = 2, sigma^2 = (n + m) / 2.
-    four, three = (1 / (2 * torch.tensor(2.0 / total).exp() - 1) for total in (4, 3))
-    expected = torch.stack([1 + 2 * four, three, three, torch.tensor(1.0)]).log().view(2, 2)
-    if not torch.allclose(value.cpu().float(), expected, rtol=0, atol=1e-4):
+def _test(module: ModuleType, device: str):
+    """Two slices at right angles with themselves and with one of them, against the definition."""
+    distances = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    pairs = [torch.tensor(numbers) for numbers in ([0, 0], [0, 1], [2, 2], [2, 1], [4, 3])]
+    value, expected = module.log_kernels(distances.to(device), *pairs, 1.0), naive.log_kernels(distances, *pairs, 1.0)
+    if not torch.allclose(value.cpu().double(), expected, rtol=0, atol=1e-4):
         raise RuntimeError(f"the test call gave {value.tolist()} instead of {expected.tolist()}")

@@ -1,1 +1,0 @@
-../../gak/benchmarks/common.py

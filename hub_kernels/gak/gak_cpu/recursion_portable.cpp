@@ -1,3 +1,0 @@
-#define GAK_ISA portable
-#define GAK_VECTOR_BYTES 16
-#include "recursion.h"
