@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_sugar.cli.main import main
-from hf_sugar.export import export_sentence_transformers, find_inexact_input, slice_end_template
+from hf_sugar.export import export_sentence_transformers
+from hf_sugar.export.sentence_transformers import find_inexact_input, slice_end_template
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 
 
@@ -57,27 +59,22 @@ def read(file):
 STOCK = [f"sentence_transformer.modules.{name}" for name in ("Transformer", "Pooling", "Dense", "Dense", "Normalize")]
 
 
-def test_files_of_last_pooling(exported):
-    directory = exported / "last" / "export"
-    assert types(directory) == STOCK
-    assert not list(directory.rglob("*.py")) and not list(directory.rglob("*.bin"))
-    assert read(directory / "1_Pooling" / "config.json")["pooling_mode"] == "lasttoken"
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_files(exported, pooling):
+    directory, stock = exported / pooling / "export", pooling == "last"
+    assert types(directory) == (STOCK if stock else ["sugar_transformer.SugarTransformer", *STOCK[1:]])
+    code = set() if stock else {"sugar_transformer.py", "processing_sugar.py", "rows_sugar.py"}
+    assert {file.name for file in directory.rglob("*.py")} == code and not list(directory.rglob("*.bin"))
+    assert read(directory / "1_Pooling" / "config.json")["pooling_mode"] == ("lasttoken" if stock else "mean")
+    assert read(directory / "sentence_bert_config.json").get("image_pooling") == (None if stock else "mean")
     assert read(directory / "config_sentence_transformers.json")["similarity_fn_name"] == "cosine"
-    assert "trust_remote_code" not in (directory / "README.md").read_text()
+    text = (directory / "README.md").read_text()
+    assert ("trust_remote_code=True" in text) == (not stock) and "fetches from the" in text
     assert "auto_map" not in (directory / "config.json").read_text()
-
-
-def test_files_of_mean_pooling(exported):
-    directory = exported / "mean" / "export"
-    assert types(directory) == ["sugar_transformer.SugarTransformer", *STOCK[1:]]
-    assert {file.name for file in directory.rglob("*.py")} == {
-        "sugar_transformer.py",
-        "processing_sugar.py",
-        "rows_sugar.py",
-    }
-    assert read(directory / "1_Pooling" / "config.json")["pooling_mode"] == "mean"
-    assert read(directory / "sentence_bert_config.json")["image_pooling"] == "mean"
-    assert "trust_remote_code=True" in (directory / "README.md").read_text()
+    for file in directory.rglob("*"):  # no path of this machine
+        assert file.is_dir() or not any(
+            name.encode() in file.read_bytes() for name in (str(exported), f".export.{os.getpid()}")
+        ), file
 
 
 def test_projector_is_two_dense_modules(exported):
@@ -92,13 +89,6 @@ def test_projector_is_two_dense_modules(exported):
         assert config["bias"] == (linear.bias is not None)
         assert set(weights) == {f"linear.{name}" for name, _ in linear.named_parameters()}
         assert torch.equal(weights["linear.weight"], linear.weight)
-
-
-def test_no_path_of_this_machine_in_an_export(exported):
-    for file in (exported / "mean" / "export").rglob("*"):
-        if file.is_file():
-            assert str(exported).encode() not in file.read_bytes(), file
-            assert b".partial" not in file.read_bytes(), file
 
 
 def test_backbone_of_an_adapter_repository(tmp_path):
@@ -205,14 +195,26 @@ def test_errors_name_the_setting(exported, tmp_path):
     assert os.listdir(tmp_path) == ["llava"]
 
 
-def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("disk full")
+def test_a_failed_export_leaves_what_was_there(exported, tmp_path, monkeypatch):
+    model = SugarForConditionalGeneration.from_pretrained(exported / "last" / "sugar")
+    processor = SugarProcessor.from_pretrained(exported / "last" / "sugar")
+    export_sentence_transformers(model, processor, tmp_path / "again")
+    (tmp_path / "again" / "old").touch()
 
-    monkeypatch.setattr("hf_sugar.export.save_file", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
-        main(["export", str(exported / "last" / "sugar"), "--output", str(tmp_path / "out")])
-    assert os.listdir(tmp_path) == []
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_sugar.export.sentence_transformers.save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            main(["export", str(exported / "last" / "sugar"), "--output", str(tmp_path / "out")])
+        with pytest.raises(OSError, match="disk full"):
+            export_sentence_transformers(model, processor, tmp_path / "again")
+    assert os.listdir(tmp_path) == ["again"] and (tmp_path / "again" / "old").exists()
+    export_sentence_transformers(model, processor, tmp_path / "again")
+    assert not (tmp_path / "again" / "old").exists()
+    with pytest.raises(ValueError, match="holds no earlier export"):
+        export_sentence_transformers(model, processor, tmp_path)
 
 
 def load(directory, pooling: str):
@@ -266,6 +268,9 @@ def test_sentence_transformers_gives_the_same_embeddings(exported, tmp_path, poo
         ["a", first, second, "b", second],
     ]
     same([message(*part) for part in parts], parts)
+    # as the README says: a text that names a file, or an address, is a text in a message
+    texts = [message(str(tmp_path / "third.png")), message("https://example.org/third.png")]
+    same(texts, [{"messages": messages} for messages in texts])
     # what embeds an answer ends before the end-of-turn token
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "a star"}]}]
     plain = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}, *answer]
@@ -308,9 +313,11 @@ def test_what_stock_modules_do_otherwise(exported):
         model = SugarForConditionalGeneration.from_pretrained(exported / pooling / "sugar").eval()
         processor = SugarProcessor.from_pretrained(exported / pooling / "sugar")
         transparent.save(exported / "transparent.png")
-        items = ["a star \n", sixteen_bit, turned, str(exported / "transparent.png")]
+        items = ["a star \n", sixteen_bit, turned, exported / "transparent.png"]
         theirs = load(exported / pooling / "export", pooling)
-        found = theirs.encode(items, batch_size=1, convert_to_tensor=True)
+        found = theirs.encode(
+            [str(i) if isinstance(i, Path) else i for i in items], batch_size=1, convert_to_tensor=True
+        )
         distances = (found - own(model, processor, items)).abs().amax(dim=1)
         assert (distances > 1e-3).all() if pooling == "last" else (distances < 1e-5).all(), distances
         if pooling == "last":

@@ -1,5 +1,3 @@
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,6 +5,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_sugar.export import export_sentence_transformers
+from hf_sugar.files import replacing
 from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 
 from .arguments import parse
@@ -77,17 +76,11 @@ def export(args: ExportArguments) -> Path:
         args.model_name_or_path, revision=args.revision, dtype=dtype
     ).eval()
     processor = SugarProcessor.from_pretrained(args.model_name_or_path, revision=args.revision)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        if args.format == "backbone":
-            model.export_backbone(partial, merge=True, processor=processor)
-        else:
-            export_sentence_transformers(model, processor, partial)
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if args.format == "backbone":
+        with replacing(output) as directory:
+            model.export_backbone(directory, merge=True, processor=processor)
+    else:
+        export_sentence_transformers(model, processor, output)
     return output
 
 

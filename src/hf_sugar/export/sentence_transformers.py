@@ -1,4 +1,4 @@
-"""Checkpoints for other programs: the plain backbone, and a directory that sentence-transformers loads."""
+"""A directory that sentence-transformers loads."""
 
 import json
 import shutil
@@ -11,7 +11,9 @@ from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-from .models import SugarForConditionalGeneration, SugarProcessor
+from .. import models
+from ..files import replacing
+from ..models import SugarForConditionalGeneration, SugarProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -72,6 +74,10 @@ print(model.similarity(model.encode([message]), documents))
   and a document, and is refused.
 - A call takes messages, or texts and images, but not both: sentence-transformers cannot batch them together.
 - A prompt becomes a system message.
+- sentence-transformers (6.2) takes a text for an image where it is the name of an image file that exists, a `data:image/`
+  string, or the address of an image (`https://...` that ends in `.jpg`, `.png` and so on), which it **fetches from the
+  network**. `hf_sugar` itself takes every `str` for a text and fetches nothing. Texts of unknown origin are safe as
+  messages: `[{"role": "user", "content": [{"type": "text", "text": text}]}]` is always a text.
 NOTES"""
 
 STOCK_NOTES = """- White space at the end of a text is removed: some tokenizers join it with what follows.
@@ -87,31 +93,16 @@ CUSTOM_NOTES = """- An input longer than `model.max_seq_length` is an error.
 
 
 def slice_end_template(processor: SugarProcessor) -> str:
-    """
-    The chat template of a processor, ending where the last slice ends.
-
-    Args:
-        processor ([`SugarProcessor`]):
-            Processor with the chat template that the model was trained with.
-    """
+    """The chat template that the model was trained with, ending where the last slice ends."""
     template = SLICE_END_TEMPLATE.replace("IMAGE_TOKEN", processor.image_token)
     return template.replace("CHAT_TEMPLATE", processor.chat_template)
 
 
 def find_inexact_input(processor: SugarProcessor, backbone_processor: ProcessorMixin, template: str) -> str | None:
     """
-    Look for an input that stock modules would embed in another way.
-
-    They take the last token of the cut conversation. That is the last slice's last token if the cut conversation has
-    the tokens of the whole one up to there, and no more.
-
-    Args:
-        processor ([`SugarProcessor`]):
-            Processor that the model was trained with.
-        backbone_processor (`ProcessorMixin`):
-            The same as the backbone's own class.
-        template (`str`):
-            What [`slice_end_template`] gives.
+    Look for an input that stock modules would embed in another way. They take the last token of the conversation as
+    `template` (see [`slice_end_template`]) cuts it. That is the last slice's last token if the cut conversation has the
+    tokens of the whole one up to there, and no more.
 
     Returns:
         `str` or `None`: what differs, if anything does.
@@ -128,16 +119,16 @@ def find_inexact_input(processor: SugarProcessor, backbone_processor: ProcessorM
         ]
     )
     for messages in conversations:
-        own = processor.encode_conversations([messages])
-        marked = (own["slice_ids"][0] == own["slice_ids"].max()).nonzero()
-        expected = own["input_ids"][0, : marked[-1] + 1].tolist()
+        trained = processor.encode_conversations([messages])
+        marked = (trained["slice_ids"][0] == trained["slice_ids"].max()).nonzero()
+        expected = trained["input_ids"][0, : marked[-1] + 1].tolist()
         stock = backbone_processor.apply_chat_template(
             [messages], chat_template=template, tokenize=True, return_dict=True, return_tensors="pt"
         )
         if stock["input_ids"][0].tolist() != expected:
             parts = [part.get("text", "(image)") for message in messages for part in message["content"]]
             return f"the tokens of {parts} end with {stock['input_ids'][0, -4:].tolist()}, not with {expected[-4:]}"
-        if "token_type_ids" in own:
+        if "token_type_ids" in trained:
             return "its attention looks at later tokens (it takes `token_type_ids`)"
     return None
 
@@ -159,12 +150,17 @@ def export_sentence_transformers(
         processor ([`SugarProcessor`]):
             Its processor.
         save_directory (`str` or `Path`):
-            Directory to write to.
+            Directory to write to. It may hold an earlier export, which is replaced as a whole, or stays if this fails.
 
     Returns:
         `bool`: whether the modules are all stock ones, so that it loads without `trust_remote_code`.
+
+    Raises:
+        `ValueError`: if the directory holds anything else.
     """
     directory = Path(save_directory)
+    if directory.exists() and any(directory.iterdir()) and not (directory / "modules.json").is_file():
+        raise ValueError(f"{directory} is not empty and holds no earlier export. Name another directory.")
     backbone_processor = processor.to_backbone()
     template = slice_end_template(processor)
     stock = model.config.image_pooling == "last"
@@ -177,7 +173,6 @@ def export_sentence_transformers(
                 "of its own is written instead, so that loading needs `trust_remote_code=True`."
             )
 
-    model.export_backbone(directory, merge=True, processor=processor)
     name = "sentence_transformers.sentence_transformer.modules"
     first = f"{name}.Transformer" if stock else "sugar_transformer.SugarTransformer"
     paths = ["", "1_Pooling", "2_Dense", "3_Dense", "4_Normalize"]
@@ -200,8 +195,6 @@ def export_sentence_transformers(
         }
     else:
         transformer["image_pooling"] = model.config.image_pooling
-        for file in ("sugar_transformer.py", "processing_sugar.py", "rows_sugar.py"):
-            shutil.copy(Path(__file__).parent / "models" / file, directory)
     projector = model.retrieval_projector
     files = {
         "modules.json": modules,
@@ -230,13 +223,18 @@ def export_sentence_transformers(
             "bias": linear.bias is not None,
             "activation_function": f"{type(activation).__module__}.{type(activation).__name__}",
         }
-    for path, content in files.items():
-        (directory / path).parent.mkdir(exist_ok=True)
-        (directory / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for path, linear in (("2_Dense", projector.linear_1), ("3_Dense", projector.linear_2)):
-        weights = {f"linear.{key}": value.contiguous() for key, value in linear.state_dict().items()}
-        save_file(weights, directory / path / "model.safetensors", metadata={"format": "pt"})
     readme = README.replace("TRUST", "" if stock else ", trust_remote_code=True")
     readme = readme.replace("NOTES", STOCK_NOTES if stock else CUSTOM_NOTES)
-    (directory / "README.md").write_text(readme, encoding="utf-8")
+    with replacing(directory) as directory:
+        model.export_backbone(directory, merge=True, processor=processor)
+        for path, content in files.items():
+            (directory / path).parent.mkdir(exist_ok=True)
+            (directory / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for path, linear in (("2_Dense", projector.linear_1), ("3_Dense", projector.linear_2)):
+            weights = {f"linear.{key}": value.contiguous() for key, value in linear.state_dict().items()}
+            save_file(weights, directory / path / "model.safetensors", metadata={"format": "pt"})
+        if not stock:
+            for file in ("sugar_transformer.py", "processing_sugar.py", "rows_sugar.py"):
+                shutil.copy(Path(models.__file__).parent / file, directory)
+        (directory / "README.md").write_text(readme, encoding="utf-8")
     return stock
