@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 from .. import __version__
-from ..models.modeling_sugar import ADAPTER_SUBFOLDER
+from ..models.adapter_sugar import ADAPTER_SUBFOLDER
 from .card import is_foreign, is_hub_id, model_card, public_name, read_json, writes_card
 
 

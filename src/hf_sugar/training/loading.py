@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, BitsAndBytesConfi
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
 
 from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
-from hf_sugar.models.modeling_sugar import PEFT_PREFIX
+from hf_sugar.models.adapter_sugar import PEFT_PREFIX
 
 from .config import SugarTrainingConfig
 

@@ -25,7 +25,7 @@ from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id, run_facts, wri
 from hf_sugar.hub.push import push_checkpoint
 from hf_sugar.inference import SugarEmbedder
 from hf_sugar.models import SugarForConditionalGeneration
-from hf_sugar.models.modeling_sugar import ADAPTER_SUBFOLDER
+from hf_sugar.models.adapter_sugar import ADAPTER_SUBFOLDER
 from hf_sugar.models.rows_sugar import conversation_row, row_name
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 
