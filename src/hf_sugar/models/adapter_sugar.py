@@ -196,7 +196,7 @@ class SugarCheckpointMixin:
                 f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks weights: {_first(info['missing_keys'])}. It is "
                 "not complete, or not of this model: save or download it again."
             )
-        model._loaded_fingerprint = fingerprint(model.vlm)
+        model._loaded_from = model.config.name_or_path, fingerprint(model.vlm)
         return model, info
 
     @classmethod
@@ -399,9 +399,11 @@ class SugarCheckpointMixin:
     def backbone_source(self) -> tuple[str, str | None]:
         """
         Name and commit of the place where the backbone's weights are, which an adapter repository needs. The name is empty
-        where they are nowhere: not loaded, or changed since then (merged, trained, resized).
+        where they are nowhere: not loaded, or changed since then (merged, trained, resized). After saving them, say where
+        by `config.name_or_path`.
         """
-        if not same_fingerprint(self._loaded_fingerprint or "", fingerprint(self.vlm)):
+        name, loaded = self._loaded_from
+        if self.config.name_or_path == name and not same_fingerprint(loaded, fingerprint(self.vlm)):
             return "", None
         if self.config.backbone_name_or_path:
             return self.config.backbone_name_or_path, self.config.backbone_revision
@@ -469,7 +471,7 @@ class SugarCheckpointMixin:
                 "config.json cannot say where they are. Save the backbone and load the adapter with `backbone_name_or_path`."
             )
         # the one taken while loading where weights are sharded now
-        config.backbone_fingerprint = max(fingerprint(self.vlm), self._loaded_fingerprint or "", key=len)
+        config.backbone_fingerprint = max(fingerprint(self.vlm), self._loaded_from[1], key=len)
         # The backbone's own weights are not quantized: whoever loads the adapter chooses.
         vars(config).pop("quantization_config", None)
         config.save_pretrained(save_directory)

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, PreTraine
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 
-from .adapter_sugar import ADAPTER_SUBFOLDER, SugarCheckpointMixin, fingerprint, same_fingerprint
+from .adapter_sugar import ADAPTER_SUBFOLDER, PEFT_PREFIX, SugarCheckpointMixin, fingerprint, same_fingerprint
 from .configuration_sugar import SugarConfig
 
 
@@ -151,7 +151,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
 
     # PEFT looks for tied weights of the parts only where the whole has a mapping
     _tied_weights_keys = {}
-    _loaded_fingerprint = None  # of the backbone as it was loaded
+    _loaded_from = "", ""  # name of the checkpoint, and fingerprint of the backbone as it was there
 
     def __init__(self, config: SugarConfig):
         super().__init__(config)
@@ -346,7 +346,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         model.retrieval_projector = RetrievalProjector(config).to(vlm.device)
         model.retrieval_projector.apply(model._init_weights)
         model.generation_config = vlm.generation_config
-        model._loaded_fingerprint = fingerprint(vlm)
+        model._loaded_from = config.name_or_path, fingerprint(vlm)
         return model.train(vlm.training)
 
 
@@ -358,4 +358,4 @@ def _image_features(outputs: ModelOutput) -> torch.Tensor | None:
     return torch.cat(list(features)) if isinstance(features, list | tuple) else features
 
 
-__all__ = ["ADAPTER_SUBFOLDER", "SugarForConditionalGeneration", "SugarOutput", "fingerprint", "same_fingerprint"]
+__all__ = ["ADAPTER_SUBFOLDER", "PEFT_PREFIX", "SugarForConditionalGeneration", "SugarOutput", "fingerprint", "same_fingerprint"]
