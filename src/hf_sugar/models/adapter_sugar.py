@@ -2,8 +2,11 @@
 
 import base64
 import copy
+import os
+import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +205,11 @@ class SugarCheckpointMixin:
     @classmethod
     def _load_backbone(cls, config, adapter: str | Path, *args, subfolder=None, adapter_kwargs=None, **kwargs):
         # `subfolder` and `adapter_kwargs`, into which the Auto classes put the revision, are about the adapter's repository
+        if not config.backbone_name_or_path:
+            raise ValueError(
+                f"The adapter in {adapter} does not say where its backbone is, which was changed or not saved before the "
+                "training. Pass `backbone_name_or_path`."
+            )
         kwargs["revision"] = config.backbone_revision
         hub = {key: kwargs[key] for key in (*HUB_ACCESS, "revision") if key in kwargs}
         try:
@@ -246,23 +254,13 @@ class SugarCheckpointMixin:
                     f"{getattr(config, field)!r}; this model has {getattr(self.config, field)!r}. Load the model with "
                     f"`{field}={getattr(config, field)!r}`."
                 )
-        file = cached_file(
-            pretrained_model_name_or_path,
-            "adapter_model.safetensors",
-            subfolder=str(Path(subfolder, ADAPTER_SUBFOLDER)),
-            **hub_kwargs,
-        )
+        hub_kwargs["subfolder"] = str(Path(subfolder, ADAPTER_SUBFOLDER))
+        cached_file(pretrained_model_name_or_path, "adapter_config.json", **hub_kwargs)
+        file = cached_file(pretrained_model_name_or_path, "adapter_model.safetensors", **hub_kwargs)
         try:
             state_dict = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
         except SafetensorError as error:
             raise OSError(_damage(Path(file).parent)) from error
-        # its neighbour: the same commit
-        cached_file(
-            pretrained_model_name_or_path,
-            "adapter_config.json",
-            subfolder=str(Path(subfolder, ADAPTER_SUBFOLDER)),
-            **hub_kwargs,
-        )
         peft_config = peft.PeftConfig.from_pretrained(str(Path(file).parent))
         peft_config.inference_mode = True
         check_peft_config(peft_config)
@@ -284,9 +282,7 @@ class SugarCheckpointMixin:
             },
         }
         if not any(key.startswith("retrieval_projector.") for key in state_dict):
-            wrong["missing"] |= {
-                f"retrieval_projector.{key}" for key in _unwrapped(self.retrieval_projector).state_dict()
-            }
+            wrong["missing"] |= {key for key in empty.state_dict() if key.startswith("retrieval_projector.")}
         if any(wrong.values()):
             listing = "; ".join(f"{kind}: {_first(keys)}" for kind, keys in wrong.items() if keys)
             raise ValueError(
@@ -449,18 +445,19 @@ class SugarCheckpointMixin:
         adapter = self._active_adapter()
         if adapter is None:
             self.config.backbone_name_or_path = self.config.backbone_revision = self.config.backbone_fingerprint = None
-            return super().save_pretrained(
-                save_directory,
-                is_main_process=is_main_process,
-                state_dict=state_dict,
-                push_to_hub=push_to_hub,
-                **kwargs,
-            )
-        if push_to_hub:
-            return self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-        if not is_main_process:
+            if not is_main_process:
+                return super().save_pretrained(save_directory, False, state_dict, **kwargs)
+        elif not is_main_process:
             return
+        with whole_directory(save_directory) as directory:
+            if adapter is None:
+                super().save_pretrained(directory, state_dict=state_dict, **kwargs)
+            else:
+                self._save_adapter_repository(directory, adapter, state_dict)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
+    def _save_adapter_repository(self, directory: Path, adapter: str, state_dict=None):
         check_peft_config(self.peft_config[adapter])
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
@@ -474,14 +471,14 @@ class SugarCheckpointMixin:
         config.backbone_fingerprint = max(fingerprint(self.vlm), self._loaded_from[1], key=len)
         # The backbone's own weights are not quantized: whoever loads the adapter chooses.
         vars(config).pop("quantization_config", None)
-        config.save_pretrained(save_directory)
-        custom_object_save(self, save_directory)
+        config.save_pretrained(directory)
+        custom_object_save(self, directory)
 
         weights = self._adapter_weights(adapter, state_dict)
         peft_config = copy.copy(self.peft_config[adapter])
         peft_config.base_model_name_or_path = config.backbone_name_or_path
         peft_config.revision = config.backbone_revision
-        _save_adapter(Path(save_directory, ADAPTER_SUBFOLDER), peft_config, weights)
+        _save_adapter(directory / ADAPTER_SUBFOLDER, peft_config, weights)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # What `push_to_hub` is about to upload. Where this file runs as remote code, it keeps the card of transformers.
@@ -540,7 +537,8 @@ class SugarCheckpointMixin:
         peft_config.ensure_weight_tying = False
         peft_config.base_model_name_or_path = self.config.backbone_name_or_path or self.config.name_or_path
         peft_config.revision = self.config.backbone_revision or self.config._commit_hash
-        _save_adapter(Path(save_directory), peft_config, weights)
+        with whole_directory(save_directory) as directory:
+            _save_adapter(directory, peft_config, weights)
 
     def export_backbone(self, save_directory: str | Path, merge: bool = False, processor=None, **kwargs):
         """
@@ -568,9 +566,42 @@ class SugarCheckpointMixin:
                 )
             self.merge_and_unload()
         self.vlm.generation_config = self.generation_config
-        self.vlm.save_pretrained(save_directory, **kwargs)
-        if processor is not None:
-            processor.to_backbone().save_pretrained(save_directory)
+        with whole_directory(save_directory) as directory:
+            self.vlm.save_pretrained(directory, **kwargs)
+            if processor is not None:
+                processor.to_backbone().save_pretrained(directory)
+
+
+@contextmanager
+def whole_directory(directory: str | Path) -> Iterator[Path]:
+    """
+    A place to write a checkpoint to. When the block ends, the files from there are moved into `directory`, and what is left
+    of another checkpoint goes; other files stay. Where the block is broken off, `directory` stays as it was.
+
+    Args:
+        directory (`str` or `Path`):
+            New or existing directory.
+    """
+    directory = Path(directory)
+    new = directory / ".incomplete"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        files = [file.relative_to(new) for file in new.rglob("*") if file.is_file()]
+        files.sort(key=lambda file: file.name == CONFIG_NAME)
+        if Path(CONFIG_NAME) in files:
+            # first out and last in: nothing can be loaded in between
+            (directory / CONFIG_NAME).unlink(missing_ok=True)
+            for pattern in ("model*.safetensors*", f"{ADAPTER_SUBFOLDER}/adapter_*"):
+                for file in directory.glob(pattern):
+                    if file.relative_to(directory) not in files:
+                        file.unlink()
+        for file in files:
+            (directory / file).parent.mkdir(exist_ok=True)
+            os.replace(new / file, directory / file)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _peft():

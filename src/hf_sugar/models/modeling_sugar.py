@@ -358,4 +358,11 @@ def _image_features(outputs: ModelOutput) -> torch.Tensor | None:
     return torch.cat(list(features)) if isinstance(features, list | tuple) else features
 
 
-__all__ = ["ADAPTER_SUBFOLDER", "PEFT_PREFIX", "SugarForConditionalGeneration", "SugarOutput", "fingerprint", "same_fingerprint"]
+__all__ = [
+    "ADAPTER_SUBFOLDER",
+    "PEFT_PREFIX",
+    "SugarForConditionalGeneration",
+    "SugarOutput",
+    "fingerprint",
+    "same_fingerprint",
+]

@@ -1,7 +1,9 @@
 import copy
 import io
+import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.image_utils import load_image
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.utils import is_torchvision_available, logging
 
@@ -99,25 +102,62 @@ def open_image(source: str | Path) -> Image.Image:
     return to_rgb(Image.open(source))
 
 
-def _image_or_text(item: Any, where: str) -> dict[str, Any]:
-    if isinstance(item, Image.Image):
-        return {"type": "image", "image": to_rgb(item)}
+def image_of(value: Any, where: str) -> Image.Image:
+    """
+    The image that a row or content part holds, as [`to_rgb`] gives it.
+
+    Args:
+        value (`PIL.Image.Image`, `Path` or `str`):
+            The image, or its file, web address or `data:` address.
+        where (`str`):
+            What the error calls it.
+
+    Raises:
+        `ValueError`: if there is none that can be read.
+    """
+    try:
+        if isinstance(value, Image.Image):
+            return to_rgb(value)
+        if isinstance(value, str) and value.startswith("data:"):
+            return to_rgb(load_image(value))
+        if isinstance(value, str | Path):
+            return open_image(value)
+    except (OSError, ValueError) as error:
+        source = f"{str(value)[:200]!r} " if isinstance(value, str | Path) else ""
+        raise ValueError(f"{where}: the image {source}cannot be read: {error}") from error
+    raise ValueError(f"{where}: an image is of type {type(value).__name__}. Give a PIL image, a path or a URL.")
+
+
+def _content_part(item: Any, where: str) -> dict[str, Any]:
     if isinstance(item, str):
-        is_url = item.startswith(("http://", "https://"))
-        if not is_url and not item.lower().endswith(IMAGE_SUFFIXES):
-            if not item.strip():
-                raise ValueError(f"{where} is an empty text; there is nothing to embed.")
-            return {"type": "text", "text": item}
-        if not is_url:
-            item = Path(item)
-    if isinstance(item, Path):
-        if not item.is_file():
-            raise ValueError(f"{where} names the image file {str(item)!r}, which does not exist.")
-    if isinstance(item, str | Path):
-        return {"type": "image", "image": open_image(item)}
-    raise ValueError(
-        f"{where} is a {type(item).__name__}; give a text, a PIL image, a path or URL, or a list of those."
-    )
+        if item.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(item):
+            logger.warning(
+                "%s: %r is taken as a text; for the image in that file, give `Path(%r)`.", where, item, item
+            )
+        item = {"type": "text", "text": item}
+    if isinstance(item, Image.Image | Path):
+        item = {"type": "image", "image": item}
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind == "image":
+        value = next((item[key] for key in ("image", "url", "path") if item.get(key) is not None), None)
+        return {"type": "image", "image": image_of(value, where)}
+    if kind != "text" or not isinstance(item.get("text"), str):
+        raise ValueError(
+            f"{where} is a {type(item).__name__}; give a text, a PIL image, the Path of an image, a part "
+            "{'type': 'image', 'image': ...}, or a list of those."
+        )
+    if not item["text"].strip():
+        raise ValueError(f"{where} is an empty text; there is nothing to embed.")
+    return {"type": "text", "text": item["text"]}
+
+
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: Any, size: int, *others: str) -> re.Pattern:
+    """Finds every special token, and the others. `size` is the tokenizer's, which may grow."""
+    # not every token that ends a turn has a name of its own in the tokenizer (Gemma 3's has none)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = {*tokenizer.all_special_tokens, *added, *others}
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
 class SugarProcessor(ProcessorMixin):
@@ -134,10 +174,11 @@ class SugarProcessor(ProcessorMixin):
     Example:
 
     ```python
+    >>> from pathlib import Path
     >>> from hf_sugar import SugarProcessor
 
     >>> processor = SugarProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf")
-    >>> inputs = processor.embed_inputs(["a red circle", "photo.jpg", ["What is this?", "photo.jpg"]])
+    >>> inputs = processor.embed_inputs(["a red circle", Path("photo.jpg"), ["What is this?", Path("photo.jpg")]])
     ```
     """
 
@@ -242,10 +283,11 @@ class SugarProcessor(ProcessorMixin):
 
         Args:
             items (`list`):
-                What to embed; a batch may mix all of these: a text (`str`), a `PIL.Image`, a path or URL of an image
-                (`Path`, or a `str` that starts with http(s):// or ends like an image file), a list of those
-                (interleaved, in this order), or a mapping with `messages` and `images` in the conversational vision
-                format. All but the last are taken as one user message, as documents are in training.
+                What to embed; a batch may mix all of these: a text (a `str` is never anything else), a `PIL.Image`, the
+                `Path` of an image, a content part (`{"type": "image", "image": ...}` with an image, path or URL, or
+                `{"type": "text", "text": ...}`), a list of those (interleaved, in this order), or a row with `messages`
+                and `images` in the conversational vision format. All but rows are taken as one user message, as documents
+                are in training. One item that is no list may be given as it is.
             max_length (`int`, *optional*):
                 Longest sequence that the model takes.
 
@@ -254,24 +296,26 @@ class SugarProcessor(ProcessorMixin):
             `pixel_values` where there are images.
 
         Raises:
-            `ValueError`: for an empty text or list, a missing file, another type, or a sequence that is too long;
-                names the item.
+            `ValueError`: for an empty text or list, an image that cannot be read, another type, a special token in a text,
+                or a sequence that is too long; names the item.
         """
-        conversations = []
-        for index, item in enumerate(items):
-            where = f"items[{index}]"
-            if isinstance(item, dict):
-                images = [to_rgb(image) for image in item.get("images") or []]
-                conversations.append(fill_images(item["messages"], images, where))
-                continue
-            parts = list(item) if isinstance(item, list | tuple) else [item]
-            if not parts:
-                raise ValueError(f"{where} is an empty list; there is nothing to embed.")
-            content = [
-                _image_or_text(part, f"{where}[{n}]" if len(parts) > 1 else where) for n, part in enumerate(parts)
-            ]
-            conversations.append([{"role": "user", "content": content}])
+        if isinstance(items, str | Path | Image.Image | dict):
+            items = [items]
+        if len(items) == 0:
+            raise ValueError("There are no items to embed.")
         names = [f"items[{index}]" for index in range(len(items))]
+        conversations = []
+        for name, item in zip(names, items):
+            if isinstance(item, dict) and "type" not in item:
+                images = item.get("images") or []
+                images = [image_of(image, f"{name}, images[{n}]") for n, image in enumerate(images)]
+                conversations.append(fill_images(item.get("messages"), images, name))
+                continue
+            parts = item if isinstance(item, list | tuple) else [item]
+            if not parts:
+                raise ValueError(f"{name} is an empty list; there is nothing to embed.")
+            content = [_content_part(part, f"{name}[{n}]" if len(parts) > 1 else name) for n, part in enumerate(parts)]
+            conversations.append([{"role": "user", "content": content}])
         return self.encode_conversations(conversations, names=names, max_length=max_length)
 
     def encode_conversations(
@@ -310,14 +354,11 @@ class SugarProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: if the chat template drops, changes or reorders parts, if the processor adds to the text, if a
-                text contains the image token, if a sequence is longer than `max_length`, or if no text carries the
+                text contains a special token, if a sequence is longer than `max_length`, or if no text carries the
                 loss that `loss_on` asks for.
         """
         names = names or [f"conversation {index}" for index in range(len(conversations))]
-        # not every token that ends a turn has a name of its own in the tokenizer (Gemma 3's has none)
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-        rendered = [self._render(messages, name, special) for messages, name in zip(conversations, names)]
+        rendered = [self._render(messages, name) for messages, name in zip(conversations, names)]
         texts = [text for text, _ in rendered]
         images = [
             [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
@@ -379,11 +420,12 @@ class SugarProcessor(ProcessorMixin):
             batch["labels"] = labels
         return batch
 
-    def _render(self, messages: list[dict[str, Any]], name: str, special: set[str]) -> tuple[str, list[tuple]]:
+    def _render(self, messages: list[dict[str, Any]], name: str) -> tuple[str, list[tuple]]:
         """The text of a conversation and, for each slice in order: is it an image, where its text starts and ends,
         where its loss ends, and the kinds of loss that cover it."""
         texts, slices, marked, last = [], [], [], set()
-        image_tokens = {self.image_token, *self.tokenizer.convert_ids_to_tokens(self._feature_token_ids)}
+        image_tokens = self.tokenizer.convert_ids_to_tokens(self._feature_token_ids)
+        special = _special_tokens(self.tokenizer, len(self.tokenizer), self.image_token, *image_tokens)
         for message in messages:
             role, seen_image, parts = message["role"], False, []
             for part in message["content"]:
@@ -396,12 +438,11 @@ class SugarProcessor(ProcessorMixin):
                 kinds |= {"answers"} if role == "assistant" and message.get("learn", True) else set()
                 if role != "system":
                     slices.append((len(texts), role, kinds))
-                for token in image_tokens:
-                    if token in part["text"]:
-                        raise ValueError(
-                            f"{name}: the text {part['text'][:60]!r} contains the image token {token!r}. Make it an "
-                            "image part, or remove it from the text."
-                        )
+                if typed := special.search(part["text"]):
+                    raise ValueError(
+                        f"{name}: the text {part['text'][:60]!r} contains {typed.group()!r}, a special token of this model. "
+                        "Remove it; where it stands for an image, make it an image part."
+                    )
                 parts.append({"type": "text", "text": _MARK.format(len(texts))})
                 texts.append(part["text"])
             if parts and parts[-1]["type"] == "text":
@@ -432,9 +473,8 @@ class SugarProcessor(ProcessorMixin):
                 if found[-1] in last:
                     # what ends the turn belongs to the answer: the model has to learn to stop
                     rest = rendered[cursor:].lstrip()
-                    stop = max((token for token in special if rest.startswith(token)), key=len, default=None)
-                    if stop is not None:
-                        loss_end += len(rendered) - cursor - len(rest) + len(stop)
+                    if stop := special.match(rest):
+                        loss_end += len(rendered) - cursor - len(rest) + stop.end()
                 spans[found[-1]] = (start, position, loss_end)
         text = "".join(pieces) + rendered[cursor:]
 

@@ -2,14 +2,12 @@
 exported directory, with the processor's file, and needs nothing else of this library."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from sentence_transformers.sentence_transformer.modules import Transformer
-from transformers.image_utils import load_image
 
-from .processing_sugar import SugarProcessor, open_image
+from .processing_sugar import SugarProcessor, image_of
 
 
 class SugarTransformer(Transformer):
@@ -70,18 +68,12 @@ class SugarTransformer(Transformer):
 
 
 def _images(messages: list[dict[str, Any]]) -> list[Image.Image]:
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
     images = []
-    for message in messages:
-        for part in message["content"] if isinstance(message["content"], list) else []:
-            if part["type"] == "image":
-                image = next((part[name] for name in ("image", "url", "path", "base64") if name in part), None)
-                if isinstance(image, str) and ("base64" in part or image.startswith("data:")):
-                    image = load_image(image)
-                elif isinstance(image, str | Path):
-                    image = open_image(image)
-                if not isinstance(image, Image.Image):
-                    raise ValueError(
-                        f"An image part holds {type(image).__name__}. Give a PIL image, or a path or URL of one."
-                    )
-                images.append(image)
+    for part in parts:
+        if part["type"] == "image":
+            value = next((part[name] for name in ("image", "url", "path") if name in part), None)
+            if "base64" in part:
+                value = f"data:image/png;base64,{part['base64']}"
+            images.append(image_of(value, "An image part"))
     return images
