@@ -341,7 +341,8 @@ class TestModels:
             ("processing_class", tiny.tokenizer, "reads no images"),
             ("args", lambda: SFTConfig("unused", bf16=False, use_cpu=True), "SFTConfig. Pass a `SugarTrainingConfig`"),
             ("model_init", lambda: tiny.llava, "model_init"),
-            ("peft_config", lambda: PromptTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM"), "no slice"),
+            ("peft_config", lambda: PromptTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM"), "LoraConfig"),
+            ("peft_config", lambda: LoraConfig(bias="all"), "bias"),
         ],
     )
     def test_arguments_of_another_kind(self, backbone, teachers, tmp_path, name, make, error):

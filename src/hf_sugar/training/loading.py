@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, BitsAndBytesConfi
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
 
 from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
-from hf_sugar.models.adapter_sugar import PEFT_PREFIX
+from hf_sugar.models.adapter_sugar import PEFT_PREFIX, check_peft_config, fingerprint
 
 from .config import SugarTrainingConfig
 
@@ -131,8 +131,7 @@ def enter(
             A plain backbone is wrapped. An adapter that came with a Sugar model is gone on with, or merged if there is a
             `peft_config`.
         args ([`SugarTrainingConfig`]):
-            What a new retrieval projector is like; and `output_dir`, where a merged model is saved, so that there is a
-            backbone for the new adapter to name.
+            What a new retrieval projector is like.
         peft_config ([`~peft.PeftConfig`], *optional*):
             The adapter that is going to be added.
 
@@ -149,16 +148,16 @@ def enter(
         if not isinstance(model, SugarForConditionalGeneration):
             model = SugarForConditionalGeneration.from_vlm(model, **projector_settings(args))
         base = model
-        if base._active_adapter() is not None:
-            model = _go_on(base) if peft_config is None else _merged(base, args)
+        if base._active_adapter() is not None and peft_config is None:
+            model = _go_on(base)
+        elif base._active_adapter() is not None:
+            base.merge_and_unload()
+            logger.info("The adapter of the model is merged into it, because `peft_config` adds a new one.")
 
     if peft_config is not None:
-        if peft_config.is_prompt_learning:
-            raise ValueError(
-                f"`peft_config`: {type(peft_config).__name__} adds tokens that belong to no slice. Use LoRA."
-            )
+        check_peft_config(peft_config)
     elif isinstance(model, PeftModel):
-        base._active_adapter()  # refuses several
+        check_peft_config(model.peft_config[base._active_adapter()])
         if not isinstance(base.retrieval_projector, ModulesToSaveWrapper):
             raise ValueError(
                 "The adapter leaves out the retrieval projector. Add it to its configuration "
@@ -192,17 +191,24 @@ def _go_on(model: SugarForConditionalGeneration) -> PeftModel:
     return model
 
 
-def _merged(model: SugarForConditionalGeneration, args: SugarTrainingConfig) -> SugarForConditionalGeneration:
-    model.merge_and_unload()
-    directory = Path(args.output_dir, "merged")
-    if args.process_index == 0:
-        model.save_pretrained(directory)
-    model.config.name_or_path = model.name_or_path = str(directory)
-    model.config._commit_hash = None
-    logger.info(
-        "The adapter of the model is merged into it, and `peft_config` adds a new one: it belongs to %s.", directory
-    )
-    return model
+def save_backbone(base: SugarForConditionalGeneration, directory: Path, main_process: bool) -> None:
+    """
+    Save a model whose weights lie nowhere (merged, or changed since it was loaded), because an adapter names the place of
+    its backbone.
+
+    Args:
+        base ([`SugarForConditionalGeneration`]):
+            Model without adapter.
+        directory (`Path`):
+            Where to.
+        main_process (`bool`):
+            Whether this process writes.
+    """
+    base.save_pretrained(directory, is_main_process=main_process)
+    base.config.name_or_path = base.name_or_path = str(directory)
+    base.config._commit_hash = None
+    base._loaded_fingerprint = fingerprint(base.vlm)
+    logger.info("The weights that the adapter is for lie nowhere else: they are saved in %s.", directory)
 
 
 def is_quantized(base: SugarForConditionalGeneration) -> bool:

@@ -41,6 +41,7 @@ from .loading import (
     load_model,
     load_processor,
     require_vision,
+    save_backbone,
     train_through_4bit,
 )
 from .loss import StructureLoss
@@ -115,7 +116,7 @@ class SugarTrainer(SFTTrainer):
     Args:
         model (`str` or `Path` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Hub id or directory of a plain backbone, a full Sugar checkpoint or an adapter repository; or a model. An adapter
-            is trained on, or with a `peft_config` merged first, into a full model in `merged` of `output_dir`.
+            is trained on, or with a `peft_config` merged first, into a full model in `backbone` of `output_dir`.
         args ([`SugarTrainingConfig`], *optional*):
             Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -218,12 +219,15 @@ class SugarTrainer(SFTTrainer):
         base = model.get_base_model() if is_peft_model(model) else model
         if peft_config is not None:
             peft_config = for_language_model(peft_config, base)
-        adapter = peft_config is not None or is_peft_model(model)
-        if args.push_to_hub and adapter and not is_hub_id(base.config.name_or_path):
-            raise ValueError(
-                f"`push_to_hub`: the backbone {base.config.name_or_path} is not on the Hub, so nobody else could load an "
-                "adapter of it. Name the backbone by its Hub id, or push after training: `hf-sugar push` with `--base_model`."
-            )
+        if peft_config is not None or is_peft_model(model):
+            source, _ = base.backbone_source()
+            if args.push_to_hub and not is_hub_id(source):
+                raise ValueError(
+                    f"`push_to_hub`: the backbone {source} is not on the Hub, so nobody else could load an adapter of it. Name "
+                    "the backbone by its Hub id, or push after training: `hf-sugar push` with `--base_model`."
+                )
+            if not source and peft_config is not None and not is_quantized(base):
+                save_backbone(base, Path(args.output_dir, "backbone"), args.process_index == 0)
 
         # SFTTrainer would cut at `max_length`; the collator refuses longer rows instead.
         max_length = args.max_length or base.config.get_text_config().max_position_embeddings
