@@ -352,7 +352,7 @@ class TestModels:
 
     def test_text_model_and_processors(self, backbone, teachers, tmp_path, caplog):
         tiny.llava().model.language_model.save_pretrained(tmp_path / "llama")
-        with pytest.raises(ValueError, match="is a llama, not an image-text-to-text model"):
+        with pytest.raises(TypeError, match="is a llama, not an image-text-to-text model"):
             SugarTrainer(str(tmp_path / "llama"), config(tmp_path, teachers), train_dataset=rows([conversation]))
         processor = tiny.processor()
         processor.patch_size = None

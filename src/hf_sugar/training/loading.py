@@ -26,6 +26,40 @@ from .config import SugarTrainingConfig
 logger = logging.getLogger(__name__)
 
 
+def require_vision(model: Any, revision: str | None = None) -> None:
+    """
+    Refuse what is no image-text-to-text model.
+
+    Args:
+        model (`str` or any object):
+            What was given as the model.
+        revision (`str`, *optional*):
+            Revision of one that is on the Hub.
+
+    Raises:
+        `TypeError`: naming what it is.
+    """
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        if not isinstance(base, SugarForConditionalGeneration):
+            raise TypeError(
+                f"The adapters are on a {type(base).__name__}, which has no retrieval projector. Wrap the backbone with "
+                "`SugarForConditionalGeneration.from_vlm` before adding adapters, or pass it with `peft_config`."
+            )
+    elif isinstance(model, str):
+        stored, _ = SugarConfig.get_config_dict(model, revision=revision)
+        backbone = SugarConfig.from_dict(stored).vlm_config
+        if type(backbone) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise TypeError(f"{model} is a {backbone.model_type}, not an image-text-to-text model such as LLaVA.")
+    elif not isinstance(model, SugarForConditionalGeneration):
+        known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(getattr(model, "config", None)), ())
+        if not isinstance(model, known):
+            raise TypeError(
+                f"`model` is a {type(model).__name__}, not an image-text-to-text model such as "
+                "LlavaForConditionalGeneration, nor its Hub id or directory."
+            )
+
+
 def load_model(
     name: str, args: SugarTrainingConfig, quantization_config: BitsAndBytesConfig | None = None
 ) -> SugarForConditionalGeneration:
@@ -39,9 +73,6 @@ def load_model(
             `model_init_kwargs`, and what a new retrieval projector is like.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Defaults to what `args.load_in_4bit` says.
-
-    Raises:
-        `ValueError`: if it is not an image-text-to-text model.
     """
     kwargs = dict(args.model_init_kwargs or {})
     if quantization_config is None and args.load_in_4bit:
@@ -56,9 +87,6 @@ def load_model(
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
     stored, _ = SugarConfig.get_config_dict(name, revision=kwargs.get("revision"))
-    backbone = SugarConfig.from_dict(stored).vlm_config
-    if type(backbone) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(f"{name} is a {backbone.model_type}, not an image-text-to-text model such as LLaVA.")
     if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
         kwargs = {**projector_settings(args), **kwargs}
     return create_model_from_path(name, SugarForConditionalGeneration, **kwargs)
@@ -95,29 +123,6 @@ def load_processor(
             "the vision tower (`model.config.vision_config.patch_size`)."
         )
     return processor
-
-
-def require_vision(model: Any) -> None:
-    """
-    Refuse what is no image-text-to-text model.
-
-    Raises:
-        `TypeError`: naming what it is.
-    """
-    if isinstance(model, PeftModel):
-        base = model.get_base_model()
-        if not isinstance(base, SugarForConditionalGeneration):
-            raise TypeError(
-                f"The adapters are on a {type(base).__name__}, which has no retrieval projector. Wrap the backbone with "
-                "`SugarForConditionalGeneration.from_vlm` before adding adapters, or pass it with `peft_config`."
-            )
-    elif not isinstance(model, SugarForConditionalGeneration):
-        known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(getattr(model, "config", None)), ())
-        if not isinstance(model, known):
-            raise TypeError(
-                f"`model` is a {type(model).__name__}, not an image-text-to-text model such as "
-                "LlavaForConditionalGeneration, nor its Hub id or directory."
-            )
 
 
 def enter(

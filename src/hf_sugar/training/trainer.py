@@ -1,6 +1,5 @@
 import copy
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +10,9 @@ from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -29,8 +27,10 @@ from hf_sugar.models.adapter_sugar import ADAPTER_SUBFOLDER
 from hf_sugar.models.rows_sugar import conversation_row, row_name
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 
+from .checkpoints import to_resume_from
 from .collator import SugarCollator
 from .config import SugarTrainingConfig
+from .eval_losses import EvalLosses
 from .gather import gather_rows
 from .loading import (
     add_structure_head,
@@ -161,16 +161,16 @@ class SugarTrainer(SFTTrainer):
         # Args
         if isinstance(model, Path):
             model = str(model)
-        if not isinstance(model, str):
-            require_vision(model)
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = SugarTrainingConfig(f"{name.split('/')[-1]}-Sugar")
-        elif not isinstance(args, SugarTrainingConfig):
+        if args is not None and not isinstance(args, SugarTrainingConfig):
             raise TypeError(
                 f"`args` is a {type(args).__name__}. Pass a `SugarTrainingConfig`, which has all settings of `SFTConfig` and "
                 "those of the structure loss."
             )
+        revision = ((args and args.model_init_kwargs) or {}).get("revision")
+        require_vision(model, revision)
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = SugarTrainingConfig(f"{name.split('/')[-1]}-Sugar")
         for name, remedy in _REFUSED.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` cannot be combined with the structure loss: {remedy}")
@@ -203,9 +203,8 @@ class SugarTrainer(SFTTrainer):
         # Model and processor
         set_seed(args.seed)  # of a new retrieval projector
         if isinstance(model, str):
-            revision = (args.model_init_kwargs or {}).get("revision")
-            loaded = load_model(model, args, quantization_config)
             processing_class = load_processor(processing_class, model, args, revision)
+            loaded = load_model(model, args, quantization_config)
             args.model_init_kwargs = None
         elif quantization_config is not None or args.load_in_4bit:
             raise ValueError(
@@ -277,20 +276,10 @@ class SugarTrainer(SFTTrainer):
         self._eval_collator = SugarCollator(processing_class, max_length, embed_slices)
         self.add_callback(_TellCollator(self.data_collator, self._good_rows))
         self.structure_loss = StructureLoss(reduction=args.structure_reduction)
-        self._start_evaluation()
+        self._eval_losses = self._new_eval_losses()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"No checkpoint in {self.args.output_dir} was written to its end: start without `resume_from_checkpoint`."
-                )
-        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
-            raise ValueError(
-                f"{resume_from_checkpoint} is no checkpoint that was written to its end. The last one in {self.args.output_dir}: "
-                f"{last_whole_checkpoint(self.args.output_dir)}."
-            )
+        resume_from_checkpoint = to_resume_from(resume_from_checkpoint, self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -338,16 +327,8 @@ class SugarTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = [
-                "messages",
-                "prompt",
-                "completion",
-                "image",
-                "images",
-                "loss_on",
-                "structure",
-                "id",
-            ]
+            rows = ["messages", "prompt", "completion", "image", "images"]
+            self._signature_columns = [*rows, "loss_on", "structure", "id"]
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -357,9 +338,7 @@ class SugarTrainer(SFTTrainer):
         return LengthGroups(batch_size, lengths=row_lengths(dataset, self.processing_class))
 
     def _get_eval_sampler(self, eval_dataset):
-        return (
-            None  # in order: upstream groups evaluation rows by length too, and would have to collate them to know it
-        )
+        return None  # in order: upstream groups them by length too, and would have to collate them to know it
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
         training_collator = self.data_collator
@@ -377,7 +356,7 @@ class SugarTrainer(SFTTrainer):
         teacher_embeddings = inputs.pop("teacher_embeddings", None)
         modality = inputs.pop("slice_modality", None)
         if not self.model.training:
-            inputs["labels"][self._new_rows(len(inputs["labels"])) :] = -100
+            inputs["labels"][self._eval_losses.new_rows(len(inputs["labels"])) :] = -100
         outputs = []
 
         def forward(**kwargs):
@@ -386,19 +365,17 @@ class SugarTrainer(SFTTrainer):
 
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         generative_loss = loss = result[0] if return_outputs else result
+        embeddings = outputs[0].embeddings if self._structure else None
+        if not self.model.training:  # the structure loss is added for all rows, in `evaluation_loop`
+            self._eval_losses.add(loss, outputs[0].label_mask.sum(), embeddings, teacher_embeddings, modality)
+            return result
         values = {"generative_loss": generative_loss.detach() * steps}
-        if not self.model.training:
-            tokens = outputs[0].label_mask.sum()
-            self._eval_sums["generative_loss"] += torch.stack([generative_loss * tokens, tokens])
-            if self._structure:  # a value of rows, however they are batched: see `evaluation_loop`
-                self._collect_rows(outputs[0].embeddings, teacher_embeddings, modality)
-        elif self._structure:
-            structure_loss, found = self._structure_loss(outputs[0].embeddings, teacher_embeddings, modality)
+        if self._structure:
+            structure_loss, found = self._structure_loss(embeddings, teacher_embeddings, modality)
             loss = generative_loss + self.args.structure_weight * structure_loss / steps
             values.update(found)
-        if self.model.training:
-            for name, value in values.items():
-                self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
+        for name, value in values.items():
+            self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
         return (loss, result[1]) if return_outputs else loss
 
     def _structure_loss(self, embeddings, teacher_embeddings, modality):
@@ -426,33 +403,9 @@ class SugarTrainer(SFTTrainer):
             "samples_compared": loss.new_tensor(samples),
         }
 
-    def _start_evaluation(self):
-        # sums of values times their weights, and of the weights; rows whose structure loss is not known yet
-        self._eval_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=self.args.device))
-        self._eval_rows: list[tuple[torch.Tensor, ...]] = []
-
-    def _new_rows(self, rows: int) -> int:
-        """How many rows of an evaluation batch are new: accelerate fills up the last batches of several processes with
-        rows that were evaluated already."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return rows
-        return max(0, state.remainder - self.accelerator.process_index * rows)
-
-    def _collect_rows(self, embeddings, teacher_embeddings, modality, last: bool = False):
-        """Evaluate the structure loss of rows as soon as there are as many as a process compares in training. All processes
-        do, on the rows of all."""
-        columns = embeddings, teacher_embeddings, modality
-        if embeddings is not None:
-            new = self._new_rows(len(embeddings))
-            self._eval_rows += zip(*(gather_rows(x[:new], padding) for x, padding in zip(columns, (0, 0, -1))))
+    def _new_eval_losses(self) -> EvalLosses:
         size = max(2, self.args.per_device_train_batch_size)
-        while len(self._eval_rows) >= size or last and self._eval_rows:
-            rows, self._eval_rows = self._eval_rows[:size], self._eval_rows[size:]
-            columns = [pad_sequence(x, True, padding) for x, padding in zip(zip(*rows), (0, 0, -1))]
-            _, values = self._structure_loss(*columns)
-            for name, value in values.items():
-                self._eval_sums[name] += torch.stack([value * len(rows), value.new_tensor(len(rows))])
+        return EvalLosses(self.accelerator, size, self._structure_loss if self._structure else None)
 
     # Evaluation and prediction take one path, `evaluation_loop`.
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -476,22 +429,18 @@ class SugarTrainer(SFTTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """As upstream, with the losses of all rows: the same however many processes there are. A label matrix is of the rows
-        of one batch on one process. All metrics are there before callbacks are asked."""
-        self._start_evaluation()
+        """As upstream, with all metrics before callbacks are asked, and losses that do not depend on batches and processes:
+        a label matrix is of as many rows as a process compares in training."""
+        self._eval_losses = self._new_eval_losses()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
         self._metrics["eval"].clear()
-        self._eval_sums["generative_loss"] = self.accelerator.reduce(self._eval_sums["generative_loss"])
-        if self._structure:
-            self._collect_rows(None, None, None, last=True)
-        metrics.update({name: (value / weight).item() for name, (value, weight) in self._eval_sums.items() if weight})
-        metrics["loss"] = metrics.get("generative_loss", 0.0) + self.args.structure_weight * metrics.get(
-            "structure_loss", 0
-        )
+        metrics.update(self._eval_losses.means())
+        structure_loss = metrics.get("structure_loss", 0.0)
+        metrics["loss"] = metrics.get("generative_loss", 0.0) + self.args.structure_weight * structure_loss
         if self._structure and self.args.eval_retrieval_rows:
             rows = dataloader.dataset
-            metrics.update(self._retrieval(rows.dataset if isinstance(rows, IterableDatasetShard) else rows))
+            metrics |= self._retrieval(rows.dataset if isinstance(rows, IterableDatasetShard) else rows)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -632,24 +581,3 @@ class SugarTrainer(SFTTrainer):
                 token=self.args.hub_token,
                 revision=self.args.hub_revision,
             )
-
-
-def is_whole(checkpoint: str) -> bool:
-    """Whether a checkpoint was written to its end: the state of the trainer is the last that is written."""
-    try:
-        TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-    except (OSError, ValueError, TypeError):
-        return False
-    return True
-
-
-def last_whole_checkpoint(directory: str) -> str | None:
-    """The newest checkpoint of a run that was written to its end; a log line says if a newer one was not."""
-    found = [
-        path for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
-    ]
-    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if is_whole(str(checkpoint)):
-            return str(checkpoint)
-        logger.warning("%s was not written to its end, and is passed over.", checkpoint)
-    return None

@@ -1,0 +1,62 @@
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch.nn.utils.rnn import pad_sequence
+
+from .gather import gather_rows
+
+
+class EvalLosses:
+    """
+    Losses of the rows of an evaluation, the same however they are batched and divided among processes: the generative loss
+    is a mean over tokens, and label matrices are of rows that follow one another.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Knows which rows of a last batch are new.
+        size (`int`):
+            How many rows are compared with one another.
+        structure_loss (`Callable`, *optional*):
+            Takes embeddings `(size, slices, dim)`, teacher embeddings and modality `(size, slices)` of so many rows, and
+            gives their loss and a `dict` of what is to be known of it.
+    """
+
+    def __init__(self, accelerator: Accelerator, size: int, structure_loss: Callable | None = None):
+        self.accelerator = accelerator
+        self.size = size
+        self.structure_loss = structure_loss
+        self.rows: list[tuple[torch.Tensor, ...]] = []  # of all processes, not compared yet
+        # of values times their weights, and of the weights
+        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=accelerator.device))
+
+    def new_rows(self, rows: int) -> int:
+        """How many of so many rows are new: accelerate fills up the last batches of several processes with rows that were
+        there already."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return max(0, state.remainder - self.accelerator.process_index * rows)
+
+    def add(self, generative_loss: torch.Tensor, tokens: torch.Tensor, *columns: torch.Tensor):
+        """What is known of a batch: loss and number of tokens, and where there is a structure loss what that takes."""
+        self.sums["generative_loss"] += torch.stack([generative_loss * tokens, tokens])
+        if self.structure_loss is not None:
+            new = self.new_rows(len(columns[0]))
+            self.rows += zip(*(gather_rows(x[:new], padding) for x, padding in zip(columns, (0, 0, -1))))
+            while len(self.rows) >= self.size:
+                self._compare()
+
+    def _compare(self):
+        rows, self.rows = self.rows[: self.size], self.rows[self.size :]
+        _, values = self.structure_loss(*(pad_sequence(x, True, p) for x, p in zip(zip(*rows), (0, 0, -1))))
+        for name, value in values.items():
+            self.sums[name] += torch.stack([value * len(rows), value.new_tensor(len(rows))])
+
+    def means(self) -> dict[str, float]:
+        """The losses, when all batches have been added."""
+        if self.rows:
+            self._compare()
+        self.sums["generative_loss"] = self.accelerator.reduce(self.sums["generative_loss"])
+        return {name: (value / weight).item() for name, (value, weight) in self.sums.items() if weight}
