@@ -107,18 +107,6 @@ class Repository:
         return None
 
 
-@dataclass
-class Fault:
-    """What goes wrong with the next `times` requests whose `METHOD path` matches `pattern`."""
-
-    pattern: str
-    times: int
-    status: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    cut: float | None = None
-    stored: float | None = None
-
-
 class HubServer:
     """
     The server and what it stores.
@@ -127,7 +115,7 @@ class HubServer:
         endpoint (`str`): address, for `HF_ENDPOINT`.
         token (`str`): the only token it accepts; it belongs to the user `user`.
         repositories (`dict[str, Repository]`): by id.
-        requests (`list[dict]`): `method`, `path` and `headers` (names in lower case) of every request so far.
+        requests (`list[str]`): `METHOD path` of every request so far.
     """
 
     token = "hf_LocalHubTokenForTests0123456789"
@@ -136,8 +124,8 @@ class HubServer:
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.lfs: dict[str, bytes] = {}
-        self.requests: list[dict] = []
-        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.faults: list[tuple[int, str]] = []
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -166,17 +154,9 @@ class HubServer:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
-    def fail(self, status: int, pattern: str, times: int = 1, **headers: str):
-        """Answer with an error status."""
-        self.faults.append(Fault(pattern, times, status=status, headers=headers))
-
-    def cut(self, pattern: str, at: float = 0.5, times: int = 1):
-        """Close the connection after this share of the body."""
-        self.faults.append(Fault(pattern, times, cut=at))
-
-    def shorten(self, pattern: str, to: float = 0.5, times: int = 1000):
-        """Serve only this share of a stored file, as if that was all of it."""
-        self.faults.append(Fault(pattern, times, stored=to))
+    def fail(self, status: int, pattern: str):
+        """Answer the next request whose `METHOD path` matches `pattern` with an error status."""
+        self.faults.append((status, pattern))
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """Contents of a revision, large files included."""
@@ -186,10 +166,6 @@ class HubServer:
     def content(self, blob: bytes) -> bytes:
         oid = lfs_oid(blob)
         return blob if oid is None else self.lfs[oid]
-
-    def took(self, method: str, pattern: str) -> list[dict]:
-        """Requests received so far that match."""
-        return [r for r in self.requests if r["method"] == method and fnmatch.fnmatch(r["path"], pattern)]
 
 
 def lfs_pointer(oid: str, size: int) -> bytes:
@@ -226,20 +202,12 @@ class _Handler(BaseHTTPRequestHandler):
         path = parts.path
         line = f"{self.command} {path}"
         with self.hub.lock:
-            self.hub.requests.append(
-                {
-                    "method": self.command,
-                    "path": path,
-                    "headers": {name.lower(): value for name, value in self.headers.items()},
-                }
-            )
-            self.fault = next((f for f in self.hub.faults if f.times > 0 and fnmatch.fnmatch(line, f.pattern)), None)
-            if self.fault is not None:
-                self.fault.times -= 1
-        if self.fault is not None and self.fault.status is not None:
-            return self._error(self.fault.status, "injected by the test", **self.fault.headers)
-        with self.hub.lock:
-            self._route(path)
+            self.hub.requests.append(line)
+            fault = next((fault for fault in self.hub.faults if fnmatch.fnmatch(line, fault[1])), None)
+            if fault is None:
+                return self._route(path)
+            self.hub.faults.remove(fault)
+        return self._error(fault[0], "injected by the test")
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -286,13 +254,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
-        cut = self.fault.cut if self.fault is not None else None
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body if cut is None else body[: int(cut * len(body))])
-        if cut is not None:
-            self.close_connection = True
+            self.wfile.write(body)
 
     def _json(self, data, status: int = 200, **headers: str):
         self._send(status, json.dumps(data).encode(), Content_Type="application/json", **headers)
@@ -503,7 +468,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X_Repo_Commit": commit.oid}
         oid = lfs_oid(blob)
         if oid is None:
-            return self._file(blob, ETag=f'"{git_oid(blob)}"', **headers)
+            return self._send(200, blob, ETag=f'"{git_oid(blob)}"', **headers)
         return self._send(
             302,
             Location=f"{self.hub.storage}/lfs/{oid}",
@@ -515,17 +480,4 @@ class _Handler(BaseHTTPRequestHandler):
     def _lfs_get(self, oid):
         if oid not in self.hub.lfs:
             return self._error(404, "no such object")
-        content = self.hub.lfs[oid]
-        if self.fault is not None and self.fault.stored is not None:
-            content = content[: int(self.fault.stored * len(content))]
-        return self._file(content, ETag=f'"{oid}"')
-
-    def _file(self, content: bytes, **headers: str):
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None:
-            return self._send(200, content, Accept_Ranges="bytes", **headers)
-        start, end = int(wanted[1]), int(wanted[2] or len(content) - 1)
-        if start >= len(content):
-            return self._send(416, Content_Range=f"bytes */{len(content)}", **headers)
-        span = f"bytes {start}-{end}/{len(content)}"
-        return self._send(206, content[start : end + 1], Content_Range=span, **headers)
+        return self._send(200, self.hub.lfs[oid], ETag=f'"{oid}"')
