@@ -11,6 +11,7 @@ from peft import LoraConfig
 from hf_sugar.data import load_data
 from hf_sugar.distributed import distributed_state
 from hf_sugar.evaluation import (
+    Estimate,
     EvaluationData,
     evaluate_tasks,
     load_benchmarks,
@@ -20,7 +21,7 @@ from hf_sugar.evaluation import (
 )
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
-from hf_sugar.teachers import TeacherCache, TripleEncoder
+from hf_sugar.teachers import TripleEncoder
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
 from hf_sugar.world import DESCRIBE, checkpoint, world_teachers, write_world
 
@@ -113,6 +114,8 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
     """
     started = time.monotonic()
     output_dir = Path(args.output_dir)
+    if (output_dir / "report.md").exists():
+        print(f"the report in {output_dir} will be replaced")
     settings = {**WORLD_TRAINING, **(args.training or {})}
     lora = {**WORLD_LORA, **(args.lora or {})}
     model_path = args.model_name_or_path or str(checkpoint("llava"))
@@ -176,19 +179,11 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
                 columns.setdefault("Sugar", []).append(results)
 
     print("5/5 the report")
-    cache = TeacherCache.for_encoder(output_dir / "teacher_cache", encoder)
-
-    def embed_teachers(slices):
-        missing = cache.missing(slices)
-        if missing:
-            cache.add(missing, encoder.encode(missing))
-        return cache.lookup(slices)
-
     pictures = write_pictures(
         output_dir,
         evaluation,
         embed,
-        embed_teachers,
+        encoder.encode,
         encoder.split,
         logs,
         delta=trainer.args.delta,
@@ -304,7 +299,7 @@ def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
         return results[0]
     mean = {}
     for name, value in results[0].items():
-        if isinstance(value, int):
+        if not isinstance(value, Estimate):
             mean[name] = value
         else:
             values = [result[name].value for result in results]

@@ -10,6 +10,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from ..files import replacing
 from .scenes import COLORS, SPLITS, Scene, render, scenes, story
 
 
@@ -141,14 +142,12 @@ def write_world(
     for kind, splits in sizes.items():
         written[kind] = {}
         folder = Path(directory) / kind / "data"
-        folder.mkdir(parents=True, exist_ok=True)
         for split, size in splits.items():
             rows = load_world(kind, split, size, image_size, seed, progress=True)
             # of a plain "test_unseen.parquet" `load_dataset` would make more rows of "test"
             path = folder / f"{split}-00000-of-00001.parquet"
-            temporary = path.with_suffix(".tmp")
-            rows.to_parquet(temporary)
-            os.replace(temporary, path)
+            with replacing(path) as file:
+                rows.to_parquet(file)
             written[kind][split] = path
     return written
 
