@@ -283,6 +283,30 @@ def test_rag_gain(published):
     assert found["knowledge_rows"] == 10
 
 
+@pytest.mark.parametrize("name", ["data.json", "other.json"])
+def test_rag_hides_what_asks_the_same_whatever_its_name(tmp_path, name):
+    def write(path, question):
+        rows = []
+        for n in range(3):
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": f"answer {n}"}]
+            tiny.image(n).save(tmp_path / f"{n}.png")
+            rows.append({"image": str(tmp_path / f"{n}.png"), "conversations": turns})
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(json.dumps(rows))
+        return str(tmp_path / path)
+
+    def repeat(prompts):  # the answer that was shown last
+        return [_slices(prompt)[-2] if len(prompt["messages"]) > 1 else "?" for prompt in prompts]
+
+    def by_picture(items):
+        return np.stack([_vector(item[0]) for item in items])
+
+    questions = write("test/data.json", "what?")
+    for asked, gain in (("what?", 0), ("what is it?", 100)):
+        found = BENCHMARKS["rag"](questions, write(f"train/{name}", asked)).run(by_picture, repeat)
+        assert found["gain"].value == gain, asked
+
+
 def test_what_is_wrong_is_said_before_a_model_is_loaded(published, tmp_path):
     def run(settings, *arguments):
         (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump({"benchmarks": settings}))
