@@ -141,7 +141,7 @@ def undecoded(
         if isinstance(feature, datasets.Image):
             feature.decode = False
     if streamed:
-        return dataset.cast(features)  # changes the description alone
+        return dataset.with_format(None).cast(features)  # changes the description alone
     dataset = copy.deepcopy(dataset.with_format(None))  # of the description; the data themselves are shared
     dataset.info.features = features
     return dataset

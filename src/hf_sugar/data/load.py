@@ -134,9 +134,9 @@ def load_data(
         raise ValueError(f"`on_bad_row` is {on_bad_row!r}. Use 'error' or 'skip'.")
     for n, source in enumerate(sources):
         if "path" not in source or not source.keys() <= set(_SOURCE_KEYS):
+            keys = ", ".join(key for key in source if key != "image_root")
             raise ValueError(
-                f"sources[{n}] has the keys {', '.join(source.keys() - {'image_root'})}. It needs `path` and may have "
-                f"{', '.join(_SOURCE_KEYS[1:])}."
+                f"sources[{n}] has the keys {keys}. It needs `path` and may have {', '.join(_SOURCE_KEYS[1:])}."
             )
         if not isinstance(source.get("rename") or {}, dict):
             raise ValueError(f"{source['path']}: `rename` is {source['rename']!r}. Write it as {{name: new name}}.")
