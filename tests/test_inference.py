@@ -67,7 +67,7 @@ def test_a_text_that_names_a_file_is_a_text(pair, tmp_path, monkeypatch, caplog)
     embed = SugarEmbedder(*pair)
     with caplog.at_level(logging.WARNING):
         found = embed(["a.png", "missing.png"])
-    assert ["item 0: 'a.png' is taken as a text" in record.getMessage() for record in caplog.records] == [True]
+    assert ["'a.png' is taken as a text" in record.getMessage() for record in caplog.records] == [True]
     np.testing.assert_allclose(found[1], embed(["missing.png", "x"])[0], atol=1e-5)
     assert np.abs(found[0] - embed([tiny.image(0)])[0]).max() > 0.01
 
@@ -190,7 +190,7 @@ def test_bad_conversations_are_named(pair):
     good, image = user("hm"), tiny.image(0)
     template = processor.chat_template
     for bad, says in (
-        ({**user(image, "a"), "images": []}, "1 image parts in `messages` but 0 images"),
+        ({**user(image, "a"), "images": []}, "holds 0 images but `messages` has 1"),
         (user("word " * 700, id="x"), "the limit is 512"),
         (user({"bytes": b"no image", "path": None}), r"images\[0\]: image of 8 bytes cannot be decoded"),
         (user("please refuse"), "cannot be put before the model: not this one"),

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreame
 
 from .data import load_image
 from .models.processing_sugar import IMAGE_SUFFIXES
-from .models.rows_sugar import conversation_row, fill_images, row_name
+from .models.rows_sugar import check_row, conversation_row, fill_images, row_name
 
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,11 @@ def as_row(item: Any, where: str = "item") -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}], "images": images, "loss_on": "text", "id": None}
 
 
+@lru_cache  # once a name
+def _warn_of_file(text: str) -> None:
+    logger.warning("%r is taken as a text; for the image in that file, give `Path(%r)`.", text, text)
+
+
 class SugarEmbedder:
     """
     Embedding function of a model: called with items, it returns their embeddings.
@@ -122,6 +127,7 @@ class SugarEmbedder:
             Whether to show a progress bar.
 
     Attributes:
+        dim (`int`): dimension of the embeddings.
         fingerprint (`str`): names the weights. It is the same wherever the checkpoint lies, on every device, and in
             float32 and bfloat16.
 
@@ -153,6 +159,11 @@ class SugarEmbedder:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.project, self.pooling, self.progress = project, pooling, progress
 
+    @property
+    def dim(self) -> int:
+        config = self.model.config
+        return config.retrieval_dim if self.project else config.get_text_config().hidden_size
+
     @cached_property
     def fingerprint(self) -> str:
         # Some thousand values of each weight: training moves them all, and reading all of 7B would take a minute.
@@ -166,7 +177,8 @@ class SugarEmbedder:
                 values = values.to(torch.bfloat16)
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        baseline = "" if self.project and self.pooling == "slice" else f"-{self.pooling}-{self.project}"
+        return digest.hexdigest() + baseline
 
     def __call__(self, items: Sequence[Any]) -> np.ndarray:
         """
@@ -216,7 +228,7 @@ class SugarEmbedder:
                     try:
                         rows[n] = as_row(items[n], f"item {n}")
                     except ValueError as error:
-                        _refuse(ItemError(str(error), n), errors)
+                        refuse(ItemError(str(error), n), errors)
                 for numbers in _batches(rows, self.batch_size):
                     good, inputs = self._inputs(rows, numbers, errors)
                     if good:
@@ -236,7 +248,7 @@ class SugarEmbedder:
             return numbers, self.processor.encode_conversations(conversations, names=names, max_length=limit)
         except ValueError as error:
             if len(numbers) == 1:
-                _refuse(ItemError(str(error), numbers[0]), errors)
+                refuse(ItemError(str(error), numbers[0]), errors)
                 return [], None
             good = [n for n in numbers if self._inputs(rows, [n], errors)[0]]
             if len(good) == len(numbers):
@@ -413,7 +425,8 @@ class SugarGenerator:
             raise errors[0]
 
 
-def _refuse(error: ItemError, errors: dict[int, ItemError] | None) -> None:
+def refuse(error: ItemError, errors: dict[int, ItemError] | None) -> None:
+    """Note what is wrong with an item, or raise it where nothing is noted."""
     if errors is None:
         raise error
     errors[error.item] = error
@@ -421,18 +434,21 @@ def _refuse(error: ItemError, errors: dict[int, ItemError] | None) -> None:
 
 def _filled(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The messages of a row with its images, decoded, in their parts."""
-    images = [load_image(image, f"{name}, images[{n}]") for n, image in enumerate(row.get("images") or [])]
-    return fill_images(row["messages"], images, name)
+    images = row.get("images") or []
+    check_row(row, len(images), name, loss=False)
+    return fill_images(row["messages"], [load_image(image, f"{name}, images[{n}]") for n, image in enumerate(images)])
 
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def _windows(total: int, batch_size: int) -> Iterator[range]:

@@ -3,11 +3,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_sugar.inference import SugarEmbedder
-from hf_sugar.retrieval import SugarIndex, SugarRAG
-
 from .arguments import parse
-from .embed import ModelArguments
+from .embed import ModelArguments, by_position
 
 
 @dataclass
@@ -45,22 +42,21 @@ class AppArguments:
 
 
 def main(argv: list[str]) -> None:
-    model_args, args = parse("app", (ModelArguments, AppArguments), argv, "Search and ask in the browser.")
+    argv = by_position(argv, "model_name_or_path")
+    model, args = parse("app", (ModelArguments, AppArguments), argv, "Search and ask in the browser.")
     if importlib.util.find_spec("gradio") is None:
         raise ImportError(
             "`hf-sugar app` needs Gradio: install hf_sugar with its extra `app`, or `pip install gradio`."
         )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+    from hf_sugar.evaluation.plots import plot_alignment
+    from hf_sugar.retrieval import SugarIndex, SugarRAG
     from hf_sugar.retrieval.app import build_page, launch
 
-    model, processor = model_args.load()
-    index = SugarIndex.load(args.index, embed=SugarEmbedder(model, processor, model_args.batch_size))
-    rag = SugarRAG(model, processor, index, args.examples, args.max_new_tokens)
+    embed = model.load()
+    index = SugarIndex.load(args.index, embed=embed)
+    rag = SugarRAG(embed.model, embed.processor, index, args.examples, args.max_new_tokens)
     if args.server_name not in ("127.0.0.1", "localhost", "::1"):
         print(f"Whoever reaches {args.server_name} can search this index and use this model.")
-    launch(
-        build_page(rag, Path(model_args.model_name_or_path).name, args.k),
-        args.server_name,
-        args.server_port,
-        args.max_file_size,
-    )
+    page = build_page(rag, Path(model.model_name_or_path).name, args.k, plot_alignment)
+    launch(page, args.server_name, args.server_port, args.max_file_size)

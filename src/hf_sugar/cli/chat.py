@@ -1,13 +1,15 @@
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-from hf_sugar.inference import SugarEmbedder
-from hf_sugar.retrieval import SugarIndex, SugarRAG
+from typing import TYPE_CHECKING
 
 from .arguments import parse
-from .embed import ModelArguments
-from .search import text_or_file
+from .embed import ModelArguments, by_position
+from .search import name_of, text_of, text_or_file
+
+
+if TYPE_CHECKING:
+    from hf_sugar.retrieval import SugarRAG
 
 
 HELP = "/image FILE adds an image to the next question, /clear begins anew, /quit ends."
@@ -35,7 +37,7 @@ class ChatArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
 
 
-def chat(rag: SugarRAG, lines: Iterable[str]) -> None:
+def chat(rag: "SugarRAG", lines: Iterable[str]) -> None:
     """
     Talk with a model in the terminal. Answers go to the standard output, all else to the standard error.
 
@@ -45,6 +47,8 @@ def chat(rag: SugarRAG, lines: Iterable[str]) -> None:
         lines (`Iterable[str]`):
             What the user types.
     """
+    from hf_sugar.data import load_image
+
     messages, images, waiting = [], [], []
     for line in map(str.strip, lines):
         if line == "/quit":
@@ -53,8 +57,8 @@ def chat(rag: SugarRAG, lines: Iterable[str]) -> None:
             messages, images, waiting = [], [], []
         elif line.startswith("/image "):
             try:
-                waiting.append(text_or_file(line.removeprefix("/image ").strip()))
-            except FileNotFoundError as error:
+                waiting.append(load_image(text_or_file(line.removeprefix("/image ").strip()), "/image"))
+            except (FileNotFoundError, ValueError) as error:
                 print(error, file=sys.stderr)
         elif line.startswith("/"):
             print(HELP, file=sys.stderr)
@@ -72,7 +76,8 @@ def chat(rag: SugarRAG, lines: Iterable[str]) -> None:
                 answer += piece
             print()
             for number, hit in enumerate(prompt.citations, 1):
-                print(f"[{number}] {hit.score:.4f} {hit.metadata or f'#{hit.index}'}", file=sys.stderr)
+                text = text_of(rag.index.documents[hit.index])
+                print(f"[{number}] {hit.score:.4f} {name_of(hit)}  {text[:160]}", file=sys.stderr)
             if prompt.note:
                 print(prompt.note, file=sys.stderr)
             images, waiting = [*images, *waiting], []
@@ -82,13 +87,16 @@ def chat(rag: SugarRAG, lines: Iterable[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    model_args, args = parse(
-        "chat", (ModelArguments, ChatArguments), argv, "Talk with a model, with or without an index."
+    model, args = parse(
+        "chat",
+        (ModelArguments, ChatArguments),
+        by_position(argv, "model_name_or_path"),
+        "Talk with a model, with or without an index.",
     )
-    model, processor = model_args.load()
-    index = None
-    if args.index is not None:
-        index = SugarIndex.load(args.index, embed=SugarEmbedder(model, processor, model_args.batch_size))
+    from hf_sugar.retrieval import SugarIndex, SugarRAG
+
+    embed = model.load()
+    index = None if args.index is None else SugarIndex.load(args.index, embed=embed)
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
-    chat(SugarRAG(model, processor, index, args.k, args.max_new_tokens), sys.stdin)
+    chat(SugarRAG(embed.model, embed.processor, index, args.k, args.max_new_tokens), sys.stdin)

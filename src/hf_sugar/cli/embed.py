@@ -1,19 +1,15 @@
 import json
-import os
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.numpy import save_file
-
-from hf_sugar.data import load_data
-from hf_sugar.distributed import distributed_state
-from hf_sugar.inference import SugarEmbedder
-from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
-from hf_sugar.retrieval import SugarIndex, find_files
+from typing import TYPE_CHECKING, Any
 
 from .arguments import parse
+
+
+if TYPE_CHECKING:  # what a command works with is imported when it works: `--help` answers at once
+    from hf_sugar.inference import SugarEmbedder
+    from hf_sugar.retrieval import SugarIndex
 
 
 @dataclass
@@ -34,13 +30,33 @@ class ModelArguments:
     dtype: str = field(default="auto", metadata={"help": "Precision of the model."})
     batch_size: int = field(default=32, metadata={"help": "Items in one forward pass."})
 
-    def load(self) -> tuple[SugarForConditionalGeneration, SugarProcessor]:
-        """The model, in evaluation mode on this machine's device, and its processor."""
+    def load(self) -> "SugarEmbedder":
+        """The embedder of the model, which is in evaluation mode on this machine's device."""
         if self.model_name_or_path is None:
             raise ValueError("`model_name_or_path` is not set: name the checkpoint.")
+        import torch
+
+        from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarProcessor
+        from hf_sugar.distributed import distributed_state
+
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         model = SugarForConditionalGeneration.from_pretrained(self.model_name_or_path, dtype=dtype)
-        return model.to(distributed_state().device).eval(), SugarProcessor.from_pretrained(self.model_name_or_path)
+        processor = SugarProcessor.from_pretrained(self.model_name_or_path)
+        return SugarEmbedder(model.to(distributed_state().device).eval(), processor, self.batch_size)
+
+
+def by_position(argv: list[str], first: str, rest: str | None = None) -> list[str]:
+    """Arguments whose leading ones, without a flag, are the settings `first` (one) and `rest` (all others)."""
+    leading = list(takewhile(lambda argument: not argument.startswith("-"), argv))
+    flags = argv[len(leading) :]
+    if leading:
+        flags = [
+            f"--{first}",
+            leading[0],
+            *([f"--{rest}", *leading[1:]] if rest and leading[1:] else leading[1:]),
+            *flags,
+        ]
+    return flags
 
 
 @dataclass
@@ -89,6 +105,10 @@ class CorpusArguments:
         """Rows or files."""
         if (self.data is None) == (self.files is None):
             raise ValueError("Set one of `data` (datasets) and `files` (images and texts).")
+
+        from hf_sugar.data import load_data
+        from hf_sugar.retrieval import find_files
+
         if self.files is not None:
             return find_files(self.files)
         return load_data(self.data, self.split, on_bad_row=self.on_bad_row)
@@ -107,7 +127,7 @@ class EmbedArguments:
     output: str = field(default="embeddings.safetensors", metadata={"help": "File to write."})
 
 
-def embed(model: ModelArguments, corpus: CorpusArguments, args: EmbedArguments) -> SugarIndex:
+def embed(model: ModelArguments, corpus: CorpusArguments, args: EmbedArguments) -> "SugarIndex":
     """
     Embed a dataset or files and write a safetensors file: `embeddings` of shape `(items, dim)`, `document` and `slice`
     of each, and in its header the model's `fingerprint` and the documents' `metadata`.
@@ -119,21 +139,32 @@ def embed(model: ModelArguments, corpus: CorpusArguments, args: EmbedArguments) 
     Returns:
         [`SugarIndex`]: the same embeddings, in memory.
     """
-    embedder = SugarEmbedder(*model.load(), model.batch_size)
-    index = SugarIndex.build(corpus.items(), embedder, by=corpus.by, every_slice=corpus.every_slice, progress=True)
+    from safetensors.numpy import save_file
+
+    from hf_sugar import SugarIndex
+    from hf_sugar.retrieval.storage import write_atomically
+
     output = Path(args.output)
+    if output.is_dir():
+        raise ValueError(f"`output` is the directory {args.output!r}; name a file.")
+    items = corpus.items()
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
+    embedder = model.load()
+    settings = {"by": corpus.by, "every_slice": corpus.every_slice, "on_bad_row": corpus.on_bad_row}
+    index = SugarIndex.build(items, embedder, **settings, progress=True)
     header = {"fingerprint": embedder.fingerprint, "metadata": json.dumps(index.metadata, ensure_ascii=False)}
-    documents, slices = index.places
-    save_file({"embeddings": index.embeddings, "document": documents, "slice": slices}, temporary, metadata=header)
-    os.replace(temporary, output)
+    documents, slices = index.origins
+    content = {"embeddings": index.embeddings, "document": documents, "slice": slices}
+    write_atomically(output, lambda path: save_file(content, path, metadata=header))
     return index
 
 
 def main(argv: list[str]) -> None:
     model, corpus, args = parse(
-        "embed", (ModelArguments, CorpusArguments, EmbedArguments), argv, "Embed a dataset or files."
+        "embed",
+        (ModelArguments, CorpusArguments, EmbedArguments),
+        by_position(argv, "model_name_or_path", "data"),
+        "Embed a dataset or files.",
     )
     index = embed(model, corpus, args)
     print(f"{len(index)} documents, embeddings of shape {index.embeddings.shape} -> {args.output}")

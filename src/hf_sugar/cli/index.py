@@ -1,11 +1,13 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-
-from hf_sugar.inference import SugarEmbedder
-from hf_sugar.retrieval import SugarIndex
+from typing import TYPE_CHECKING
 
 from .arguments import parse
-from .embed import CorpusArguments, ModelArguments
+from .embed import CorpusArguments, ModelArguments, by_position
+
+
+if TYPE_CHECKING:
+    from hf_sugar.retrieval import SugarIndex
 
 
 @dataclass
@@ -37,7 +39,7 @@ class IndexArguments:
     shard_size: int = field(default=1024, metadata={"help": "Documents embedded and written at a time."})
 
 
-def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) -> SugarIndex:
+def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) -> "SugarIndex":
     """
     Build an index, go on with one that was interrupted (the same call), or add to one.
 
@@ -47,32 +49,40 @@ def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) 
 
     Returns:
         [`SugarIndex`]
+
+    Raises:
+        `ValueError`: as in [`SugarIndex.build`], or if a setting is not that of the index that is added to.
     """
-    embedder = SugarEmbedder(*model.load(), model.batch_size)
+    from hf_sugar.retrieval import SugarIndex
+
     items = corpus.items()
-    if args.add:
-        found = SugarIndex.load(args.index, embed=embedder)
-        found.add(items, shard_size=args.shard_size, progress=True)
-        found.save(args.index)
-        return found
-    return SugarIndex.build(
-        items,
-        embedder,
-        by=corpus.by,
-        every_slice=corpus.every_slice,
-        factory=args.factory,
-        search_options=args.search_options,
-        directory=Path(args.index),
-        shard_size=args.shard_size,
-        progress=True,
-    )
+    how = {"shard_size": args.shard_size, "on_bad_row": corpus.on_bad_row, "progress": True}
+    settings = {
+        "by": corpus.by,
+        "every_slice": corpus.every_slice,
+        "factory": args.factory,
+        "search_options": args.search_options,
+    }
+    if not args.add:
+        return SugarIndex.build(items, model.load(), **settings, **how, directory=Path(args.index))
+    found = SugarIndex.load(args.index, embed=model.load())
+    defaults = {f.name: f.default for f in (*fields(corpus), *fields(args))}
+    for name, value in settings.items():
+        if value not in (defaults[name], getattr(found, name)):
+            raise ValueError(
+                f"`{name}` is {value!r}, but the index in {args.index} was built with {getattr(found, name)!r}. Leave it "
+                "out, or build the index anew without `add`."
+            )
+    found.add(items, **how)
+    found.save(args.index)
+    return found
 
 
 def main(argv: list[str]) -> None:
     model, corpus, args = parse(
         "index",
         (ModelArguments, CorpusArguments, IndexArguments),
-        argv,
+        by_position(argv, "model_name_or_path", "data"),
         "Index a dataset or files. After an interruption the same command goes on where it stopped.",
     )
     print(f"{len(index(model, corpus, args))} documents -> {args.index}")

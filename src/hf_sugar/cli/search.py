@@ -1,13 +1,14 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from hf_sugar.inference import SugarEmbedder
-from hf_sugar.models.processing_sugar import IMAGE_SUFFIXES
-from hf_sugar.retrieval import Hit, SugarIndex
+from typing import TYPE_CHECKING, Any
 
 from .arguments import parse
-from .embed import ModelArguments
+from .embed import ModelArguments, by_position
+
+
+if TYPE_CHECKING:
+    from hf_sugar.retrieval import Hit, SugarIndex
 
 
 @dataclass
@@ -39,6 +40,8 @@ class SearchArguments:
 
 def text_or_file(part: str) -> str | Path:
     """A `Path` for what ends like an image file, else the text."""
+    from hf_sugar.models.processing_sugar import IMAGE_SUFFIXES
+
     if not part.lower().endswith(IMAGE_SUFFIXES):
         return part
     if not Path(part).is_file():
@@ -46,7 +49,21 @@ def text_or_file(part: str) -> str | Path:
     return Path(part)
 
 
-def search(model: ModelArguments, args: SearchArguments) -> tuple[SugarIndex, list[Hit]]:
+def text_of(row: dict[str, Any]) -> str:
+    """What a row says, in one line."""
+    contents = [message["content"] for message in row["messages"]]
+    return " | ".join(
+        content if isinstance(content, str) else " ".join(part.get("text") or "[image]" for part in content)
+        for content in contents
+    ).replace("\n", " ")
+
+
+def name_of(hit: "Hit") -> str:
+    """What a hit is called: the id or the path of its document, else its number."""
+    return next((str(hit.metadata[key]) for key in ("id", "path") if key in hit.metadata), f"#{hit.index}")
+
+
+def search(model: ModelArguments, args: SearchArguments) -> "tuple[SugarIndex, list[Hit]]":
     """
     Search an index.
 
@@ -59,24 +76,21 @@ def search(model: ModelArguments, args: SearchArguments) -> tuple[SugarIndex, li
     """
     if not args.query:
         raise ValueError("`query` is not set: give a text, an image file, or several of them.")
+    from hf_sugar.retrieval import SugarIndex
+
     query = [text_or_file(part) for part in args.query]
-    embedder = SugarEmbedder(*model.load(), model.batch_size)
-    index = SugarIndex.load(args.index, embed=embedder, memory_map=args.memory_map)
+    index = SugarIndex.load(args.index, embed=model.load(), memory_map=args.memory_map)
     return index, index.search([query], args.k)[0]
 
 
 def main(argv: list[str]) -> None:
+    argv = by_position(argv, "model_name_or_path", "query")
     model, args = parse("search", (ModelArguments, SearchArguments), argv, "Search an index by text, image or both.")
     index, hits = search(model, args)
     for rank, hit in enumerate(hits, 1):
-        messages = index.documents[hit.index]["messages"]
-        text = " | ".join(
-            content if isinstance(content, str) else " ".join(part.get("text") or "[image]" for part in content)
-            for content in (message["content"] for message in messages)
-        )
+        text = text_of(index.documents[hit.index])
         if args.json:
             print(json.dumps({"rank": rank, **vars(hit), "text": text}, ensure_ascii=False))
         else:
-            place = "" if hit.slice is None else f" up to slice {hit.slice}"
-            name = next((str(hit.metadata[key]) for key in ("id", "path") if key in hit.metadata), f"#{hit.index}")
-            print(f"{rank:3}  {hit.score:.4f}  {name}{place}  {text[:160]}")
+            where = "" if hit.slice is None else f" up to slice {hit.slice}"
+            print(f"{rank:3}  {hit.score:.4f}  {name_of(hit)}{where}  {text[:160]}")

@@ -3,7 +3,7 @@
 import base64
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from PIL import Image
 
 from ..alignment import expected_alignment
 from ..data import load_image, row_slices
-from ..evaluation.plots import plot_alignment
 from .base import Hit
 from .rag import SugarRAG
 
@@ -29,7 +28,7 @@ CSS = """
 _NO_QUERY = "There is no query yet: write a text, choose a picture, or both."
 
 
-def build_page(rag: SugarRAG, title: str, k: int = 4) -> gr.Blocks:
+def build_page(rag: SugarRAG, title: str, k: int, plot_alignment: Callable) -> gr.Blocks:
     """
     The page over a model and its index.
 
@@ -38,8 +37,10 @@ def build_page(rag: SugarRAG, title: str, k: int = 4) -> gr.Blocks:
             Answers questions, with `rag.k` examples unless the user sets another number; its index is searched.
         title (`str`):
             Heading.
-        k (`int`, *optional*, defaults to `4`):
+        k (`int`):
             Documents that a search shows, unless the user sets another number.
+        plot_alignment (`Callable`):
+            Draws which slices of the query and of a document go together: [`~evaluation.plots.plot_alignment`].
 
     Returns:
         `gradio.Blocks`: to be launched by [`launch`]. What the user uploads stays in the folder of temporary files of

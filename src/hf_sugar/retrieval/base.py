@@ -1,11 +1,16 @@
 """What every index has: the interface of a backend, and what its search returns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from ..inference import SugarEmbedder
+from .documents import PARTS, checked
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,7 @@ class Hit:
 
 
 class Index(ABC):
-    """
-    Embedded documents that can be searched. A new vector store is a subclass beside [`SugarIndex`].
-
-    Attributes:
-        documents (`Mapping` or `Sequence`): `documents[hit.index]` is the row that was indexed, in the conversational
-            vision format: `messages`, `images` (bytes or paths) and `id`.
-    """
-
-    documents: Any
+    """Embedded documents that can be searched. A new vector store is a subclass, beside [`SugarIndex`]."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -47,12 +44,80 @@ class Index(ABC):
 
     @abstractmethod
     def add(self, items: Iterable[Any], metadata: Sequence[dict[str, Any]] | None = None, **kwargs: Any) -> None:
-        """Embed documents and put them at the end."""
+        """Embed documents and put them into the index."""
 
     @abstractmethod
     def delete(self, documents: Sequence[int]) -> None:
-        """Take documents out."""
+        """Take documents out, by their numbers."""
 
     @abstractmethod
     def search(self, queries: Sequence[Any] | np.ndarray, k: int = 5) -> list[list[Hit]]:
         """The k most similar items of each query, best first."""
+
+    @abstractmethod
+    def document(self, number: int) -> dict[str, Any]:
+        """An indexed row in the conversational vision format: `messages`, `images` (bytes or paths) and `id`."""
+
+    @property
+    def documents(self) -> "Documents":
+        """[`~retrieval.base.Documents`]: the indexed rows by number, read when they are looked at."""
+        return Documents(self)
+
+
+class Documents:
+    """The rows of an index, `index.documents[hit.index]`."""
+
+    def __init__(self, index: Index):
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self._index.document(number)
+
+
+def check_embedder(embed: Any, fingerprint: str | None, by: str) -> str:
+    """The fingerprint of the model behind `embed`, after a look at `by`."""
+    if by not in PARTS:
+        raise ValueError(f"`by` is {by!r}; use one of {', '.join(PARTS)}.")
+    if fingerprint is None:
+        fingerprint = embed.fingerprint if isinstance(embed, SugarEmbedder) else ""
+    return fingerprint
+
+
+def check_fingerprint(where: Any, stored: str, asked: str) -> None:
+    """An error unless an index is of the model that will embed the queries."""
+    if stored != asked:
+        raise ValueError(
+            f"{where} was built with the model {stored!r}, not {asked!r}. Load that model, or build the index anew."
+        )
+
+
+def embedded_queries(
+    queries: Sequence[Any] | np.ndarray, k: int, embed: Callable[[Sequence[Any]], np.ndarray] | None, dim: int
+) -> np.ndarray:
+    """Queries as L2-normalised embeddings, or the error that says what is wrong with them."""
+    if k < 1:
+        raise ValueError(f"`k` is {k}; ask for at least 1 hit.")
+    if not isinstance(queries, np.ndarray):
+        if not isinstance(queries, Sequence) or isinstance(queries, str):
+            raise TypeError(f"`queries` is a single {type(queries).__name__}. Put it in a list.")
+        for n, query in enumerate(queries):
+            if not isinstance(query, str | Path | list | tuple | dict | Image.Image):
+                raise TypeError(
+                    f"`queries[{n}]` is a {type(query).__name__}; give a text, an image or a list of those, or all "
+                    "queries as one array of embeddings."
+                )
+        if embed is None:
+            raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`, or embed the queries.")
+        if len(queries) == 0:
+            return np.empty((0, dim), dtype=np.float32)
+        queries = embed(queries)
+    queries = checked(queries, "queries")
+    if queries.shape[1] != dim:
+        raise ValueError(
+            f"`queries` have dimension {queries.shape[1]} but the index has {dim}. Embed them with the model the "
+            "index was built with."
+        )
+    return queries

@@ -1,10 +1,13 @@
-"""What an index holds: anything that can be embedded, brought into rows, and rows brought into Arrow tables."""
+"""What an index holds: anything that can be embedded, brought into rows of one `datasets` schema with its embeddings."""
 
 import glob
 import hashlib
+import io
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from ..data.images import load_image, undecoded
-from ..inference import TEXT_SUFFIXES, SugarEmbedder, as_row
+from ..data.images import load_image, stored_image, undecoded
+from ..inference import TEXT_SUFFIXES, ItemError, SugarEmbedder, as_row, refuse
 from ..models.processing_sugar import IMAGE_SUFFIXES
-from ..models.rows_sugar import fill_images
+from ..models.rows_sugar import check_row, fill_images, row_name
 
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("auto", "question", "document", "images", "texts")
 
@@ -50,54 +55,9 @@ def find_files(patterns: Sequence[str | os.PathLike]) -> list[Path]:
     return sorted(found)
 
 
-def embedded_part(row: dict[str, Any], by: str, where: str) -> list[str | Image.Image] | dict[str, Any]:
-    """
-    What of a row is embedded.
-
-    Args:
-        row (`dict`):
-            Row in the conversational vision format.
-        by (`str`):
-            `"question"`: the images and texts of the user, without the answers. `"document"`: all of it. `"images"` or
-            `"texts"`: only these. `"auto"`: the question where there are answers, else the document.
-        where (`str`):
-            What error messages call the row.
-
-    Returns:
-        `list[str | PIL.Image.Image]` or `dict`: slices in reading order; the row itself for a whole conversation, whose
-        roles count.
-
-    Raises:
-        `ValueError`: if the row has no such part or is malformed.
-    """
-    messages = fill_images(row["messages"], row["images"], where)
-    roles = {message["role"] for message in messages}
-    if by == "auto":
-        by = "question" if "assistant" in roles else "document"
-    if by == "document" and roles != {"user"}:
-        return row
-    kinds = {"images": ("image",), "texts": ("text",)}.get(by, ("image", "text"))
-    asked = ("user",) if by == "question" else ("user", "assistant")
-    parts = [part for m in messages if m["role"] in asked for part in m["content"] if part["type"] in kinds]
-    if not parts:
-        raise ValueError(f"{where} has nothing to index by {by!r}. Index it by another part, or leave it out.")
-    return [part["text"] if part["type"] == "text" else load_image(part["image"], where) for part in parts]
-
-
 def blocks(items: Iterable[Any], size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, list[Any]]]:
-    """
-    Every `ranks`-th block of `size` items with its number, beginning with block `rank`.
-
-    Args:
-        items (`Iterable`):
-            Items. Of a dataset or another sequence only the wanted blocks are read, and images are not decoded.
-        size (`int`):
-            Items in a block; the last one may be smaller.
-        rank (`int`, *optional*, defaults to `0`):
-            Number of this process.
-        ranks (`int`, *optional*, defaults to `1`):
-            Processes that share the work.
-    """
+    """Every `ranks`-th block of `size` items with its number, beginning with block `rank`. Of a sequence only the wanted
+    blocks are read, and images of a dataset are not decoded."""
     if isinstance(items, datasets.Dataset | datasets.IterableDataset):
         items = undecoded(items)
     if isinstance(items, Sequence | datasets.Dataset):
@@ -111,91 +71,175 @@ def blocks(items: Iterable[Any], size: int, rank: int = 0, ranks: int = 1) -> It
         number += 1
 
 
-class Block:
+@dataclass
+class Document:
+    """One item on its way into an index: what messages call it, the item as it was given, what of it is embedded (as
+    [`~inference.as_row`] takes it), and the columns that are stored."""
+
+    name: str
+    item: Any
+    embedded: Any
+    metadata: str
+    row: str | None
+    images: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, item: Any, name: str, by: str, metadata: dict[str, Any] | None) -> "Document":
+        row = as_row(item, name)
+        return cls(
+            name,
+            item,
+            _embedded(row, by, name),
+            json.dumps(_default_metadata(item) if metadata is None else metadata, ensure_ascii=False),
+            json.dumps({key: row[key] for key in ("messages", "loss_on", "id")}, ensure_ascii=False),
+            [_stored(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])],
+        )
+
+    def digest(self) -> bytes:
+        """Of the content: the bytes of its files, not their names."""
+        digest = hashlib.blake2b(json.dumps([self.metadata, self.row]).encode(), digest_size=16)
+        for image in self.images:
+            content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+            digest.update(hashlib.blake2b(content).digest())
+        return digest.digest()
+
+
+def read_documents(
+    items: Sequence[Any], metadata: Sequence[dict[str, Any]] | None, start: int, by: str, on_bad_row: str
+) -> list[Document]:
+    """Documents of some items, of which the first has the number `start`. With `on_bad_row="skip"` what cannot be read is
+    left out, with a warning."""
+    documents = []
+    for n, item in enumerate(items):
+        name = row_name(item, start + n) if isinstance(item, dict) else f"item {start + n}"
+        try:
+            documents.append(Document.of(item, name, by, None if metadata is None else metadata[n]))
+        except ValueError as error:
+            if on_bad_row == "error":
+                raise
+            logger.warning("Left out: %s", error)
+    return documents
+
+
+def embed_documents(
+    documents: list[Document],
+    embed: Callable[[Sequence[Any]], np.ndarray],
+    by: str,
+    every_slice: bool,
+    on_bad_row: str,
+    dim: int | None,
+) -> tuple[list[Document], list[np.ndarray]]:
     """
-    Some documents on their way into an index.
-
-    Args:
-        items (`list`):
-            What [`as_row`] takes.
-        metadata (`Sequence[dict]` or `None`):
-            One for each; by default a row's `id`, a file's `path`, a `text`.
-        start (`int`):
-            Position of the first one, for error messages.
+    Embeddings of documents, of shape `(slices, dim)` each, or `(1, dim)` without `every_slice`, and the documents that
+    have some: all of them, unless bad ones are skipped. `dim` is the dimension that they have to have.
     """
-
-    def __init__(self, items: list[Any], metadata: Sequence[dict[str, Any]] | None, start: int):
-        self.items = items
-        self.names = [f"item {start + n}" for n in range(len(items))]
-        self.rows = [as_row(item, name) for item, name in zip(items, self.names, strict=True)]
-        if metadata is None:
-            metadata = [_default_metadata(item) for item in items]
-        self.columns = {
-            "metadata": [json.dumps(entry, ensure_ascii=False) for entry in metadata],
-            "row": [
-                json.dumps({name: row[name] for name in ("messages", "loss_on", "id")}, ensure_ascii=False)
-                for row in self.rows
-            ],
-            "images": [[_stored(image) for image in row["images"]] for row in self.rows],
-        }
-
-    def key(self, *settings: Any) -> str:
-        """Name of the content and of all that decides its embeddings."""
-        digest = hashlib.blake2b(json.dumps([settings, self.columns["metadata"], self.columns["row"]]).encode())
-        for image in (image for images in self.columns["images"] for image in images):
-            if image["bytes"] is None:
-                state = os.stat(image["path"])
-                digest.update(f"{image['path']} {state.st_size} {state.st_mtime_ns}".encode())
-            else:
-                digest.update(hashlib.blake2b(image["bytes"]).digest())
-        return digest.hexdigest()[:32]
-
-    def embed(self, embed: Callable[[Sequence[Any]], np.ndarray], by: str, every_slice: bool) -> list[np.ndarray]:
-        """Embeddings of each document: of shape `(slices, dim)`, or `(1, dim)` without `every_slice`."""
-        parts = [
-            embedded_part(row, by, name) if isinstance(item, dict) else item
-            for item, row, name in zip(self.items, self.rows, self.names, strict=True)
-        ]
-        if every_slice:
-            return embed.every_slice(parts)
-        return list(np.asarray(embed(parts), dtype=np.float32)[:, None])
-
-
-IMAGE_TYPE = pa.struct([("bytes", pa.large_binary()), ("path", pa.string())])
-
-
-def to_table(columns: dict[str, list[Any]], embeddings: list[np.ndarray]) -> pa.Table:
-    """
-    Documents and their embeddings as one chunk.
-
-    Args:
-        columns (`dict[str, list]`):
-            `metadata` and `row` (JSON) and `images` of each document.
-        embeddings (`list[np.ndarray]`):
-            Of shape `(slices, dim)` for each document.
-    """
-    values = np.concatenate(embeddings)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    offsets = np.cumsum([0, *map(len, embeddings)])
-    return pa.table(
-        {
-            "embeddings": pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), vectors),
-            "metadata": pa.array(columns["metadata"], pa.string()),
-            "row": pa.array(columns["row"], pa.string()),
-            "images": pa.array(columns["images"], pa.list_(IMAGE_TYPE)),
-        }
-    )
-
-
-def checked_embedder(embed: Any, fingerprint: str | None, by: str, every_slice: bool) -> str:
-    """The fingerprint of the model behind `embed`, after a look at whether the settings are possible with it."""
-    if by not in PARTS:
-        raise ValueError(f"`by` is {by!r}; use one of {', '.join(PARTS)}.")
     if every_slice and not isinstance(embed, SugarEmbedder):
         raise ValueError("`every_slice` needs a `SugarEmbedder` for `embed`: another function gives one embedding.")
-    if fingerprint is None:
-        fingerprint = embed.fingerprint if isinstance(embed, SugarEmbedder) else ""
-    return fingerprint
+    errors: dict[int, ItemError] = {}
+    try:
+        if isinstance(embed, SugarEmbedder):
+            parts = [document.embedded for document in documents]
+            found = embed.every_slice(parts, errors) if on_bad_row == "skip" else embed.every_slice(parts)
+            embeddings = [e if every_slice else e[-1:] for e in found if e is not None]
+        else:
+            parts = _decoded(documents, by, errors if on_bad_row == "skip" else None)
+            embeddings = list(np.asarray(embed(parts), dtype=np.float32)[:, None]) if parts else []
+            if len(embeddings) != len(parts):
+                raise ValueError(f"`embed` gave {len(embeddings)} embeddings for {len(parts)} items.")
+    except ItemError as error:
+        raise ValueError(_named(error, documents)) from error
+    for error in errors.values():
+        logger.warning("Left out: %s", _named(error, documents))
+    if embeddings:
+        width = checked(np.concatenate(embeddings), "embeddings").shape[1]
+        if dim is not None and width != dim:
+            raise ValueError(f"The new embeddings have dimension {width}, the index {dim}.")
+    return [document for n, document in enumerate(documents) if n not in errors], embeddings
+
+
+def to_table(documents: Sequence[Document], embeddings: Sequence[np.ndarray]) -> pa.Table:
+    """Documents and their embeddings, of shape `(slices, dim)` each, as a table of `datasets`."""
+    vector = datasets.List(datasets.Value("float32"), length=embeddings[0].shape[1])
+    text, images = datasets.Value("string"), datasets.List(datasets.Image(decode=False))
+    columns = {"embeddings": datasets.List(vector), "metadata": text, "row": text, "images": images}
+    schema = datasets.Features(columns).arrow_schema
+    tables, start, size = [], 0, 0
+    for n, document in enumerate(documents):
+        size += sum(len(image["bytes"] or b"") for image in document.images)
+        if size > 1 << 30 or n == len(documents) - 1:  # an array of `datasets` holds at most 2 GB
+            some = documents[start : n + 1]
+            values = np.concatenate(embeddings[start : n + 1])
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+            offsets = np.cumsum([0, *map(len, embeddings[start : n + 1])], dtype=np.int32)
+            columns = [
+                pa.ListArray.from_arrays(pa.array(offsets), vectors),
+                [document.metadata for document in some],
+                [document.row for document in some],
+                pa.array([document.images for document in some], schema.field("images").type),
+            ]
+            tables.append(pa.table(columns, schema=schema))
+            start, size = n + 1, 0
+    return pa.concat_tables(tables)
+
+
+def stored_row(row: str | None, images: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row as it was put into the index."""
+    if row is None:
+        raise ValueError("The index was made of embeddings alone and holds no documents. Build it with `build`.")
+    return {**json.loads(row), "images": images}
+
+
+def checked(embeddings: np.ndarray, name: str) -> np.ndarray:
+    """Embeddings as a contiguous float32 array, or an error if they are not L2-normalised."""
+    if embeddings.ndim != 2:
+        raise ValueError(f"`{name}` has shape {embeddings.shape}; expected (items, dim).")
+    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+    norms = np.linalg.norm(embeddings, axis=1)
+    bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-2))  # bfloat16 normalises to about 4e-3; NaN is bad as well
+    if len(bad) > 0:
+        raise ValueError(
+            f"`{name}[{bad[0]}]` has norm {norms[bad[0]]:.4g}, and so {len(bad)} of {len(norms)} are not L2-normalised. "
+            "Divide each by its norm."
+        )
+    return embeddings
+
+
+def _embedded(row: dict[str, Any], by: str, where: str) -> Any:
+    """What of a row is embedded: parts in reading order, their images as they are stored; the row itself for a whole
+    conversation, whose roles count."""
+    check_row(row, len(row["images"]), where, loss=False)
+    messages = fill_images(row["messages"], row["images"])
+    roles = {message["role"] for message in messages}
+    if by == "auto":
+        by = "question" if "assistant" in roles else "document"
+    if by == "document" and roles != {"user"}:
+        return row
+    kinds = {"images": ("image",), "texts": ("text",)}.get(by, ("image", "text"))
+    asked = ("user",) if by == "question" else ("user", "assistant")
+    parts = [part for m in messages if m["role"] in asked for part in m["content"] if part["type"] in kinds]
+    if not parts:
+        raise ValueError(f"{where} has nothing to index by {by!r}. Index it by another part, or leave it out.")
+    return [part["text"] if part["type"] == "text" else part for part in parts]
+
+
+def _decoded(documents: list[Document], by: str, errors: dict[int, ItemError] | None) -> list[Any]:
+    """What a function of the user's takes: items as they were given; of rows their slices, with images decoded."""
+    parts = []
+    for n, document in enumerate(documents):
+        if by in ("images", "texts") or (isinstance(document.item, dict) and isinstance(document.embedded, list)):
+            try:
+                parts.append(
+                    [p if isinstance(p, str) else load_image(p["image"], f"item {n}") for p in document.embedded]
+                )
+            except ValueError as error:
+                refuse(ItemError(str(error), n), errors)
+        else:
+            parts.append(document.item)
+    return parts
+
+
+def _named(error: ItemError, documents: list[Document]) -> str:
+    return str(error).replace(f"item {error.item}", documents[error.item].name, 1)
 
 
 def _default_metadata(item: Any) -> dict[str, Any]:
@@ -206,9 +250,8 @@ def _default_metadata(item: Any) -> dict[str, Any]:
     return {"text": item} if isinstance(item, str) else {}
 
 
-def _stored(image: Any) -> dict[str, Any]:
-    """A file stays a file, named by its full path; anything else becomes bytes."""
-    image = datasets.Image().encode_example(str(image) if isinstance(image, Path) else image)
-    if image.get("bytes") is None:
-        return {"bytes": None, "path": os.path.abspath(image["path"])}
-    return {"bytes": image["bytes"], "path": image.get("path")}
+def _stored(image: Any, where: str) -> dict[str, Any]:
+    stored = stored_image(image, where)
+    if stored["bytes"] is None and not os.path.isfile(stored["path"]):
+        load_image(image, where)  # says what is wrong
+    return stored

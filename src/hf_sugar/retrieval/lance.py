@@ -1,4 +1,4 @@
-"""The interface of the index over LanceDB, which serves more than one machine."""
+"""The index over LanceDB, which serves more than one machine."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -9,18 +9,19 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from ..distributed import distributed_state
-from .base import Hit
-from .documents import IMAGE_TYPE, Block, blocks, checked_embedder
-from .index import check_fingerprint, checked, embedded_queries, stored_row
+from ..inference import SugarEmbedder
+from .base import Hit, Index, check_embedder, check_fingerprint, embedded_queries
+from .documents import Document, blocks, embed_documents, read_documents, stored_row
 
 
-class LanceIndex:
+class LanceIndex(Index):
     """
     Embedded documents in a [LanceDB](https://lancedb.github.io/lancedb/) table: in a local directory, in an object store
     that many machines read and write (`s3://`, `gs://`, `az://`), or on a LanceDB server (`db://`). Search is exact until
     [`~LanceIndex.create_index`] is called.
 
-    Needs `lancedb`, the extra of that name. Documents keep their number when others are deleted.
+    Needs `lancedb`, the extra of that name. The number of a document is made of its content and metadata, so it is never
+    another's, and a document that is added again is there once.
 
     Args:
         uri (`str`):
@@ -60,14 +61,16 @@ class LanceIndex:
     ):
         import lancedb
 
-        self.fingerprint = checked_embedder(embed, fingerprint, by, every_slice)
+        self.fingerprint = check_embedder(embed, fingerprint, by)
         self.embed, self.by, self.every_slice = embed, by, every_slice
         self._name = table
         self._database = lancedb.connect(uri, **connection)
         self._table = None
         if table in self._database.list_tables().tables:
             self._table = self._database.open_table(table)
-            stored = json.loads(self._table.schema.metadata[b"hf_sugar"])
+            stored = json.loads((self._table.schema.metadata or {}).get(b"hf_sugar", b"{}"))
+            if "fingerprint" not in stored:
+                raise ValueError(f"The table {table!r} in {uri} is not one of hf_sugar. Choose another name.")
             check_fingerprint(f"The table {table!r} in {uri}", stored["fingerprint"], self.fingerprint)
             if (stored["by"], stored["every_slice"]) != (by, every_slice):
                 raise ValueError(
@@ -78,139 +81,124 @@ class LanceIndex:
     def __len__(self) -> int:
         return 0 if self._table is None else self._table.count_rows("last")
 
+    def document(self, number: int) -> dict[str, Any]:
+        rows = [] if self._table is None else self._table.search().where(f"last AND {_among([number])}").to_list()
+        if not rows:
+            raise IndexError(f"There is no document {number}.")
+        return stored_row(rows[0]["row"], rows[0]["images"])
+
     def add(
         self,
         items: Iterable[Any],
         metadata: Sequence[dict[str, Any]] | None = None,
         *,
-        start: int = 0,
         shard_size: int = 1024,
+        on_bad_row: str = "error",
         progress: bool = False,
     ) -> None:
         """
-        Embed documents and write them, shard by shard. Each is one transaction, and a shard that is in the table already
-        is left out, so the same call after an interruption goes on; under `accelerate launch` the processes share the
-        work.
+        Embed documents and write them, some at a time, each time in one transaction. What is in the table already is left
+        out, so the same call after an interruption goes on; under `accelerate launch` the processes share the work.
 
         Args:
-            items, metadata, shard_size, progress:
+            items, metadata, shard_size, on_bad_row, progress:
                 As in [`SugarIndex.build`].
-            start (`int`, *optional*, defaults to `0`):
-                Number of the first document. To put others behind those in the table, give a number above all of theirs.
         """
         state = distributed_state()
         if self._table is None:
-            # the width is known when something is embedded
-            width = np.asarray(self.embed(["a"])).shape[1]
             if state.is_main_process:
-                self._database.create_table(self._name, schema=self._schema(width))
+                sugar = isinstance(self.embed, SugarEmbedder)
+                dim = self.embed.dim if sugar else np.asarray(self.embed(["a"])).shape[1]
+                self._database.create_table(self._name, schema=self._schema(dim))
             state.wait_for_everyone()
             self._table = self._database.open_table(self._name)
-        ranks = state.num_processes
         total = len(items) if hasattr(items, "__len__") else None
-        with tqdm(
-            total=total, desc="Indexing", unit="document", disable=not progress or state.process_index > 0
-        ) as bar:
-            for number, block_items in blocks(items, shard_size, state.process_index, ranks):
-                first = start + number * shard_size
-                if self._table.count_rows(f"document >= {first} AND document < {first + len(block_items)}") == 0:
-                    entries = None if metadata is None else metadata[first - start : first - start + len(block_items)]
-                    self._table.add(self._rows(Block(block_items, entries, first - start), first))
-                bar.update(len(block_items) * ranks)
+        rank, ranks = state.process_index, state.num_processes
+        with tqdm(total=total, desc="Indexing", unit="document", disable=not progress or rank > 0) as bar:
+            for number, block in blocks(items, shard_size, rank, ranks):
+                start = number * shard_size
+                entries = None if metadata is None else metadata[start : start + len(block)]
+                documents = {_number(d): d for d in read_documents(block, entries, start, self.by, on_bad_row)}
+                if documents:
+                    there = self._table.search().where(f"last AND {_among(documents)}").select(["document"]).to_list()
+                    for row in there:
+                        documents.pop(row["document"], None)
+                self._write(list(documents.values()), on_bad_row)
+                bar.update(len(block) * ranks)
         state.wait_for_everyone()
         self._table = self._database.open_table(self._name)
 
-    def _schema(self, width: int) -> pa.Schema:
+    def _write(self, documents: list[Document], on_bad_row: str) -> None:
+        if not documents:
+            return
+        dim = self._table.schema.field("vector").type.list_size
+        documents, embeddings = embed_documents(documents, self.embed, self.by, self.every_slice, on_bad_row, dim)
+        rows = [
+            {
+                "vector": vector,
+                "document": _number(document),
+                "slice": n,
+                "last": n == len(vectors) - 1,
+                "metadata": document.metadata,
+                # stored once, with the last slice
+                "row": document.row if n == len(vectors) - 1 else None,
+                "images": document.images if n == len(vectors) - 1 else None,
+            }
+            for document, vectors in zip(documents, embeddings, strict=True)
+            for n, vector in enumerate(vectors)
+        ]
+        if rows:
+            table = pa.Table.from_pylist(rows, schema=self._table.schema)
+            self._table.merge_insert(["document", "slice"]).when_not_matched_insert_all().execute(table)
+
+    def _schema(self, dim: int) -> pa.Schema:
         settings = {"fingerprint": self.fingerprint, "by": self.by, "every_slice": self.every_slice}
         return pa.schema(
             [
-                ("vector", pa.list_(pa.float32(), width)),
+                ("vector", pa.list_(pa.float32(), dim)),
                 ("document", pa.int64()),
                 ("slice", pa.int32()),
                 ("last", pa.bool_()),
                 ("metadata", pa.string()),
                 ("row", pa.string()),
-                ("images", pa.list_(IMAGE_TYPE)),
+                ("images", pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))),
             ],
             metadata={"hf_sugar": json.dumps(settings)},
         )
 
-    def _rows(self, block: Block, first: int) -> pa.Table:
-        rows = []
-        for n, embeddings in enumerate(block.embed(self.embed, self.by, self.every_slice)):
-            for place, vector in enumerate(checked(embeddings, f"embeddings of document {first + n}")):
-                # the content of a document is stored once, with its last slice
-                last = place == len(embeddings) - 1
-                content = {name: block.columns[name][n] if last else None for name in ("row", "images")}
-                entry = block.columns["metadata"][n]
-                rows.append(
-                    {
-                        "vector": vector,
-                        "document": first + n,
-                        "slice": place,
-                        "last": last,
-                        "metadata": entry,
-                        **content,
-                    }
-                )
-        return pa.Table.from_pylist(rows, schema=self._table.schema)
-
     def delete(self, documents: Sequence[int]) -> None:
-        """
-        Take documents out.
-
-        Args:
-            documents (`Sequence[int]`):
-                Numbers, as [`Hit.index`] has them.
-        """
-        self._table.delete(f"document IN ({', '.join(str(int(document)) for document in documents)})")
+        """Take documents out, by their numbers; an `IndexError` if one is not there."""
+        for document in documents:
+            self.document(document)
+        self._table.delete(_among(documents))
 
     def search(self, queries: Sequence[Any] | np.ndarray, k: int = 5) -> list[list[Hit]]:
-        """
-        The k most similar items of each query, best first. Takes and raises what [`SugarIndex.search`] does.
-
-        Returns:
-            `list[list[Hit]]`: a list for each query.
-        """
+        """The k most similar items of each query, best first. Takes and raises what [`SugarIndex.search`] does."""
         if len(self) == 0:
             raise ValueError("The index is empty. Add documents before you search.")
         queries = embedded_queries(queries, k, self.embed, self._table.schema.field("vector").type.list_size)
         columns = ["document", "slice", "metadata", "_distance"]
-        found = []
-        for query in queries:
-            rows = self._table.search(query).distance_type("dot").select(columns).limit(k).to_list()
-            found.append(
-                [
-                    Hit(
-                        row["document"],
-                        1 - row["_distance"],
-                        json.loads(row["metadata"]),
-                        row["slice"] if self.every_slice else None,
-                    )
-                    for row in rows
-                ]
-            )
-        return found
-
-    def document(self, number: int) -> dict[str, Any]:
-        """
-        An indexed row in the conversational vision format.
-
-        Args:
-            number (`int`):
-                As [`Hit.index`] has it.
-        """
-        rows = self._table.search().where(f"document = {int(number)} AND last").limit(1).to_list()
-        if not rows:
-            raise IndexError(f"There is no document {number}.")
-        return stored_row(rows[0]["row"], rows[0]["images"])
+        return [
+            [
+                Hit(
+                    row["document"],
+                    1 - row["_distance"],
+                    json.loads(row["metadata"]),
+                    row["slice"] if self.every_slice else None,
+                )
+                for row in self._table.search(query).distance_type("dot").select(columns).limit(k).to_list()
+            ]
+            for query in queries
+        ]
 
     def create_index(self, **settings: Any) -> None:
-        """
-        Build an approximate index over what is in the table.
-
-        Args:
-            settings:
-                Arguments of LanceDB's `create_index`, such as `num_partitions` and `num_sub_vectors`.
-        """
+        """Build an approximate index over what is in the table. Takes the arguments of LanceDB's `create_index`."""
         self._table.create_index(metric="dot", **settings)
+
+
+def _number(document: Document) -> int:
+    return int.from_bytes(document.digest()[:8], "big") >> 1
+
+
+def _among(numbers: Iterable[int]) -> str:
+    return f"document IN ({', '.join(str(int(number)) for number in numbers)})"

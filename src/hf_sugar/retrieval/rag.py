@@ -17,10 +17,6 @@ def split_answer(row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """
     Part a conversation from its last answer.
 
-    Args:
-        row (`dict`):
-            Row in the conversational vision format.
-
     Returns:
         `tuple[dict, str | None]`: the row with the messages before the last assistant turn and their images only, and
         the text of that turn. Where there is no assistant turn: the row itself and `None`.
@@ -36,21 +32,8 @@ def split_answer(row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
 
 
 def question_slices(row: dict[str, Any], where: str = "row") -> list[str | Image.Image]:
-    """
-    What a conversation is indexed and searched by: the images and texts of its user, without the answers.
-
-    Args:
-        row (`dict`):
-            Row in the conversational vision format, with or without answers.
-        where (`str`, *optional*, defaults to `"row"`):
-            What error messages call the row.
-
-    Returns:
-        `list[str | PIL.Image.Image]`: slices in reading order, one item for an embedding function.
-
-    Raises:
-        `ValueError`: if the images do not fit the user's messages, or as in [`~data.row_slices`].
-    """
+    """What a conversation is indexed and searched by: the images and texts of its user, without the answers, as slices in
+    reading order. Errors call it `where`."""
     questions = [message for message in row["messages"] if message["role"] == "user"]
     return row_slices({"messages": questions, "images": row["images"]}, where)
 
@@ -62,10 +45,8 @@ def rag_messages(
     Put answered examples before a question, as earlier turns of the same conversation.
 
     Args:
-        messages (`Sequence[dict]`):
-            The user's own messages. System messages at their beginning stay in front of everything.
-        images (`Sequence`):
-            Images of those messages.
+        messages (`Sequence[dict]`), images (`Sequence`):
+            The user's own conversation. System messages at its beginning stay in front of everything.
         examples (`Sequence[dict]`):
             Found rows with question and answer, in the order they are to be read. Their system messages are left out.
 
@@ -88,7 +69,7 @@ def rag_messages(
 
 def find_examples(index: Index, questions: Sequence[dict[str, Any]], k: int) -> list[list[Hit]]:
     """
-    The answered questions that are most similar to each question.
+    The answered questions that are most similar to each question: at most `k`, most similar first.
 
     Args:
         index ([`~retrieval.base.Index`]):
@@ -98,9 +79,6 @@ def find_examples(index: Index, questions: Sequence[dict[str, Any]], k: int) -> 
             same about the same pictures are left out, whatever their id.
         k (`int`):
             Examples for each question.
-
-    Returns:
-        `list[list[Hit]]`: at most `k` documents for each question, most similar first.
     """
     queries = [question_slices(question) for question in questions]
     result = []
@@ -133,8 +111,7 @@ def rag_generator(
     generate: Callable[[Sequence[dict[str, Any]]], list[str]], index: Index, k: int = 1
 ) -> Callable[[Sequence[dict[str, Any]]], list[str]]:
     """
-    Generating function that looks up examples first. It takes the place of `generate` in
-    [`hf_sugar.evaluation.exact_match`].
+    Generating function that looks up examples first, in the place of `generate` in [`hf_sugar.evaluation.exact_match`].
 
     Args:
         generate (`Callable`):
@@ -143,9 +120,6 @@ def rag_generator(
             Index of answered questions, built by `"question"` with its embedding function.
         k (`int`, *optional*, defaults to `1`):
             Examples for each question. The most similar one stands last, next to the question.
-
-    Returns:
-        `Callable`: turns a sequence of conversations into the list of answers.
     """
 
     def generate_with_examples(conversations: Sequence[dict[str, Any]]) -> list[str]:
@@ -184,15 +158,7 @@ class RAGPrompt:
 
 @dataclass(frozen=True)
 class RAGAnswer:
-    """
-    An answer and what it draws on.
-
-    Args:
-        text (`str`):
-            The answer.
-        prompt ([`RAGPrompt`]):
-            What was answered, with `citations`, `dropped` and `note`.
-    """
+    """An answer, and the [`RAGPrompt`] with what it draws on."""
 
     text: str
     prompt: RAGPrompt
@@ -294,30 +260,13 @@ class SugarRAG:
         )
 
     def answer(self, question: Any) -> RAGAnswer:
-        """
-        Answer one question.
-
-        Args:
-            question:
-                As in [`~SugarRAG.prompt`], or what that returned.
-
-        Returns:
-            [`RAGAnswer`]
-        """
+        """Answer one question, as in [`~SugarRAG.prompt`], or what that returned."""
         prompt = question if isinstance(question, RAGPrompt) else self.prompt(question)
         return RAGAnswer("".join(self.stream(prompt)).strip(), prompt)
 
     def stream(self, question: Any) -> Iterator[str]:
-        """
-        Answer one question piece by piece. To know the citations, give it what [`~SugarRAG.prompt`] returned.
-
-        Args:
-            question:
-                As in [`~SugarRAG.prompt`], or what that returned.
-
-        Returns:
-            `Iterator[str]`: pieces of the answer. Generation ends when the iterator is closed.
-        """
+        """Answer one question piece by piece; to know the citations, give it what [`~SugarRAG.prompt`] returned.
+        Generation ends when the iterator is closed."""
         prompt = question if isinstance(question, RAGPrompt) else self.prompt(question)
         row = {"messages": prompt.messages, "images": prompt.images}
         yield from self.generator.stream(row, **self.generation_kwargs)
