@@ -1,29 +1,103 @@
 import argparse
 import importlib
+import logging
 import sys
+import traceback
 
 from hf_sugar import __version__
 
+from .arguments import Command, UsageError, parse
 
-# A command's module is imported when the command runs, so that `hf-sugar --help` answers at once.
+
+_DATA, _MODEL = "hf_sugar.cli.arguments:DataArguments", "hf_sugar.cli.embed:ModelArguments"
+_EVALUATION = "hf_sugar.evaluation.report:EvaluationData"
+
+# A command's module is imported once its settings are known to be right.
 COMMANDS = {
-    "demo": "train on the embedded world (or on your own data) with and without the structure loss, compare, report",
-    "check": "read a dataset and say what training would meet",
-    "prepare": "compute the teacher embeddings of a dataset, once",
-    "train": "train Sugar on a LLaVA checkpoint",
-    "embed": "embeddings of a dataset or of files, into a safetensors file",
-    "index": "build a search index of a dataset or of files, go on with one, or add to one",
-    "search": "search an index by text, image or both",
-    "chat": "talk with a model, with or without an index",
-    "app": "search and ask in the browser",
-    "evaluate": "retrieval and generation metrics of a checkpoint",
-    "export": "write a checkpoint for sentence-transformers, or the plain backbone",
-    "push": "publish a checkpoint or an adapter on the Hub, with a model card",
+    "demo": Command(
+        "train on the embedded world (or on your own data) with and without the structure loss, compare, report",
+        {"Settings": "hf_sugar.cli.demo:DemoArguments", "Data": _DATA, "Evaluation": _EVALUATION},
+    ),
+    "check": Command(
+        "read a dataset and say what training would meet",
+        {"Data": _DATA, "Settings": "hf_sugar.cli.check:CheckArguments"},
+        positional="train_data",
+    ),
+    "prepare": Command(
+        "compute the teacher embeddings of a dataset, once",
+        {"Data": "hf_sugar.cli.arguments:StreamedDataArguments", "Settings": "hf_sugar.cli.prepare:PrepareArguments"},
+        positional="train_data",
+    ),
+    "train": Command(
+        "train Sugar on a LLaVA checkpoint: supervised fine-tuning with the structure loss",
+        {
+            "Data": "hf_sugar.cli.arguments:StreamedDataArguments",
+            "Training": "hf_sugar.training.config:SugarTrainingConfig",
+            "Model, LoRA and quantization": "hf_sugar.cli.train:ModelArguments",
+            "Evaluation": _EVALUATION,
+            "Action": "hf_sugar.cli.train:ActionArguments",
+        },
+        positional="model_name_or_path",
+    ),
+    "embed": Command(
+        "embeddings of a dataset or of files, into a safetensors file",
+        {
+            "Model": _MODEL,
+            "What is embedded": "hf_sugar.cli.embed:CorpusArguments",
+            "Settings": "hf_sugar.cli.embed:EmbedArguments",
+        },
+        positional="model_name_or_path",
+    ),
+    "index": Command(
+        "build a search index of a dataset or of files, go on with one that was interrupted, or add to one",
+        {
+            "Model": _MODEL,
+            "What is embedded": "hf_sugar.cli.embed:CorpusArguments",
+            "Settings": "hf_sugar.cli.index:IndexArguments",
+        },
+        positional="model_name_or_path",
+    ),
+    "search": Command(
+        "search an index by text, image or both",
+        {"Model": _MODEL, "Settings": "hf_sugar.cli.search:SearchArguments"},
+        positional="model_name_or_path",
+    ),
+    "chat": Command(
+        "talk with a model, with or without an index",
+        {"Model": _MODEL, "Settings": "hf_sugar.cli.chat:ChatArguments"},
+        positional="model_name_or_path",
+    ),
+    "app": Command(
+        "search and ask in the browser",
+        {"Model": _MODEL, "Settings": "hf_sugar.cli.app:AppArguments"},
+        positional="model_name_or_path",
+    ),
+    "evaluate": Command(
+        "retrieval and generation metrics of a checkpoint",
+        {"Settings": "hf_sugar.cli.evaluate:EvaluateArguments", "Evaluation": _EVALUATION},
+        positional="model_name_or_path",
+    ),
+    "export": Command(
+        "write a checkpoint for sentence-transformers, or the plain backbone",
+        {"Settings": "hf_sugar.cli.export:ExportArguments"},
+        positional="model_name_or_path",
+    ),
+    "push": Command(
+        "publish a checkpoint or an adapter on the Hub, with a model card",
+        {"Settings": "hf_sugar.cli.push:PushArguments"},
+        positional="checkpoint_dir",
+    ),
 }
 
 
-def main(argv: list[str] | None = None) -> int | None:
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> int | None:
+    """
+    Run one command; errors are raised.
+
+    Args:
+        argv (`list[str]`):
+            The command and its arguments.
+    """
     parser = argparse.ArgumentParser(
         prog="hf-sugar",
         description="One multimodal LLM that answers and retrieves.",
@@ -32,11 +106,36 @@ def main(argv: list[str] | None = None) -> int | None:
     )
     parser.add_argument("--version", action="version", version=f"hf-sugar {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
-    command = parser.parse_args(argv[:1]).command
-    return importlib.import_module(f"hf_sugar.cli.{command}").main(argv[1:])
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.description, add_help=False)
+    name = parser.parse_args(argv[:1]).command
+    settings = parse(name, COMMANDS[name], argv[1:])
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("hf_sugar").setLevel(logging.INFO)
+    return importlib.import_module(f"hf_sugar.cli.{name}").main(*settings)
+
+
+def console() -> int | None:
+    """`hf-sugar` in the terminal: a mistake is one line and exit status 2; `--debug` shows where it was raised."""
+    argv = sys.argv[1:]
+    # with a value it is a setting of transformers
+    debug = any(a == "--debug" and (b is None or b.startswith("-")) for a, b in zip(argv, [*argv[1:], None]))
+    if debug:
+        argv.remove("--debug")
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        expected = isinstance(error, ValueError | TypeError | OSError | ImportError | NotImplementedError)
+        message = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
+        print(f"error: {message}", file=sys.stderr)
+        if not (debug or isinstance(error, UsageError)):
+            print("(--debug shows where this was raised)", file=sys.stderr)
+        return 2 if expected else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())
