@@ -17,12 +17,13 @@ from typing import Any
 import yaml
 
 
-# Where the base classes of settings are defined. Their files are read, not imported.
-UPSTREAM = {
+# Where base classes of settings are defined. Their files are read, not imported.
+MODULES = {
     "SFTConfig": "trl.trainer.sft_config",
     "_BaseConfig": "trl.trainer.base_config",
     "TrainingArguments": "transformers.training_args",
     "ModelConfig": "trl.trainer.model_config",
+    "SugarTrainingConfig": "hf_sugar.training.config",
 }
 # Settings of TRL and transformers that most runs set, so that `--help` lists them with ours.
 COMMON = (
@@ -190,10 +191,9 @@ def class_settings(reference: str) -> dict[str, Setting]:
     tree = ast.parse(Path(root, *path).with_suffix(".py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     node = classes[name]
-    settings, hidden = {}, set()
+    settings = {}
+    hidden = next((_literal(item.value) for item in tree.body if ast.unparse(item).startswith("_WITHOUT_EFFECT")), ())
     for item in node.body:
-        if isinstance(item, ast.AnnAssign | ast.Assign) and ast.unparse(item).startswith("_UNSUPPORTED"):
-            hidden = set(ast.literal_eval(item.value))
         if not isinstance(item, ast.AnnAssign) or item.target.id.startswith("_"):
             continue
         annotation = ast.unparse(item.annotation)
@@ -214,7 +214,7 @@ def class_settings(reference: str) -> dict[str, Setting]:
             package == "hf_sugar",
         )
     for base in map(ast.unparse, node.bases):
-        inherited = class_settings(f"{module if base in classes else UPSTREAM[base]}:{base}")
+        inherited = class_settings(f"{module if base in classes else MODULES[base]}:{base}")
         settings |= {key: value for key, value in inherited.items() if key not in settings and key not in hidden}
     return settings
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 from hf_sugar.data import Problem, check_dataset, load_data
 from hf_sugar.models import SugarConfig, SugarProcessor
 
-from .arguments import DataArguments, parse
+from .arguments import DataArguments
 
 
 @dataclass
@@ -27,12 +27,7 @@ class CheckArguments:
     split: str = field(default="train", metadata={"help": "Split of datasets that have several."})
 
 
-def main(argv: list[str]) -> int:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--train_data", *argv]
-    data, args = parse(
-        "check", (DataArguments, CheckArguments), argv, "Read a dataset and say what training would meet."
-    )
+def main(data: DataArguments, args: CheckArguments) -> int:
     if data.train_data is None:
         raise ValueError("`train_data` is not set: name the data to check.")
     processor, max_length = None, args.max_length

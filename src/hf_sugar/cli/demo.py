@@ -25,7 +25,7 @@ from hf_sugar.teachers import TripleEncoder
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
 from hf_sugar.world import DESCRIBE, checkpoint, world_teachers, write_world
 
-from .arguments import DataArguments, parse
+from .arguments import DataArguments
 
 
 # What the demo does unless it is told otherwise: the rendered world, and checkpoints small enough for a laptop.
@@ -307,11 +307,5 @@ def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
     return mean
 
 
-def main(argv: list[str]) -> None:
-    args, data, evaluation = parse(
-        "demo",
-        (DemoArguments, DataArguments, EvaluationData),
-        argv,
-        "Compare an untouched checkpoint, supervised fine-tuning and Sugar, on the rendered world or your own data.",
-    )
+def main(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -> None:
     demo(args, data, evaluation)

@@ -12,8 +12,6 @@ from hf_sugar.hub.card import RUN_FILE
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 
-from .arguments import parse
-
 
 @dataclass
 class EvaluateArguments:
@@ -147,8 +145,5 @@ def untrained_projector(name_or_path: str) -> str | None:
     return None
 
 
-def main(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--model_name_or_path", *argv]
-    args, data = parse("evaluate", (EvaluateArguments, EvaluationData), argv, "Measure retrieval and generation.")
+def main(args: EvaluateArguments, data: EvaluationData) -> None:
     evaluate(args, data)

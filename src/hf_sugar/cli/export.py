@@ -8,8 +8,6 @@ from hf_sugar.export import export_sentence_transformers
 from hf_sugar.files import replacing
 from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 
-from .arguments import parse
-
 
 FORMATS = ("sentence-transformers", "backbone")
 
@@ -84,15 +82,6 @@ def export(args: ExportArguments) -> Path:
     return output
 
 
-def main(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--model_name_or_path", *argv]
-    (args,) = parse(
-        "export",
-        (ExportArguments,),
-        argv,
-        "Write a checkpoint for sentence-transformers, or the plain backbone. The checkpoint may also be given first, "
-        "without its flag.",
-    )
+def main(args: ExportArguments) -> None:
     output = export(args)
     print(f"Wrote {output}.")

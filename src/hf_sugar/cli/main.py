@@ -3,6 +3,7 @@ import importlib
 import logging
 import sys
 import traceback
+from dataclasses import replace
 
 from hf_sugar import __version__
 
@@ -109,7 +110,12 @@ def main(argv: list[str]) -> int | None:
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.description, add_help=False)
     name = parser.parse_args(argv[:1]).command
-    settings = parse(name, COMMANDS[name], argv[1:])
+    command = COMMANDS[name]
+    if name == "train" and {"--estimate-memory", "--estimate_memory"} & set(argv):
+        command = replace(
+            command, settings=command.settings | {"Training": "hf_sugar.cli.train:EstimatedTrainingConfig"}
+        )
+    settings = parse(name, command, argv[1:])
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("hf_sugar").setLevel(logging.INFO)
     return importlib.import_module(f"hf_sugar.cli.{name}").main(*settings)

@@ -4,8 +4,6 @@ from huggingface_hub import CommitInfo
 
 from hf_sugar.hub import push_checkpoint
 
-from .arguments import parse
-
 
 @dataclass
 class PushArguments:
@@ -70,11 +68,6 @@ def push(args: PushArguments) -> CommitInfo:
     return push_checkpoint(settings.pop("checkpoint_dir"), settings.pop("repo_id"), **settings)
 
 
-def main(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--checkpoint_dir", *argv]
-    (args,) = parse(
-        "push", (PushArguments,), argv, "Publish a checkpoint or an adapter on the Hub, with a model card."
-    )
+def main(args: PushArguments) -> None:
     commit = push(args)
     print(commit.pr_url or commit.commit_url)

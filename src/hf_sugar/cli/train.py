@@ -14,7 +14,7 @@ from hf_sugar.models import SugarConfig
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
 from hf_sugar.training.loading import projector_settings
 
-from .arguments import StreamedDataArguments, parse
+from .arguments import StreamedDataArguments
 
 
 @dataclass
@@ -188,15 +188,13 @@ def summary(trainer: SugarTrainer) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
-    planned = "--estimate-memory" in argv or "--estimate_memory" in argv
-    config = EstimatedTrainingConfig if planned else SugarTrainingConfig
-    data, args, model, evaluation, action = parse(
-        "train",
-        (StreamedDataArguments, config, ModelArguments, EvaluationData, ActionArguments),
-        argv,
-        "Train Sugar on a LLaVA checkpoint: supervised fine-tuning with the structure loss.",
-    )
+def main(
+    data: StreamedDataArguments,
+    args: SugarTrainingConfig,
+    model: ModelArguments,
+    evaluation: EvaluationData,
+    action: ActionArguments,
+) -> None:
     if action.estimate_memory:
         print(estimate(args, model).table())
         return
