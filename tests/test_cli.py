@@ -1,5 +1,9 @@
+import dataclasses
+import importlib
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 
@@ -9,7 +13,9 @@ import yaml
 from PIL import Image
 from test_trainer import caption, conversation, rows, story
 
-from hf_sugar.cli.main import main
+from hf_sugar.cli.arguments import UsageError, class_settings, parse
+from hf_sugar.cli.main import COMMANDS, main
+from hf_sugar.training import config
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +139,91 @@ def test_prepare_under_accelerate_launch(place, tmp_path):
     assert one == two and len(one) == 3
 
 
-def test_mappings_are_arguments_too(place, tmp_path):
-    command = ["prepare", "--train_data", str(place / "llava.json"), "--teacher_cache_dir", str(tmp_path)]
-    with pytest.raises(ValueError, match="`teachers` is 'clip'. Give a mapping"):
-        main([*command, "--teachers", "clip"])
+def run(*argv: str) -> subprocess.CompletedProcess:
+    """`hf-sugar` in a process of its own, with the CPU seconds that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "hf_sugar.cli.main", *argv], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done.seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done
+
+
+def test_help_is_answered_at_once():
+    done = run("train", "--help")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and done.seconds < 1 and len(lines) < 120 and max(map(len, lines)) < 120
+    for name in ("structure_weight", "train_data", "lora_r", "output_dir", "image_text_data"):
+        assert f"--{name}" in done.stdout
+    assert "packing" not in done.stdout and "adam_beta1" not in done.stdout
+    everything = run("train", "--help-all").stdout
+    assert "--adam_beta1" in everything and "--loss_type" in everything
+    assert "packing" not in everything and "label_smoothing" not in everything  # refused, so not offered
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_settings_read_from_the_source_are_those_of_the_classes(command):
+    for reference in COMMANDS[command].settings.values():
+        module, name = reference.split(":")
+        fields = dataclasses.fields(getattr(importlib.import_module(module), name))
+        read = class_settings(reference)
+        hidden = set(config._WITHOUT_EFFECT) if name == "SugarTrainingConfig" else set()
+        assert set(read) == {field.name for field in fields if field.init} - hidden
+        for field in fields:
+            if field.name in read and isinstance(field.default, str | int | float):
+                assert read[field.name].default in (field.default, None), field.name
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("search --qery x", "`--qery`: there is no such setting. Did you mean `query`?"),
+        ("train --lerning-rate 1", "Did you mean `learning_rate`?"),
+        ("train --learning_rate high", "--learning_rate: must be a number, got 'high'."),
+        ("train --bf16 maybe", "--bf16: must be true or false, got 'maybe'."),
+        ("train --label_kernel dtw", "--label_kernel: must be one of gak, mean, got 'dtw'."),
+        ("demo --lora 8", "--lora: must be a mapping in YAML or JSON, as {name: value}, got '8'."),
+        ("index --config nowhere.yaml", "`--config nowhere.yaml` cannot be read: No such file or directory."),
+        ("train --model_name_or_path", "expected one argument"),
+    ],
+)
+def test_mistyped(argv, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        main(argv.split())
+
+
+def test_mistakes_in_yaml(tmp_path):
+    file = tmp_path / "train.yaml"
+    for text, message in (
+        ("struct_weight: 1", f"{file}, `struct_weight`: there is no such setting. Did you mean `structure_weight`?"),
+        ("max_steps: many", f"{file}, `max_steps`: must be an integer, got 'many'."),
+        ("- a", "must hold settings"),
+        ("a: [", "is not YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=re.escape(message)):
+            main(["train", "--config", str(file)])
+
+
+def test_values_of_yaml_and_of_arguments(tmp_path):
+    (tmp_path / "a.yaml").write_text("train_data: [{path: a.json, weight: 1}]\nlearning_rate: 1e-4\nstreaming: true\n")
+    argv = ["--config", str(tmp_path / "a.yaml"), "--learning-rate", "2e-4", "--no_bf16", "--output_dir", "x"]
+    data, args, *_ = parse("train", COMMANDS["train"], ["my-llava", *argv, "--teachers", "{cross: clip}"])
+    assert data.train_data == [{"path": "a.json", "weight": 1}] and data.streaming is True
+    assert args.learning_rate == 2e-4 and args.bf16 is False and args.teachers == {"cross": "clip"}
+    _, _, model, *_ = parse("train", COMMANDS["train"], ["my-llava", "--output_dir", "x"])
+    assert model.model_name_or_path == "my-llava"
+
+
+@pytest.mark.parametrize("argv", [("check", "nowhere.json"), ("search", "--query", "x", "--qery", "y")])
+def test_a_mistake_is_one_line(argv):
+    done = run(*argv)
+    assert done.returncode == (2 if argv[0] == "search" else 1) and "Traceback" not in done.stderr
+    assert len((done.stdout + done.stderr).strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback():
+    done = run("embed", "--model_name_or_path", "/nowhere", "--files", "x.png", "--debug")
+    assert done.returncode == 2 and "Traceback" in done.stderr and "error: " in done.stderr
 
 
 def test_check(place, capsys):

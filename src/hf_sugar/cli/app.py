@@ -3,8 +3,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import parse
-from .embed import ModelArguments, by_position
+from .embed import ModelArguments
 
 
 @dataclass
@@ -41,9 +40,7 @@ class AppArguments:
     max_file_size: str = field(default="10mb", metadata={"help": "Largest picture that is accepted."})
 
 
-def main(argv: list[str]) -> None:
-    argv = by_position(argv, "model_name_or_path")
-    model, args = parse("app", (ModelArguments, AppArguments), argv, "Search and ask in the browser.")
+def main(model: ModelArguments, args: AppArguments) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ImportError(
             "`hf-sugar app` needs Gradio: install hf_sugar with its extra `app`, or `pip install gradio`."

@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import textwrap
@@ -116,13 +117,13 @@ class Command:
         settings (`dict[str, str]`):
             Dataclasses of its settings as `"module:Class"`, by the heading that `--help` gives them. The command's `main`
             is called with one instance of each.
-        positional (`str`, *optional*):
-            The setting that may be given first, without its flag.
+        positional (`tuple[str, ...]`, *optional*):
+            Settings that may be given first, without their flags. One that is a list takes all that is left.
     """
 
     description: str
     settings: dict[str, str]
-    positional: str | None = None
+    positional: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,10 @@ class Setting:
     def listed(self) -> bool:
         """Whether `--help` lists it, not `--help-all` alone."""
         return self.ours or self.name in COMMON
+
+    @property
+    def takes_list(self) -> bool:
+        return "list[" in self.type
 
     @property
     def flags(self) -> list[str]:
@@ -254,8 +259,14 @@ def parse(name: str, command: Command, argv: list[str]) -> list[Any]:
     settings = {
         key: value for reference in command.settings.values() for key, value in class_settings(reference).items()
     }
-    if argv and command.positional and not argv[0].startswith("-"):
-        argv = [f"--{command.positional}", *argv]
+    leading = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
+    argv = argv[len(leading) :]
+    for key in command.positional:
+        count = len(leading) if settings[key].takes_list else min(1, len(leading))
+        argv = ([f"--{key}", *leading[:count]] if count else []) + argv
+        leading = leading[count:]
+    if leading:
+        raise UsageError(f"{leading[0]!r}: what is it? Give it with its flag; `hf-sugar {name} --help` lists them.")
     parser = _Parser(f"hf-sugar {name}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--help-all", "--help_all", action="store_true")
@@ -270,7 +281,7 @@ def parse(name: str, command: Command, argv: list[str]) -> list[Any]:
                 const="false",
             )
         else:
-            nargs = "+" if "list[" in setting.type else None
+            nargs = "+" if setting.takes_list else None
             parser.add_argument(*setting.flags, dest=setting.name, nargs=nargs)
     given, unknown = parser.parse_known_args(argv)
     values = vars(given)
@@ -309,7 +320,7 @@ def _read_yaml(file: str, settings: dict[str, Setting], name: str) -> dict[str, 
 
 def _converted(setting: Setting, value: Any, where: str) -> Any:
     try:
-        if isinstance(value, list) and "list[" in setting.type:
+        if isinstance(value, list) and setting.takes_list:
             return [setting.convert(item) if isinstance(item, str) else item for item in value]
         return setting.convert(value) if isinstance(value, str) else value
     except ValueError as error:
@@ -324,7 +335,10 @@ def _no_such(key: str, settings: dict[str, Setting], command: str) -> str:
 
 def help_text(name: str, command: Command, everything: bool = False) -> str:
     """What `hf-sugar NAME --help` prints; settings of TRL and transformers only with `everything`."""
-    first = f" [{command.positional.upper()}]" if command.positional else ""
+    settings = {
+        key: value for reference in command.settings.values() for key, value in class_settings(reference).items()
+    }
+    first = "".join(f" [{key.upper()}{' ...' if settings[key].takes_list else ''}]" for key in command.positional)
     lines = [f"usage: hf-sugar {name}{first} [--SETTING VALUE ...] [--config FILE]", "", f"{command.description}"]
     hidden = 0
     for title, reference in command.settings.items():

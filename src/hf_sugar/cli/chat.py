@@ -3,8 +3,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .arguments import parse
-from .embed import ModelArguments, by_position
+from .embed import ModelArguments
 from .search import name_of, text_of, text_or_file
 
 
@@ -86,13 +85,7 @@ def chat(rag: "SugarRAG", lines: Iterable[str]) -> None:
             messages = [*asked, reply]
 
 
-def main(argv: list[str]) -> None:
-    model, args = parse(
-        "chat",
-        (ModelArguments, ChatArguments),
-        by_position(argv, "model_name_or_path"),
-        "Talk with a model, with or without an index.",
-    )
+def main(model: ModelArguments, args: ChatArguments) -> None:
     from hf_sugar.retrieval import SugarIndex, SugarRAG
 
     embed = model.load()

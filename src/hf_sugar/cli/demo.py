@@ -85,11 +85,11 @@ class DemoArguments:
         default=None,
         metadata={"help": "Frozen encoders: image, text and cross. Defaults to the tiny ones of the world."},
     )
-    training: dict | str | None = field(
+    training: dict | None = field(
         default=None, metadata={"help": "Fields of SugarTrainingConfig, the same for both runs."}
     )
-    lora: dict | str | None = field(default=None, metadata={"help": "Fields of peft.LoraConfig."})
-    benchmarks: dict | str | None = field(
+    lora: dict | None = field(default=None, metadata={"help": "Fields of peft.LoraConfig."})
+    benchmarks: dict | None = field(
         default=None, metadata={"help": "What Sugar is measured on besides, as in `hf-sugar evaluate`."}
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Repeat both runs with each seed."})

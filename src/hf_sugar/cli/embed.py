@@ -1,10 +1,7 @@
 import json
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .arguments import parse
 
 
 if TYPE_CHECKING:  # what a command works with is imported when it works: `--help` answers at once
@@ -43,20 +40,6 @@ class ModelArguments:
         model = SugarForConditionalGeneration.from_pretrained(self.model_name_or_path, dtype=dtype)
         processor = SugarProcessor.from_pretrained(self.model_name_or_path)
         return SugarEmbedder(model.to(distributed_state().device).eval(), processor, self.batch_size)
-
-
-def by_position(argv: list[str], first: str, rest: str | None = None) -> list[str]:
-    """Arguments whose leading ones, without a flag, are the settings `first` (one) and `rest` (all others)."""
-    leading = list(takewhile(lambda argument: not argument.startswith("-"), argv))
-    flags = argv[len(leading) :]
-    if leading:
-        flags = [
-            f"--{first}",
-            leading[0],
-            *([f"--{rest}", *leading[1:]] if rest and leading[1:] else leading[1:]),
-            *flags,
-        ]
-    return flags
 
 
 @dataclass
@@ -159,12 +142,6 @@ def embed(model: ModelArguments, corpus: CorpusArguments, args: EmbedArguments) 
     return index
 
 
-def main(argv: list[str]) -> None:
-    model, corpus, args = parse(
-        "embed",
-        (ModelArguments, CorpusArguments, EmbedArguments),
-        by_position(argv, "model_name_or_path", "data"),
-        "Embed a dataset or files.",
-    )
+def main(model: ModelArguments, corpus: CorpusArguments, args: EmbedArguments) -> None:
     index = embed(model, corpus, args)
     print(f"{len(index)} documents, embeddings of shape {index.embeddings.shape} -> {args.output}")

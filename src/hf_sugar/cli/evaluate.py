@@ -62,7 +62,7 @@ class EvaluateArguments:
         metadata={"help": "What to do with a malformed row: 'error' or 'skip'.", "choices": ["error", "skip"]},
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace the report that is in `output_dir`."})
-    benchmarks: dict | str | None = field(
+    benchmarks: dict | None = field(
         default=None, metadata={"help": "In YAML: where the files of published benchmarks are, by their names."}
     )
     tasks: list[str] | None = field(

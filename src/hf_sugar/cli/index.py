@@ -2,8 +2,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import parse
-from .embed import CorpusArguments, ModelArguments, by_position
+from .embed import CorpusArguments, ModelArguments
 
 
 if TYPE_CHECKING:
@@ -78,11 +77,5 @@ def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) 
     return found
 
 
-def main(argv: list[str]) -> None:
-    model, corpus, args = parse(
-        "index",
-        (ModelArguments, CorpusArguments, IndexArguments),
-        by_position(argv, "model_name_or_path", "data"),
-        "Index a dataset or files. After an interruption the same command goes on where it stopped.",
-    )
+def main(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) -> None:
     print(f"{len(index(model, corpus, args))} documents -> {args.index}")

@@ -11,7 +11,7 @@ from .arguments import Command, UsageError, parse
 
 
 _DATA, _MODEL = "hf_sugar.cli.arguments:DataArguments", "hf_sugar.cli.embed:ModelArguments"
-_EVALUATION = "hf_sugar.evaluation.report:EvaluationData"
+_EVALUATION = "hf_sugar.evaluation.tasks:EvaluationData"
 
 # A command's module is imported once its settings are known to be right.
 COMMANDS = {
@@ -22,12 +22,12 @@ COMMANDS = {
     "check": Command(
         "read a dataset and say what training would meet",
         {"Data": _DATA, "Settings": "hf_sugar.cli.check:CheckArguments"},
-        positional="train_data",
+        positional=("train_data",),
     ),
     "prepare": Command(
         "compute the teacher embeddings of a dataset, once",
         {"Data": "hf_sugar.cli.arguments:StreamedDataArguments", "Settings": "hf_sugar.cli.prepare:PrepareArguments"},
-        positional="train_data",
+        positional=("train_data",),
     ),
     "train": Command(
         "train Sugar on a LLaVA checkpoint: supervised fine-tuning with the structure loss",
@@ -38,7 +38,7 @@ COMMANDS = {
             "Evaluation": _EVALUATION,
             "Action": "hf_sugar.cli.train:ActionArguments",
         },
-        positional="model_name_or_path",
+        positional=("model_name_or_path", "train_data"),
     ),
     "embed": Command(
         "embeddings of a dataset or of files, into a safetensors file",
@@ -47,7 +47,7 @@ COMMANDS = {
             "What is embedded": "hf_sugar.cli.embed:CorpusArguments",
             "Settings": "hf_sugar.cli.embed:EmbedArguments",
         },
-        positional="model_name_or_path",
+        positional=("model_name_or_path", "data"),
     ),
     "index": Command(
         "build a search index of a dataset or of files, go on with one that was interrupted, or add to one",
@@ -56,37 +56,37 @@ COMMANDS = {
             "What is embedded": "hf_sugar.cli.embed:CorpusArguments",
             "Settings": "hf_sugar.cli.index:IndexArguments",
         },
-        positional="model_name_or_path",
+        positional=("model_name_or_path", "data"),
     ),
     "search": Command(
         "search an index by text, image or both",
         {"Model": _MODEL, "Settings": "hf_sugar.cli.search:SearchArguments"},
-        positional="model_name_or_path",
+        positional=("model_name_or_path", "query"),
     ),
     "chat": Command(
         "talk with a model, with or without an index",
         {"Model": _MODEL, "Settings": "hf_sugar.cli.chat:ChatArguments"},
-        positional="model_name_or_path",
+        positional=("model_name_or_path",),
     ),
     "app": Command(
         "search and ask in the browser",
         {"Model": _MODEL, "Settings": "hf_sugar.cli.app:AppArguments"},
-        positional="model_name_or_path",
+        positional=("model_name_or_path",),
     ),
     "evaluate": Command(
         "retrieval and generation metrics of a checkpoint",
         {"Settings": "hf_sugar.cli.evaluate:EvaluateArguments", "Evaluation": _EVALUATION},
-        positional="model_name_or_path",
+        positional=("model_name_or_path",),
     ),
     "export": Command(
         "write a checkpoint for sentence-transformers, or the plain backbone",
         {"Settings": "hf_sugar.cli.export:ExportArguments"},
-        positional="model_name_or_path",
+        positional=("model_name_or_path",),
     ),
     "push": Command(
         "publish a checkpoint or an adapter on the Hub, with a model card",
         {"Settings": "hf_sugar.cli.push:PushArguments"},
-        positional="checkpoint_dir",
+        positional=("checkpoint_dir",),
     ),
 }
 

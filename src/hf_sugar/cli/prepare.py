@@ -4,7 +4,7 @@ from hf_sugar.data import load_data
 from hf_sugar.distributed import distributed_state
 from hf_sugar.teachers import TeacherCache, TripleEncoder
 
-from .arguments import StreamedDataArguments, parse
+from .arguments import StreamedDataArguments
 
 
 @dataclass
@@ -71,13 +71,7 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> dict[str, in
     return total
 
 
-def main(argv: list[str]) -> None:
-    data, args = parse(
-        "prepare",
-        (StreamedDataArguments, PrepareArguments),
-        argv,
-        "Compute the teacher embeddings of a dataset, once.",
-    )
+def main(data: StreamedDataArguments, args: PrepareArguments) -> None:
     counts = prepare(data, args)
     distributed_state().print(
         ", ".join(f"{count} {name}" for name, count in counts.items()), "->", args.teacher_cache_dir

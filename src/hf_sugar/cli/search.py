@@ -3,8 +3,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import parse
-from .embed import ModelArguments, by_position
+from .embed import ModelArguments
 
 
 if TYPE_CHECKING:
@@ -83,9 +82,7 @@ def search(model: ModelArguments, args: SearchArguments) -> "tuple[SugarIndex, l
     return index, index.search([query], args.k)[0]
 
 
-def main(argv: list[str]) -> None:
-    argv = by_position(argv, "model_name_or_path", "query")
-    model, args = parse("search", (ModelArguments, SearchArguments), argv, "Search an index by text, image or both.")
+def main(model: ModelArguments, args: SearchArguments) -> None:
     index, hits = search(model, args)
     for rank, hit in enumerate(hits, 1):
         text = text_of(index.documents[hit.index])

@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import io
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from ..data.images import load_image, stored_image, undecoded
 from ..inference import TEXT_SUFFIXES, ItemError, SugarEmbedder, as_row, refuse
