@@ -214,6 +214,9 @@ class TestBackbones:
         assert len(seen) > len(tower) / 2
 
     def test_trains(self, backbone, tmp_path, teachers):
+        # images in tiles, images of any size, images that are several runs of tokens
+        if backbone.family not in ("llava_next", "qwen2_5_vl", "idefics3"):
+            pytest.skip("the test of gradients says as much")
         model = SugarForConditionalGeneration.from_backbone(backbone.path, retrieval_dim=16)
         data = test_trainer.rows([test_trainer.conversation, test_trainer.caption, test_trainer.story], 6)
         config = test_trainer.config(tmp_path, teachers, structure_weight=0.5, max_steps=2, max_length=512)
@@ -257,7 +260,7 @@ class TestProcessors:
         _, processor = tiny_backbones.build("gemma3")
         processor = SugarProcessor.from_processor(processor)
         for token in ("<start_of_image>", "<image_soft_token>"):
-            with pytest.raises(ValueError, match=f"contains the image token '{token}'"):
+            with pytest.raises(ValueError, match=f"contains '{token}', a special token"):
                 processor.embed_inputs([f"a {token} b"])
 
     def test_a_processor_that_adds_to_the_text_is_refused(self):

@@ -1,21 +1,22 @@
 import pickle
+from base64 import b64encode
 from copy import deepcopy
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import OfflineModeIsEnabled
-from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, AutoProcessor, logging
 
 from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.models.modeling_sugar import pool_slices
-from hf_sugar.models.processing_sugar import SLICE_TEMPLATE
+from hf_sugar.models.processing_sugar import SLICE_TEMPLATE, to_rgb
 
 
 @pytest.fixture(scope="module")
@@ -149,46 +150,30 @@ class TestModel:
         assert not calls
         torch.testing.assert_close(embedded.norm(dim=1), torch.ones(4))
 
-    def test_padding_side_and_batch_do_not_matter(self, model, processor):
-        conversations = [
-            [{"role": "user", "content": [{"type": "text", "text": "a red circle"}]}],
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": tiny.image(0)}, {"type": "text", "text": "a" * 40}],
-                }
-            ],
-        ]
-        with torch.no_grad():
-            right = model.embed(**processor.encode_conversations(conversations, padding_side="right"))
-            left = model.embed(**processor.encode_conversations(conversations, padding_side="left"))
-            alone = torch.cat([model.embed(**processor.encode_conversations([c])) for c in conversations])
-        torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
-        torch.testing.assert_close(alone, right, atol=1e-5, rtol=0)
-
-    def test_a_prefix_embedding_is_that_of_the_prefix_alone(self, model, processor):
-        item = ITEMS[2]
-        with torch.no_grad():
-            whole = model(**processor.embed_inputs([item])).embeddings[0]
-            for length in range(1, 5):
-                prefix = model.embed(**processor.embed_inputs([item[:length]]))[0]
-                torch.testing.assert_close(whole[length - 1], prefix, atol=1e-5, rtol=0)
-
     def test_full_checkpoint_round_trip(self, model, processor, tmp_path):
+        model.config.backbone_name_or_path = "elsewhere"  # of an adapter that is off by now
         model.save_pretrained(tmp_path)
-        processor.save_pretrained(tmp_path)
         again = SugarForConditionalGeneration.from_pretrained(tmp_path)
         assert isinstance(again.config, SugarConfig)
         inputs = processor.embed_inputs(ITEMS)
         assert torch.equal(again.embed(**inputs), model.embed(**inputs))
 
-    def test_exported_backbone_is_a_plain_checkpoint(self, raw, model, processor, tmp_path):
-        model.export_backbone(tmp_path)
-        plain, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"]
-        inputs = processor.embed_inputs(ITEMS)
-        inputs.pop("slice_ids")
-        assert torch.equal(plain(**inputs).logits, raw(**inputs).logits)
+    def test_saving_leaves_the_new_one_or_the_old_one(self, model, tmp_path, monkeypatch):
+        model.save_pretrained(tmp_path, max_shard_size="100KB")
+        (tmp_path / "notes.txt").touch()
+        old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.config), "save_pretrained", Mock(side_effect=OSError("disk full")))
+            with pytest.raises(OSError, match="disk full"):
+                deepcopy(model).save_pretrained(tmp_path)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
+        model.save_pretrained(tmp_path)
+        assert {file.name for file in tmp_path.glob("*") if file.suffix != ".py"} == {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "notes.txt",
+        }
 
     def test_from_vlm_wraps_the_model_itself(self, raw, processor):
         wrapped = SugarForConditionalGeneration.from_vlm(raw, retrieval_dim=8)
@@ -257,7 +242,7 @@ class TestProcessor:
         assert torch.equal(found["input_ids"], expected["input_ids"])
         assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
-    def test_adjacent_images_are_two_slices(self, processor):
+    def test_adjacent_images_are_two_slices(self):
         """With nothing between them they are one run of image tokens."""
         template = SLICE_TEMPLATE.replace("<image>\n", "<image>")
         glued = SugarProcessor.from_processor(tiny.processor(chat_template=template))
@@ -298,10 +283,28 @@ class TestProcessor:
     def test_items(self, processor, tmp_path):
         path = tmp_path / "picture.png"
         tiny.image(9).save(path)
-        row = {"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [tiny.image(9)]}
-        batch = processor.embed_inputs([tiny.image(9), path, str(path), [str(path)], row])
+        image = {"type": "image", "image": str(path)}
+        row = {"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [path]}
+        data = {"type": "image", "url": "data:image/png;base64," + b64encode(path.read_bytes()).decode()}
+        batch = processor.embed_inputs([tiny.image(9), path, [path], image, [image], data, row])
         assert all(torch.equal(batch["input_ids"][0], ids) for ids in batch["input_ids"])
         assert all(torch.equal(batch["pixel_values"][0], pixels) for pixels in batch["pixel_values"])
+        for item in ("redcircle", tiny.image(9), path, image, row):
+            alone, listed = processor.embed_inputs(item), processor.embed_inputs([item])
+            assert all(torch.equal(alone[key], listed[key]) for key in listed)
+
+    def test_a_str_is_always_a_text(self, processor, tmp_path, monkeypatch, caplog):
+        monkeypatch.chdir(tmp_path)
+        tiny.image(9).save("picture.png")
+        logging.enable_propagation()
+        try:
+            batch = processor.embed_inputs(["picture.png", "http://127.0.0.1/picture.png", "nowhere.png"])
+        finally:
+            logging.disable_propagation()
+        assert "pixel_values" not in batch
+        assert [record.getMessage() for record in caplog.records] == [
+            "items[0]: 'picture.png' is taken as a text; for the image in that file, give `Path('picture.png')`."
+        ]
 
     def test_an_image_at_a_web_address_is_that_of_the_file(self, processor, tmp_path, monkeypatch):
         clear = tiny.image(1).convert("RGBA")
@@ -309,22 +312,33 @@ class TestProcessor:
         clear.save(tmp_path / "clear.png")
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
         Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/clear.png"
-        with pytest.raises(OfflineModeIsEnabled):
-            processor.embed_inputs([address])
+
+        def fetch(name):
+            url = f"http://127.0.0.1:{server.server_port}/{name}"
+            return processor.embed_inputs([{"type": "image", "url": url}])["pixel_values"]
+
+        with pytest.raises(ValueError, match=r"items\[0\]: the image 'http.*offline mode"):
+            fetch("clear.png")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        found = processor.embed_inputs([address])["pixel_values"]
-        with pytest.raises(Exception, match="404"):
-            processor.embed_inputs([address.replace("clear", "none")])
+        found = fetch("clear.png")
+        with pytest.raises(ValueError, match="404"):
+            fetch("none.png")
         server.shutdown()
         assert torch.equal(found, processor.embed_inputs([tmp_path / "clear.png"])["pixel_values"])
 
-    def test_transparent_images_are_laid_over_white(self, processor):
-        clear = tiny.image(1).convert("RGBA")
+    def test_images_of_every_mode(self):
+        """16 bits keep their highest 8, transparent pixels are laid over white, other modes show what RGB shows."""
+        values = np.array([[0, 255, 256], [32767, 65280, 65535]], dtype=np.uint16)
+        for mode in ("I;16", "I;16B"):
+            image = tiny.Image.frombytes(mode, (3, 2), values.astype(">u2" if mode.endswith("B") else "<u2").tobytes())
+            assert np.array_equal(np.asarray(to_rgb(image)), np.repeat((values // 256)[..., None], 3, axis=2))
+        image = tiny.image(1)
+        clear = image.convert("RGBA")
         clear.putalpha(0)
-        white = np.full((30, 30, 3), 255, dtype=np.uint8)
-        batch = processor.embed_inputs([clear, tiny.Image.fromarray(white)])
-        assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+        assert (np.asarray(to_rgb(clear)) == 255).all()
+        for mode in ("RGBA", "CMYK", "YCbCr", "HSV", "RGBX"):
+            found = np.asarray(to_rgb(image.convert(mode))).astype(int)
+            assert np.abs(found - np.asarray(image)).max() <= 6, mode
 
     @pytest.mark.parametrize(
         "item, message",
@@ -332,11 +346,15 @@ class TestProcessor:
             ("  ", r"items\[1\] is an empty text"),
             ([], r"items\[1\] is an empty list"),
             (["a", ""], r"items\[1\]\[1\] is an empty text"),
-            ("nowhere.png", r"items\[1\] names the image file 'nowhere.png', which does not exist"),
-            (Path("nowhere.jpg"), r"items\[1\] names the image file 'nowhere.jpg', which does not exist"),
+            (Path("nowhere.jpg"), r"items\[1\]: the image 'nowhere.jpg' cannot be read: .*No such file"),
+            (Path(__file__), r"items\[1\]: the image '.*test_models.py' cannot be read"),
+            ({"type": "image"}, r"items\[1\]: an image is of type NoneType"),
             (3, r"items\[1\] is a int; give a text"),
-            ("an <image> here", r"items\[1\]: the text 'an <image> here' contains the image token"),
+            ({"type": "video", "video": "a.mp4"}, r"items\[1\] is a dict; give a text"),
+            ("an <image> here", r"items\[1\]: the text 'an <image> here' contains '<image>', a special token"),
+            (["a", "b</s>"], r"items\[1\]: the text 'b</s>' contains '</s>', a special token"),
             ({"messages": [{"role": "bot", "content": "a"}]}, r"items\[1\], `messages\[0\].role`: is 'bot'"),
+            ({"messages": None}, r"items\[1\], `messages`: is not a list"),
             (
                 {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
                 r"holds 0 images but `messages` has 1 image parts",
@@ -346,6 +364,10 @@ class TestProcessor:
     def test_bad_items_are_named(self, processor, item, message):
         with pytest.raises(ValueError, match=message):
             processor.embed_inputs(["good", item])
+
+    def test_nothing_to_embed(self, processor):
+        with pytest.raises(ValueError, match="There are no items to embed"):
+            processor.embed_inputs([])
 
     def test_too_long_is_an_error_that_counts_image_tokens(self, processor):
         with pytest.raises(

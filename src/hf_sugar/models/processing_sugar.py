@@ -122,7 +122,7 @@ def image_of(value: Any, where: str) -> Image.Image:
             return to_rgb(load_image(value))
         if isinstance(value, str | Path):
             return open_image(value)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Pillow and the network have many
         source = f"{str(value)[:200]!r} " if isinstance(value, str | Path) else ""
         raise ValueError(f"{where}: the image {source}cannot be read: {error}") from error
     raise ValueError(f"{where}: an image is of type {type(value).__name__}. Give a PIL image, a path or a URL.")
