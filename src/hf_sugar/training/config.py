@@ -1,7 +1,8 @@
 import math
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass
 
 import torch
+from transformers.hf_argparser import HfArg
 from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
@@ -49,118 +50,86 @@ class SugarTrainingConfig(SFTConfig):
         `ValueError`: for a value out of range, and for a setting of [`~trl.SFTConfig`] that would have no effect.
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."}
-    )
-    max_length: int | None = field(
+    learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="Learning rate schedule.")
+    warmup_steps: float = HfArg(default=0.03, help="Warm-up: a number of steps, or below 1 a share of all steps.")
+    max_length: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Longest sequence allowed, image tokens included; a longer sample is an error, never cut. Defaults to "
-            "what the model takes."
-        },
+        help="Longest sequence allowed, image tokens included; a longer sample is an error, never cut. Defaults to what the "
+        "model takes.",
     )
 
     # Structure loss
-    structure_weight: float = field(
+    structure_weight: float = HfArg(
         default=0.3,
-        metadata={
-            "help": "Weight of the structure loss (alpha in Eq. 1; the paper does not publish its value). 0 is plain "
-            "supervised fine-tuning."
-        },
+        help="Weight of the structure loss (alpha in Eq. 1; the paper does not publish its value). 0 is plain supervised "
+        "fine-tuning.",
     )
-    delta: float = field(
+    delta: float = HfArg(
         default=1.0,
-        metadata={
-            "help": "Bandwidth of the alignment kernel: sigma = delta * sqrt((n + m) / 2) for sequences of n and m slices."
-        },
+        help="Bandwidth of the alignment kernel: sigma = delta * sqrt((n + m) / 2) for sequences of n and m slices.",
     )
-    positions_per_sample: int = field(
+    positions_per_sample: int = HfArg(
         default=4,
-        metadata={
-            "help": "How many slice ends of each sample are drawn at every step; a sample with fewer slices gives all."
-        },
+        help="How many slice ends of each sample are drawn at every step; a sample with fewer slices gives all.",
     )
-    label_kernel: str = field(
+    label_kernel: str = HfArg(
         default="gak",
-        metadata={
-            "help": "'gak' aligns the slice sequences, 'mean' averages over all slice pairs (the 'w/o GAK' ablation).",
-            "choices": ["gak", "mean"],
-        },
+        help="'gak' aligns the slice sequences, 'mean' averages over all slice pairs (the 'w/o GAK' ablation).",
+        metadata={"choices": ["gak", "mean"]},
     )
-    label_normalization: str = field(
+    label_normalization: str = HfArg(
         default="self+count",
-        metadata={
-            "help": "Normalisation of the alignment kernel.",
-            "choices": ["none", "self", "count", "self+count"],
-        },
+        help="Normalisation of the alignment kernel.",
+        metadata={"choices": ["none", "self", "count", "self+count"]},
     )
-    structure_reduction: str = field(
+    structure_reduction: str = HfArg(
         default="row_mean",
-        metadata={
-            "help": "Reduction of the structure loss: 'row_mean' is Eq. 3 (1/n), 'mean' is 1/n^2, 'sum' is neither.",
-            "choices": ["row_mean", "mean", "sum"],
-        },
+        help="Reduction of the structure loss: 'row_mean' is Eq. 3 (1/n), 'mean' is 1/n^2, 'sum' is neither.",
+        metadata={"choices": ["row_mean", "mean", "sum"]},
     )
-    gather_across_devices: bool = field(
+    gather_across_devices: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Whether to compare the positions of all processes with one another. Gradient accumulation does not "
-            "enlarge the comparison."
-        },
+        help="Whether to compare the positions of all processes with one another. Gradient accumulation does not enlarge "
+        "the comparison.",
     )
-    allow_single_sample: bool = field(
+    allow_single_sample: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Whether a label matrix may hold the positions of one sample alone. They are all alike, and embeddings "
-            "that are compared with nothing else collapse."
-        },
+        help="Whether a label matrix may hold the positions of one sample alone. They are all alike, and embeddings that "
+        "are compared with nothing else collapse.",
     )
-    flip_captions: bool = field(
+    flip_captions: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Whether image-caption rows appear in both orders at random, so that text that has not seen its image "
-            "is trained too. A flipped row carries no generative loss."
-        },
+        help="Whether image-caption rows appear in both orders at random, so that text that has not seen its image is "
+        "trained too. A flipped row carries no generative loss.",
     )
 
     # Teachers
-    teachers: dict | str | None = field(
+    teachers: dict | str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Hub ids or directories of the frozen encoders: `image`, `text` and `cross` (a CLIP-like pair); `cross` "
-            "alone is used for everything (the 'w/o TK' ablation). It may also hold `revisions`, `dtype`, `long_text` "
-            "('windows' or 'truncate') and `batch_size`. Defaults to DINOv2-base, BGE-base and CLIP ViT-L/14."
-        },
+        help="Hub ids or directories of the frozen encoders: `image`, `text` and `cross` (a CLIP-like pair); `cross` alone "
+        "is used for everything (the 'w/o TK' ablation). It may also hold `revisions`, `dtype`, `long_text` ('windows' or "
+        "'truncate') and `batch_size`. Defaults to DINOv2-base, BGE-base and CLIP ViT-L/14.",
     )
-    teacher_mode: str = field(
+    teacher_mode: str = HfArg(
         default="cache",
-        metadata={
-            "help": "'cache' embeds every slice of the dataset once before training, 'online' batch by batch.",
-            "choices": ["cache", "online"],
-        },
+        help="'cache' embeds every slice of the dataset once before training, 'online' batch by batch.",
+        metadata={"choices": ["cache", "online"]},
     )
-    teacher_cache_dir: str | None = field(
-        default=None, metadata={"help": "Where the cache is kept. Defaults to `teacher_cache` in `output_dir`."}
+    teacher_cache_dir: str | None = HfArg(
+        default=None, help="Where the cache is kept. Defaults to `teacher_cache` in `output_dir`."
     )
 
     # Model
-    image_pooling: str = field(
+    image_pooling: str = HfArg(
         default="mean",
-        metadata={
-            "help": "What represents an image: the mean of the hidden states of its tokens, or the last one.",
-            "choices": ["mean", "last"],
-        },
+        help="What represents an image: the mean of the hidden states of its tokens, or the last one.",
+        metadata={"choices": ["mean", "last"]},
     )
-    retrieval_dim: int = field(
-        default=768, metadata={"help": "Size of the embeddings, when the retrieval projector is made new."}
-    )
-    retrieval_hidden_size: int | None = field(
+    retrieval_dim: int = HfArg(default=768, help="Size of the embeddings, when the retrieval projector is made new.")
+    retrieval_hidden_size: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Width of the hidden layer of a new retrieval projector. Defaults to the language model's hidden size."
-        },
+        help="Width of the hidden layer of a new retrieval projector. Defaults to the language model's hidden size.",
     )
     # On the command line these two are settings of `trl.ModelConfig` and of the data, so they are no fields here. QLoRA:
     # a model that is named by id is loaded with NF4 weights, double quantization and bfloat16 compute.
@@ -169,12 +138,10 @@ class SugarTrainingConfig(SFTConfig):
     on_bad_row: InitVar[str] = "error"
 
     # Evaluation
-    eval_retrieval_rows: int = field(
+    eval_retrieval_rows: int = HfArg(
         default=512,
-        metadata={
-            "help": "Image-text retrieval is measured too, among the first so many rows of the evaluation dataset that have "
-            "one image and one answer or caption; 0 for none."
-        },
+        help="Image-text retrieval is measured too, among the first so many rows of the evaluation dataset that have one "
+        "image and one answer or caption; 0 for none.",
     )
 
     # parsed from JSON on the command line, as transformers does for its own dict fields
