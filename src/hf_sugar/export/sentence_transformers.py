@@ -73,9 +73,9 @@ print(model.similarity(model.encode([message]), documents))
 - Images and texts that belong together are one message, as above. A list or tuple of two would be a pair of a query
   and a document, and is refused.
 - A call takes messages, or texts and images, but not both: sentence-transformers cannot batch them together.
-- A prompt becomes a system message.
+- A prompt becomes a system message. Of `{"text": ..., "image": ...}` the order of the keys is the order in the message.
 - sentence-transformers (6.2) takes a text for an image where it is the name of an image file that exists, a `data:image/`
-  string, or the address of an image (`https://...` that ends in `.jpg`, `.png` and so on), which it **fetches from the
+  string, or the address of an image (`https://...` with a path that ends in `.jpg`, `.png` and so on), which it **fetches from the
   network**. `hf_sugar` itself takes every `str` for a text and fetches nothing. Texts of unknown origin are safe as
   messages: `[{"role": "user", "content": [{"type": "text", "text": text}]}]` is always a text.
 NOTES"""
