@@ -183,7 +183,7 @@ def test_errors_name_the_setting(exported, tmp_path):
         main(["export", "--output", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="`output_dir` is not set"):
         main(["export", sugar])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="`format` is 'gguf'"):
         main(["export", sugar, "--output", str(tmp_path / "out"), "--format", "gguf"])
     with pytest.raises(OSError, match="nowhere"):
         main(["export", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])

@@ -52,30 +52,7 @@ WORLD_LORA = {"r": 64, "lora_alpha": 128, "target_modules": "all-linear"}
 
 @dataclass
 class DemoArguments:
-    """
-    Settings of `hf-sugar demo`: one comparison of an untouched checkpoint, supervised fine-tuning and Sugar.
-
-    Parameters:
-        output_dir (`str`, *optional*, defaults to `"runs/demo"`):
-            Where data, checkpoints and report are written.
-        model_name_or_path (`str`, *optional*):
-            Checkpoint to train. Defaults to the tiny LLaVA of the world.
-        teachers (`dict[str, str]`, *optional*):
-            Frozen encoders, as in [`SugarTrainingConfig`]. Defaults to the tiny ones of the world.
-        training (`dict`, *optional*):
-            Fields of [`SugarTrainingConfig`], the same for both runs (but the weight of the structure loss).
-        lora (`dict`, *optional*):
-            Fields of [`~peft.LoraConfig`].
-        benchmarks (`dict`, *optional*):
-            What Sugar is measured on besides, as in `hf-sugar evaluate`. Defaults to the gain of retrieval on the world's
-            facts where the world is used.
-        seeds (`list[int]`, *optional*, defaults to `[0]`):
-            Both runs are repeated with each seed; figures are then means over the seeds.
-        title (`str`, *optional*):
-            Heading of the report.
-        note (`str`, *optional*):
-            A paragraph for the report.
-    """
+    """Settings of `hf-sugar demo`: one comparison of an untouched checkpoint, supervised fine-tuning and Sugar."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "Where data, checkpoints and report are written."})
     model_name_or_path: str | None = field(
@@ -90,9 +67,15 @@ class DemoArguments:
     )
     lora: dict | None = field(default=None, metadata={"help": "Fields of peft.LoraConfig."})
     benchmarks: dict | None = field(
-        default=None, metadata={"help": "What Sugar is measured on besides, as in `hf-sugar evaluate`."}
+        default=None,
+        metadata={
+            "help": "What Sugar is measured on besides, as in `hf-sugar evaluate`. On the world, the gain of retrieval on its facts."
+        },
     )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Repeat both runs with each seed."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Repeat both runs with each seed; figures are then means over the seeds."},
+    )
     title: str = field(default="Sugar on the rendered world", metadata={"help": "Heading of the report."})
     note: str | None = field(default=None, metadata={"help": "A paragraph for the report."})
 

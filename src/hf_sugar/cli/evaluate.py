@@ -15,47 +15,21 @@ from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarPro
 
 @dataclass
 class EvaluateArguments:
-    """
-    Settings of `hf-sugar evaluate`.
-
-    Parameters:
-        model_name_or_path (`str`):
-            Full checkpoint, adapter repository or plain backbone.
-        output_dir (`str`, *optional*, defaults to `"runs/evaluate"`):
-            Where `report.json` and `report.md` are written.
-        split (`str`, *optional*, defaults to `"test"`):
-            Split of datasets that have several.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision of the model.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Items in one forward pass.
-        max_new_tokens (`int`, *optional*, defaults to `64`):
-            Longest generated answer.
-        untrained (`bool`, *optional*, defaults to `False`):
-            Whether to leave out the retrieval projector and compare pooled hidden states. A plain backbone, or a model
-            trained with `structure_weight` 0, is always measured so.
-        on_bad_row (`str`, *optional*, defaults to `"error"`):
-            `"error"` stops at the first malformed row, `"skip"` leaves malformed rows out and says how many.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace a report that is in `output_dir`.
-        benchmarks (`dict`, *optional*):
-            For each published benchmark, by its name in [`~evaluation.published.BENCHMARKS`], where its files are:
-            the arguments of its class. In YAML; examples/paper_table.yaml has them all.
-        tasks (`list[str]`, *optional*):
-            Names of the benchmarks to run. By default all that `benchmarks` has.
-    """
+    """Settings of `hf-sugar evaluate`."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Full checkpoint, adapter repository or plain backbone."}
     )
-    output_dir: str = field(default="runs/evaluate", metadata={"help": "Where the report is written."})
+    output_dir: str = field(default="runs/evaluate", metadata={"help": "Where report.json and report.md are written."})
     split: str = field(default="test", metadata={"help": "Split of datasets that have several."})
     dtype: str = field(default="auto", metadata={"help": "Precision of the model."})
     batch_size: int = field(default=32, metadata={"help": "Items in one forward pass."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer."})
     untrained: bool = field(
         default=False,
-        metadata={"help": "Compare pooled hidden states, without the retrieval projector; always so for a plain one."},
+        metadata={
+            "help": "Compare pooled hidden states, without the retrieval projector. Always so for a plain backbone, or a model trained with `structure_weight` 0."
+        },
     )
     on_bad_row: str = field(
         default="error",
@@ -63,7 +37,10 @@ class EvaluateArguments:
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace the report that is in `output_dir`."})
     benchmarks: dict | None = field(
-        default=None, metadata={"help": "In YAML: where the files of published benchmarks are, by their names."}
+        default=None,
+        metadata={
+            "help": "In YAML: where the files of published benchmarks are, by their names, see examples/paper_table.yaml."
+        },
     )
     tasks: list[str] | None = field(
         default=None, metadata={"help": "Names of the benchmarks to run; by default all that `benchmarks` has."}

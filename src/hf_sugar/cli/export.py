@@ -14,32 +14,24 @@ FORMATS = ("sentence-transformers", "backbone")
 
 @dataclass
 class ExportArguments:
-    """
-    Settings of `hf-sugar export`.
-
-    Parameters:
-        model_name_or_path (`str`):
-            Full checkpoint or adapter repository.
-        output_dir (`str`):
-            Directory to write to. It must not exist, or be empty.
-        format (`str`, *optional*, defaults to `"sentence-transformers"`):
-            `"sentence-transformers"`, or `"backbone"`: the plain checkpoint of the backbone's own class, without the
-            retrieval projector.
-        revision (`str`, *optional*):
-            Branch, tag or commit of a checkpoint on the Hub.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision to load and write in. `"auto"` is that of the checkpoint.
-    """
+    """Settings of `hf-sugar export`."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Full checkpoint or adapter repository."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Directory to write to, which must not exist.", "aliases": ["--output"]}
+        default=None,
+        metadata={"help": "Directory to write to, which must not exist, or be empty.", "aliases": ["--output"]},
     )
     format: str = field(
-        default="sentence-transformers", metadata={"help": "What is to load the result.", "choices": list(FORMATS)}
+        default="sentence-transformers",
+        metadata={
+            "help": "What is to load the result: sentence-transformers, or the backbone's own class (no retrieval projector).",
+            "choices": list(FORMATS),
+        },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a checkpoint on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "Precision to load and write in."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Precision to load and write in; that of the checkpoint by default."}
+    )
 
 
 def export(args: ExportArguments) -> Path:

@@ -7,27 +7,7 @@ from hf_sugar.hub import push_checkpoint
 
 @dataclass
 class PushArguments:
-    """
-    Settings of `hf-sugar push`.
-
-    Parameters:
-        checkpoint_dir (`str`):
-            Full checkpoint or adapter directory. May be given without its name, as the first argument.
-        repo_id (`str`):
-            Where to, for example `me/my-sugar`. The repository is made if it is not there.
-        private (`bool`, *optional*, defaults to `False`):
-            Whether a new repository is private. Without it the setting of the account or organisation holds.
-        revision (`str`, *optional*):
-            Branch to commit to, made if it is not there.
-        create_pr (`bool`, *optional*, defaults to `False`):
-            Whether to open a pull request instead.
-        base_model (`str`, *optional*):
-            Hub id of the model that the training started from. Needed for an adapter of a local backbone.
-        license (`str`, *optional*):
-            Licence for the model card. Defaults to what the base model states, if it does.
-        commit_message (`str`, *optional*):
-            Title of the commit.
-    """
+    """Settings of `hf-sugar push`."""
 
     checkpoint_dir: str | None = field(
         default=None, metadata={"help": "Full checkpoint or adapter directory; also the first argument by itself."}

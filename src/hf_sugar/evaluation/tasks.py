@@ -33,16 +33,6 @@ class EvaluationData:
     """
     Which data each task is run on. Every field is a source as [`hf_sugar.data.load_data`] takes it, or a mapping of
     names to sources, each measured apart.
-
-    Parameters:
-        image_text_data (source or `dict`, *optional*):
-            Rows with one image and an answer or caption, for retrieval both ways.
-        interleaved_data (source or `dict`, *optional*):
-            Documents, for retrieval of the next image given what precedes it.
-        generation_data (source or `dict`, *optional*):
-            Conversations, for the exact match of the last answer.
-        winoground_data (source or `dict`, *optional*):
-            Dataset with `image_0`, `image_1`, `caption_0` and `caption_1`.
     """
 
     image_text_data: list[str] | None = field(
