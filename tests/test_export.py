@@ -185,6 +185,8 @@ def test_errors_name_the_setting(exported, tmp_path):
         main(["export", sugar])
     with pytest.raises(ValueError, match="`format` is 'gguf'"):
         main(["export", sugar, "--output", str(tmp_path / "out"), "--format", "gguf"])
+    with pytest.raises(ValueError, match="`dtype`"):
+        main(["export", sugar, "--output", str(tmp_path / "out"), "--dtype", "float17"])
     with pytest.raises(OSError, match="nowhere"):
         main(["export", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])
     tiny.llava().save_pretrained(tmp_path / "llava")

@@ -2,7 +2,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedConfig
 
 from hf_sugar.distributed import distributed_state
@@ -81,8 +80,7 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
     elif args.untrained:
         notes.append("Pooled hidden states are compared, without the retrieval projector.")
 
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = SugarForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=dtype)
+    model = SugarForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=args.dtype)
     model.to(distributed_state().device)
     processor = SugarProcessor.from_pretrained(args.model_name_or_path)
     embed = SugarEmbedder(model, processor, args.batch_size, project=not args.untrained, progress=True)

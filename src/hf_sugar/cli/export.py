@@ -1,7 +1,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedConfig
 
 from hf_sugar.export import export_sentence_transformers
@@ -61,9 +60,8 @@ def export(args: ExportArguments) -> Path:
             "projector to export. Train it first (`hf-sugar train`)."
         )
 
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = SugarForConditionalGeneration.from_pretrained(
-        args.model_name_or_path, revision=args.revision, dtype=dtype
+        args.model_name_or_path, revision=args.revision, dtype=args.dtype
     ).eval()
     processor = SugarProcessor.from_pretrained(args.model_name_or_path, revision=args.revision)
     if args.format == "backbone":

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm.auto import tqdm
@@ -44,7 +43,6 @@ class LmmsModel(lmms):
         super().__init__()
         state = distributed_state()
         self._rank, self._world_size = state.process_index, state.num_processes
-        dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         model = SugarForConditionalGeneration.from_pretrained(pretrained, dtype=dtype).to(state.device).eval()
         processor = SugarProcessor.from_pretrained(pretrained)
         found = None if index is None else SugarIndex.load(index, embed=SugarEmbedder(model, processor))
