@@ -82,7 +82,8 @@ def main(directory: Path):
     convert = "import sys; from PIL import Image; Image.open(sys.argv[1]).convert('RGB').save(sys.argv[2])"
     for record in records:
         name = f"photos/{record['id']}.jpg"
-        run(python, "-c", convert, ROOT / "examples" / "clipart" / record["image"], name)
+        source = ROOT / "examples" / "clipart" / record["image"]
+        subprocess.run([python, "-c", convert, source, directory / name], check=True)
         record["image"] = name
     subprocess.run(["cp", directory / records[0]["image"], directory / "photo.jpg"], check=True)
     (directory / "llava.json").write_text(json.dumps(records))
