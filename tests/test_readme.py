@@ -189,3 +189,9 @@ def test_install_line(number, tmp_path):
         ["git", "ls-files"], cwd=tmp_path / "hf_sugar" / "src" / "hf_sugar", **TEXT
     ).stdout.split()
     assert set(tracked) <= {str(path.relative_to(package)) for path in package.rglob("*")}
+
+
+def test_workarounds_are_where_their_page_says():
+    page = (ROOT / "docs" / "compatibility.md").read_text().split("## Workarounds")[1]
+    for file, name in re.findall(r"^\| `([\w/]+\.py)`(?:, `(\w+)`)?", page, re.MULTILINE):
+        assert name in (ROOT / "src" / "hf_sugar" / file).read_text()
