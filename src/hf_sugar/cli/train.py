@@ -147,17 +147,21 @@ def train(
     )
     trainer.save_model()
     if evaluation is not None and evaluation.any() and trainer.is_world_process_zero():
-        results = evaluate_tasks(
-            evaluation,
-            SugarEmbedder(trainer.model, trainer.processing_class, args.per_device_eval_batch_size, progress=True),
-            SugarGenerator(trainer.model, trainer.processing_class, args.per_device_eval_batch_size, progress=True),
-        )
+        trained = (trainer.model, trainer.processing_class, args.per_device_eval_batch_size)
+        project, notes = args.structure_weight > 0, []
+        if not project:
+            notes.append(
+                "The retrieval projector is not trained (`structure_weight` 0): pooled hidden states are compared instead."
+            )
+        embed = SugarEmbedder(*trained, project=project, progress=True)
+        results = evaluate_tasks(evaluation, embed, SugarGenerator(*trained, progress=True))
         plot_losses(trainer.state.log_history, Path(args.output_dir) / "losses.png")
         table = write_report(
             args.output_dir,
             Path(args.output_dir).name,
             {"trained": results},
-            {"model": vars(model), **vars(evaluation)},
+            {"model": vars(model), "untrained": not project, **vars(evaluation)},
+            notes,
         )
         print(table)
         trainer.create_model_card()
