@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hf_sugar.cli import evaluate
 from hf_sugar.cli.main import main
 from hf_sugar.data import ROW_FEATURES
 from hf_sugar.evaluation import (
@@ -325,7 +326,6 @@ def test_exact_match():
     assert results["misses"] == [{"index": 1, "row": "row 1", "expected": "two stars", "generated": "one star"}]
     strict = exact_match(generate, rows, normalise=str)
     assert [miss["row"] for miss in strict["misses"]] == ["row 0 (vqa:0)", "row 1", "row 2 (vqa:2)"]
-    json.dumps(to_dict(strict))
 
     with pytest.raises(ValueError, match=r"row 1 \(x\) has no assistant turn"):
         exact_match(generate, [rows[0], conversation(["Hello"], id="x")])
@@ -400,32 +400,34 @@ def test_bad_rows_are_errors_or_left_out_and_counted(mixed):
     assert results["notes"] == ["image_text_data: 1 of 2 rows cannot be read and are left out."]
 
 
-def test_a_projector_that_is_not_trained_is_not_measured(mixed, tmp_path):
+def test_a_projector_that_is_not_trained_is_not_measured(mixed, tmp_path, monkeypatch):
+    projects, embedder = [], evaluate.SugarEmbedder
+    monkeypatch.setattr(evaluate, "SugarEmbedder", lambda *a, **k: projects.append(k["project"]) or embedder(*a, **k))
     source = str(mixed / "mixed.parquet")
     tiny.llava().save_pretrained(tmp_path / "llava")
     tiny.processor().save_pretrained(tmp_path / "llava")
     model = SugarForConditionalGeneration.from_pretrained(tmp_path / "llava", retrieval_dim=16)
     model.save_pretrained(tmp_path / "sugar")
     SugarProcessor.from_pretrained(tmp_path / "llava").save_pretrained(tmp_path / "sugar")
-    found = {}
+    settings = "--structure_weight 0 --max_steps 1 --use_peft false --use_cpu true --bf16 false --report_to none"
+    data = [str(tmp_path / "llava"), source, "--image_text_data", source, "--output_dir", str(tmp_path / "sft")]
+    main(["train", *data, *settings.split()])
+    found = {"train": json.loads((tmp_path / "sft" / "report.json").read_text())}
     for name, *flags in (("llava",), ("sugar",), ("sugar", "--untrained"), ("sft",)):
-        if name == "sft":
-            (tmp_path / "sugar" / "sugar_run.json").write_text('{"settings": {"structure_weight": 0.0}}')
-        output = tmp_path / "-".join([name, *flags])
-        arguments = [str(tmp_path / name.replace("sft", "sugar")), "--image_text_data", source]
-        main(["evaluate", *arguments, "--output_dir", str(output), *flags])
+        output = tmp_path / "reports" / "-".join([name, *flags])
+        main(["evaluate", str(tmp_path / name), "--image_text_data", source, "--output_dir", str(output), *flags])
         found[output.name] = json.loads((output / "report.json").read_text())
     said = {name: " ".join(report["notes"]) for name, report in found.items()}
     assert "not trained (llava is a plain 'llava' model)" in said["llava"]
     assert "not trained (it was trained with `structure_weight` 0)" in said["sft"]
+    assert "not trained (`structure_weight` 0)" in said["train"]
     assert "without the retrieval projector" in said["sugar---untrained"] and "projector" not in said["sugar"]
     assert found["llava"]["settings"]["untrained"] and "1 of 5 rows have more than one answer" in said["llava"]
-    assert said["llava"].split("hidden")[0] in (tmp_path / "llava" / "report.md").read_text()
-
-    before = (tmp_path / "sft" / "report.md").read_bytes()
+    assert projects == [False, True, False, False]
+    before = (output / "report.md").read_bytes()
     with pytest.raises(ValueError, match="holds a report already.*`overwrite`"):
-        main(["evaluate", str(tmp_path / "sugar"), "--image_text_data", source, "--output_dir", str(tmp_path / "sft")])
-    assert before == (tmp_path / "sft" / "report.md").read_bytes()
+        main(["evaluate", str(tmp_path / "sugar"), "--image_text_data", source, "--output_dir", str(output)])
+    assert before == (output / "report.md").read_bytes()
 
 
 # plots
