@@ -10,7 +10,7 @@ import pytest
 import tiny
 import tiny_backbones
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
@@ -96,14 +96,13 @@ def test_backbone_of_an_adapter_repository(tmp_path):
     tiny.llava().save_pretrained(tmp_path / "llava")
     tiny.processor().save_pretrained(tmp_path / "llava")
     model = SugarForConditionalGeneration.from_backbone(tmp_path / "llava", retrieval_dim=16)
-    model.add_adapter(
-        LoraConfig(
-            r=4,
-            target_modules=r"^vlm\.model\.language_model\..*\.(?:q_proj|v_proj)$",
-            modules_to_save=["retrieval_projector"],
-            init_lora_weights=False,
-        )
+    lora = LoraConfig(
+        r=4,
+        target_modules=r"^vlm\.model\.language_model\..*\.(?:q_proj|v_proj)$",
+        modules_to_save=["retrieval_projector"],
+        init_lora_weights=False,
     )
+    model = get_peft_model(model, lora).get_base_model()
     model.save_pretrained(tmp_path / "adapter")
     processor = SugarProcessor.from_pretrained(tmp_path / "llava")
     processor.save_pretrained(tmp_path / "adapter")

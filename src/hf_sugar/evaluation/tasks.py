@@ -1,6 +1,7 @@
 """Evaluation tasks as functions of an embedding or a generating function."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..models.rows_sugar import conversation_row, row_name
 from ..retrieval.rag import split_answer
 from .metrics import Estimate, recall_at_k
 
+
+logger = logging.getLogger(__name__)
 
 Slice = str | Image.Image | Path
 Item = Slice | list[Slice]
@@ -86,10 +89,14 @@ def load_tasks(
             sources = {"": sources}
         for label, source in sources.items():
             notes: list[str] = []
+            bad: list[Any] = []
             if name == "winoground_data":
-                rows = load_table(source, split)
+                rows, check = load_table(source, split), _pair_images
+                require_columns(rows)
             else:
-                rows = _load_rows(source, split, on_bad_row, notes)
+                rows, check = load_data(source, split, on_bad_row=on_bad_row, bad_rows=bad), row_slices
+            if on_bad_row == "skip":
+                rows = _readable(rows, check, len(bad), notes)
             task = prepare(rows, notes)
             where = f"{name} {label}".strip()
             tasks.append((label and f"{label}/", task, [f"{where}: {note}" for note in notes]))
@@ -136,21 +143,23 @@ def run_tasks(
     return {**results, "notes": notes} if notes else results
 
 
-def _load_rows(source: Any, split: str, on_bad_row: str, notes: list[str]) -> Dataset:
-    bad: list[Any] = []
-    rows = load_data(source, split, on_bad_row=on_bad_row, bad_rows=bad)
-    if on_bad_row == "skip":
-        good = []
-        for index, row in enumerate(undecoded(rows)):
-            try:
-                row_slices(row, row_name(row, index))
-                good.append(index)
-            except ValueError as error:
-                bad.append(error)
-        if bad:
-            notes.append(f"{len(bad)} of {len(good) + len(bad)} rows cannot be read and are left out.")
-        rows = rows.select(good)
-    return rows
+def _readable(rows: Dataset, check: Callable[[dict[str, Any], str], Any], bad: int, notes: list[str]) -> Dataset:
+    """The rows that `check` does not refuse; `bad` others were left out before."""
+    good = []
+    for index, row in enumerate(undecoded(rows)):
+        try:
+            check(row, row_name(row, index))
+            good.append(index)
+        except ValueError as error:
+            logger.warning("%s Left out.", error)
+    bad += len(rows) - len(good)
+    if bad:
+        notes.append(f"{bad} of {len(good) + bad} rows cannot be read and are left out.")
+    return rows.select(good)
+
+
+def _pair_images(row: dict[str, Any], where: str) -> list[Image.Image]:
+    return [load_image(row[name], f"{where}, {name}") for name in ("image_0", "image_1")]
 
 
 class _Images(Sequence):
@@ -234,7 +243,6 @@ def _interleaved_task(rows: Dataset, notes: list[str]) -> Task:
 
 
 def _winoground_task(rows: Dataset, notes: list[str]) -> Task:
-    require_columns(rows)
     return lambda embed, generate: winoground(embed, undecoded(rows))
 
 
@@ -406,7 +414,7 @@ def winoground(embed: EmbedFunction, rows: Sequence[dict[str, Any]]) -> dict[str
     captions, images = [], []
     for n, row in enumerate(rows):
         captions += [row["caption_0"], row["caption_1"]]
-        images += [load_image(row[name], f"row {n}, {name}") for name in ("image_0", "image_1")]
+        images += _pair_images(row, f"row {n}")
     caption_embeddings, image_embeddings = embed(captions), embed(images)
     pairs = len(images) // 2
     # s[row, caption, image]
