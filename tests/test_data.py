@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -571,6 +572,18 @@ class TestFiles:
         dataset = load_data(root / "rows.parquet", on_bad_row="skip")
         assert dataset["id"] == ["r0", "r2"]
         assert [shape(row)[0][1][0] for row in dataset] == [{"red"}, {"blue"}]
+        # paths in a column of images are relative to its file too, and not to where the process runs
+        paths = [{"path": "red.png", "bytes": None}, {"path": None, "bytes": png("blue.png", root)}]
+        for images in (paths[:1], paths):
+            table = {"image": images, "caption": ["x"] * len(images)}
+            features = Features({"image": Image(), "caption": Value("string")})
+            table = Dataset.from_dict(table, features=features).with_format("arrow")[:]
+            pq.write_table(table, root / "images.parquet")  # `to_parquet` would store the images
+            if len(images) == 1:
+                assert shape(load_data(root / "images.parquet")[0]) == caption_shape("red", "x")
+            else:
+                with pytest.raises(ValueError, match="row 1, `image`: is the path red.png among stored images"):
+                    load_data(root / "images.parquet")
         Dataset.from_dict({"id": [1], "url": ["http://a/b.jpg"], "text": ["x"]}).to_parquet(root / "coyo.parquet")
         with pytest.raises(ValueError, match="Download the images that `url` names first"):
             load_data(root / "coyo.parquet")
@@ -1208,10 +1221,10 @@ class TestDocumentation:
 def test_clipart():
     seen = []
     for split, expected in {"train": (726, 187), "val": (149, 42), "test": (146, 41)}.items():
-        rows = load_data([CLIPART / f"llava_{split}.json", CLIPART / f"mmc4_{split}.jsonl"])
-        report = check_dataset(rows)
-        assert report.ok and report.duplicates == 0 and report.text_only == 0
-        assert report.kinds == dict(zip(("conversations", "documents"), expected, strict=True))
-        seen += {image["path"] for row in undecoded(rows) for image in row["images"]}
+        sources = [CLIPART / f"llava_{split}.json", CLIPART / f"mmc4_{split}.jsonl"]
+        assert tuple(len(load_data(source)) for source in sources) == expected
+        seen += {image["path"] for row in undecoded(load_data(sources)) for image in row["images"]}
     assert sorted(seen) == sorted(str(path) for path in (CLIPART / "images").iterdir())  # none is in two splits
     assert len({Path(path).read_bytes() for path in seen}) == len(seen)
+    report = check_dataset(load_data(sources))
+    assert report.ok and report.duplicates == report.text_only == 0

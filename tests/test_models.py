@@ -16,7 +16,8 @@ from transformers import AutoImageProcessor, AutoProcessor, logging
 
 from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.models.modeling_sugar import pool_slices
-from hf_sugar.models.processing_sugar import SLICE_TEMPLATE, to_rgb
+from hf_sugar.models.processing_sugar import SLICE_TEMPLATE
+from hf_sugar.models.rows_sugar import to_rgb
 
 
 @pytest.fixture(scope="module")

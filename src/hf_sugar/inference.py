@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreamer
 
 from .data import load_image
-from .models.processing_sugar import IMAGE_SUFFIXES
-from .models.rows_sugar import check_row, conversation_row, fill_images, row_name
+from .models.rows_sugar import IMAGE_SUFFIXES, check_row, conversation_row, fill_images, row_name
 
 
 logger = logging.getLogger(__name__)

@@ -1,29 +1,21 @@
 from dataclasses import dataclass, field
 
 from hf_sugar.data import Problem, check_dataset, load_data
-from hf_sugar.models import SugarConfig, SugarProcessor
 
 from .arguments import DataArguments
 
 
 @dataclass
 class CheckArguments:
-    """
-    Settings of `hf-sugar check`.
-
-    Parameters:
-        model_name_or_path (`str`, *optional*):
-            Checkpoint whose processor counts the tokens of each sample.
-        max_length (`int`, *optional*):
-            Longest sequence allowed, image tokens included. Defaults to what the checkpoint takes.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of datasets that have several.
-    """
+    """Settings of `hf-sugar check`."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint whose processor counts the tokens of each sample."}
     )
-    max_length: int | None = field(default=None, metadata={"help": "Longest sequence allowed, image tokens included."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest sequence allowed, image tokens included. By default what the checkpoint takes."},
+    )
     split: str = field(default="train", metadata={"help": "Split of datasets that have several."})
 
 
@@ -32,6 +24,8 @@ def main(data: DataArguments, args: CheckArguments) -> int:
         raise ValueError("`train_data` is not set: name the data to check.")
     processor, max_length = None, args.max_length
     if args.model_name_or_path is not None:
+        from hf_sugar.models import SugarConfig, SugarProcessor  # with torch, which the check does without otherwise
+
         processor = SugarProcessor.from_pretrained(args.model_name_or_path)
         if max_length is None:
             config = SugarConfig.from_pretrained(args.model_name_or_path)
@@ -45,8 +39,10 @@ def main(data: DataArguments, args: CheckArguments) -> int:
     try:
         # every bad row is of interest here, not the first alone
         dataset = load_data(sources, args.split, on_bad_row="skip", image_root=data.image_root, bad_rows=bad_rows)
-    except (FileNotFoundError, ValueError) as error:
-        print(error)
+    except ValueError as error:
+        if not bad_rows:
+            raise
+        print(error)  # no row is good
         return 1
     report = check_dataset(dataset, processor, max_length, bad_rows=bad_rows)
     print(report)

@@ -39,7 +39,7 @@ class SearchArguments:
 
 def text_or_file(part: str) -> str | Path:
     """A `Path` for what ends like an image file, else the text."""
-    from hf_sugar.models.processing_sugar import IMAGE_SUFFIXES
+    from hf_sugar.models.rows_sugar import IMAGE_SUFFIXES
 
     if not part.lower().endswith(IMAGE_SUFFIXES):
         return part

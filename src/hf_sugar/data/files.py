@@ -42,7 +42,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from huggingface_hub import HfFileSystem
 
-from hf_sugar.models.processing_sugar import IMAGE_SUFFIXES
+from hf_sugar.models.rows_sugar import IMAGE_SUFFIXES
 
 from .layouts import CAPTION_FIELDS, BadRow
 

@@ -11,8 +11,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from hf_sugar.models.processing_sugar import to_rgb
-from hf_sugar.models.rows_sugar import conversation_row, fill_images, iter_slices, row_name
+from hf_sugar.models.rows_sugar import conversation_row, fill_images, iter_slices, row_name, to_rgb
 
 
 def load_image(image: Image.Image | str | Path | bytes | dict[str, Any], where: str = "image") -> Image.Image:

@@ -20,8 +20,7 @@ from datasets import (
 )
 from tqdm.auto import tqdm
 
-from hf_sugar.models.processing_sugar import IMAGE_SUFFIXES
-from hf_sugar.models.rows_sugar import LOSS_ON, UNREAD, row_problems
+from hf_sugar.models.rows_sugar import IMAGE_SUFFIXES, LOSS_ON, UNREAD, row_problems
 
 from .checks import Problem
 from .files import Line, file_records, first_record, load_located, locate
@@ -185,9 +184,8 @@ def _load_source(
         reading.root = path if os.path.isdir(path) else os.path.dirname(path)
     if streaming:
         return reading.stream([table.shard(table.num_shards, n) for n in range(table.num_shards)])
-    if any(_holds_images(feature) for feature in table.features.values()):
-        return reading.collect_stored(table)
-    return reading.collect([table])
+    columns = [name for name in table.column_names if _stores_images(table, name)]
+    return reading.collect_stored(table, columns) if columns else reading.collect([table])
 
 
 class _Reading:
@@ -221,9 +219,8 @@ class _Reading:
             raise ValueError(self.report())
         return concatenate_datasets(tables)
 
-    def collect_stored(self, table: Dataset) -> Dataset:
-        """Rows of a table that holds images: the text is written anew, the images are not read."""
-        columns = [name for name, feature in table.features.items() if _holds_images(feature)]
+    def collect_stored(self, table: Dataset, columns: list[str]) -> Dataset:
+        """Rows of a table with columns of stored images: the text is written anew, the images are not read."""
         # a record may give several rows with the same image: the first ones of all records, then the second ones ...
         rows: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
         found = []
@@ -320,27 +317,34 @@ def _table_records(table: Iterable[dict[str, Any]], source: str) -> Iterator[tup
         ) from error
 
 
-def _holds_images(feature: Any) -> bool:
+def _images(table: Dataset, column: str) -> pa.ChunkedArray:
+    """A column of images or of lists of them, flat."""
+    images = table.select_columns(column).with_format("arrow")[:][column]
+    return pc.list_flatten(images) if isinstance(table.features[column], List) else images
+
+
+def _stores_images(table: Dataset, column: str) -> bool:
+    """Whether a column has the bytes of images. One of paths alone is as good as one of texts."""
+    feature = table.features[column]
     feature = feature.feature if isinstance(feature, List) else feature
-    return isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary"))
+    if isinstance(feature, Image):
+        return bool(pc.any(pc.is_valid(pc.struct_field(_images(table, column), "bytes"))).as_py())
+    return feature in (Value("binary"), Value("large_binary"))
 
 
 def _without_images(table: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
     """Records in which every image is only marked."""
-    marks = {}
+    marks = {name: iter(_marks(_images(table, name), name)) for name in columns}
+    counts = {}
     for name in columns:
-        images = table.select_columns(name).with_format("arrow")[:][name]
         if isinstance(table.features[name], List):
-            every = iter(_marks(pc.list_flatten(images), name))
-            counts = pc.list_value_length(images).to_pylist()
-            marks[name] = [list(itertools.islice(every, count or 0)) for count in counts]
-        else:
-            marks[name] = _marks(images, name)
-    number = 0
-    for batch in table.remove_columns(columns).iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            yield {**dict(zip(batch, values, strict=True)), **{name: marks[name][number] for name in columns}}
-            number += 1
+            lists = table.select_columns(name).with_format("arrow")[:][name]
+            counts[name] = iter(pc.list_value_length(lists).to_pylist())
+    for record in table.remove_columns(columns):
+        for name in columns:
+            many = counts.get(name)
+            record[name] = list(itertools.islice(marks[name], next(many) or 0)) if many else next(marks[name])
+        yield record
 
 
 def _marks(images: pa.ChunkedArray, column: str) -> list[_Stored | None]:
@@ -384,8 +388,8 @@ def _as_lists(batch: pa.Table) -> pa.Table:
 def _image(value: Any, root: str, field: str) -> Any:
     """What a dataset stores of an image: a mapping of `path` and `bytes`."""
     if isinstance(value, _Stored):
-        if value.path is not None:
-            _image(value.path, root, field)
+        if value.path is not None and _image(value.path, root, field)["path"] != os.path.abspath(value.path):
+            raise BadRow(field, f"is the path {value.path} among stored images. Write it in full, or store the image.")
         return value
     if isinstance(value, dict) and value.get("bytes") is None:
         value = value.get("path")

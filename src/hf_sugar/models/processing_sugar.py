@@ -11,20 +11,19 @@ import numpy as np
 import torch
 from huggingface_hub import get_session
 from jinja2 import TemplateError
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import load_image
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.utils import is_torchvision_available, logging
 
-from .rows_sugar import fill_images
+from .rows_sugar import IMAGE_SUFFIXES, fill_images, to_rgb
 
 
 logger = logging.get_logger(__name__)
 
 AUTO_MAP = {"AutoProcessor": "processing_sugar.SugarProcessor"}
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 # LLaVA-1.5's own template puts every image of a message before every text, which takes interleaved documents apart,
 # and does not end an answer. This one keeps the order, marks what the assistant says, and is the same otherwise.
@@ -47,41 +46,6 @@ SLICE_TEMPLATE = (
 # Stands for the n-th text while the template is rendered, so that its place is known whatever the text says.
 _MARK = "\ue000{}\ue001"
 _MARK_RE = "\ue000(?P<text>[0-9]+)\ue001"
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """
-    8-bit RGB of any image, upright.
-
-    The EXIF orientation is applied, transparent pixels are laid over white, 16-bit greyscale is scaled to 8 bits, and
-    every other mode goes through Pillow's own conversion. Of an animation the first frame is taken.
-
-    Args:
-        image (`PIL.Image.Image`):
-            The image.
-
-    Returns:
-        `PIL.Image.Image`: image of mode `"RGB"`; an upright RGB image is returned as it is.
-
-    Raises:
-        `ValueError`: for floating-point pixels and integers beyond 16 bits, whose range is not known.
-    """
-    if image.getexif().get(0x0112) is not None:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("values outside of 16 bits; scale them to 8 bits first")
-        # Pillow's own conversion clips at 255. Mode "I" is 16-bit content from a file, or an integer array of 0..255.
-        eight_bit = image.mode == "I" and values.max() <= 255
-        return Image.fromarray((values if eight_bit else values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point values of unknown range; scale them to 8 bits first")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_image(source: str | Path) -> Image.Image:

@@ -1,5 +1,5 @@
-"""The rules of a row, for training and embedding alike. It travels to the Hub with the model, so it imports nothing of the
-package."""
+"""The rules of a row and its images, for training and embedding alike. It travels to the Hub with the model, so it imports
+nothing of the package; nor torch, which reading data does not need."""
 
 import datetime
 import json
@@ -7,9 +7,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+from PIL import Image, ImageOps
+
 
 ROLES = ("system", "user", "assistant")
 LOSS_ON = ("answers", "captions", "text")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 UNREAD = ("video", "videos", "audio", "audios")  # columns of other libraries that would have no effect
 
 
@@ -207,6 +211,41 @@ def iter_slices(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for message in messages:
         if message["role"] != "system":
             yield from message["content"]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    8-bit RGB of any image, upright.
+
+    The EXIF orientation is applied, transparent pixels are laid over white, 16-bit greyscale is scaled to 8 bits, and
+    every other mode goes through Pillow's own conversion. Of an animation the first frame is taken.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The image.
+
+    Returns:
+        `PIL.Image.Image`: image of mode `"RGB"`; an upright RGB image is returned as it is.
+
+    Raises:
+        `ValueError`: for floating-point pixels and integers beyond 16 bits, whose range is not known.
+    """
+    if image.getexif().get(0x0112) is not None:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("values outside of 16 bits; scale them to 8 bits first")
+        # Pillow's own conversion clips at 255. Mode "I" is 16-bit content from a file, or an integer array of 0..255.
+        eight_bit = image.mode == "I" and values.max() <= 255
+        return Image.fromarray((values if eight_bit else values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point values of unknown range; scale them to 8 bits first")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _contents(messages: list[dict[str, Any]], num_images: int) -> Iterator[tuple[Any, Any]]:

@@ -17,8 +17,7 @@ import pyarrow as pa
 
 from ..data.images import load_image, stored_image, undecoded
 from ..inference import TEXT_SUFFIXES, ItemError, SugarEmbedder, as_row, refuse
-from ..models.processing_sugar import IMAGE_SUFFIXES
-from ..models.rows_sugar import check_row, fill_images, row_name
+from ..models.rows_sugar import IMAGE_SUFFIXES, check_row, fill_images, row_name
 
 
 logger = logging.getLogger(__name__)
