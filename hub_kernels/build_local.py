@@ -17,9 +17,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import tomllib
 from pathlib import Path
 
-import tomllib
 import torch
 from kernels._rust import Digest, DigestAlgorithm
 

@@ -1,16 +1,14 @@
 """Runs the tests of `make test` on the lowest, the pinned and the newest versions that pyproject.toml allows, each set in
-an environment of its own, and prints a table: `make test-matrix`, or `make test-matrix SETS=newest`. Needs
-Python 3.11."""
+an environment of its own, and prints a table: `make test-matrix`, or `make test-matrix SETS=newest`."""
 
 import argparse
 import re
 import subprocess
 import sys
 import time
+import tomllib
 import venv
 from pathlib import Path
-
-import tomllib
 
 
 ROOT = Path(__file__).parents[1]

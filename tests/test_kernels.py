@@ -35,8 +35,6 @@ sys.path.insert(0, str(KERNELS))
 def built(tmp_path_factory) -> Path:
     """A build of today's sources: that of the checkout if it is one, else a new one."""
     pytest.importorskip("kernels", reason="the compiled kernel needs the `kernels` package")
-    if sys.version_info < (3, 11):
-        pytest.skip("hub_kernels/build_local.py needs Python 3.11")
     import build_local
 
     for file in (KERNELS / "gak" / "build").glob("*/metadata.json"):
