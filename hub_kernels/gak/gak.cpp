@@ -52,60 +52,54 @@ INLINE double exp_of(double x) {
   return std::bit_cast<double>(std::bit_cast<int64_t>(series) + exponent);
 }
 
-// `above` holds a row of cells, each for all lanes, and a column of zeros before them.
+// `above` holds a row of cells, each for all lanes, and a column of zeros before them; `near` a row of distances.
 template <typename T>
-INLINE void recursion(const T* distances, int64_t width, const Pair* pairs, int count, double* above, double* result) {
-  const T* cells[kLanes];
-  int64_t last[kLanes], n = 0, m = 0;
-  double scale[kLanes];
-  for (int l = 0; l < kLanes; ++l) {
-    // Lanes beyond `count` repeat the last pair.
-    const Pair& pair = pairs[std::min(l, count - 1)];
-    cells[l] = distances + pair.row * width + pair.column;
-    last[l] = pair.m - 1;
-    scale[l] = -pair.scale;
-    n = std::max(n, pair.n);
-    m = std::max(m, pair.m);
+INLINE void recursion(
+    const T* distances, int64_t width, const Pair* pairs, int count, double* above, T* near, double* result) {
+  int64_t n = 0, m = 0;
+  double scale[kLanes] = {};
+  for (int l = 0; l < count; ++l) {
+    scale[l] = -pairs[l].scale;
+    n = std::max(n, pairs[l].n);
+    m = std::max(m, pairs[l].m);
   }
   std::fill_n(above, (m + 1) * kLanes, 0.0);
   std::fill_n(above, kLanes, 1.0);
+  std::fill_n(near, m * kLanes, T(0));
   for (int64_t i = 0; i < n; ++i) {
+    for (int l = 0; l < count; ++l) {
+      // Cells outside a shorter pair keep some other distance, and nothing of that pair depends on them.
+      const T* cells = distances + (pairs[l].row + i) * width + pairs[l].column;
+      for (int64_t j = 0; j < pairs[l].m && i < pairs[l].n; ++j) {
+        near[j * kLanes + l] = cells[j];
+      }
+    }
     double left[kLanes] = {}, corner[kLanes];
     std::copy_n(above, kLanes, corner);
     std::fill_n(above, kLanes, 0.0);
     for (int64_t j = 0; j < m; ++j) {
       double* up = above + (j + 1) * kLanes;
-      double x[kLanes];
       for (int l = 0; l < kLanes; ++l) {
-        // A shorter lane repeats its last column and row.
-        x[l] = cells[l][std::min(j, last[l])];
-      }
-      for (int l = 0; l < kLanes; ++l) {
-        const double s = exp_of(x[l] * scale[l]);
+        const double s = exp_of(near[j * kLanes + l] * scale[l]);
         const double sum = (left[l] + up[l]) + corner[l];
         corner[l] = up[l];
         left[l] = up[l] = sum * (s / (2.0 - s));
       }
     }
-    for (int l = 0; l < kLanes; ++l) {
-      const Pair& pair = pairs[std::min(l, count - 1)];
-      if (i == pair.n - 1 && l < count) {
-        result[l] = above[pair.m * kLanes + l];
+    for (int l = 0; l < count; ++l) {
+      if (i == pairs[l].n - 1) {
+        result[l] = std::log(above[pairs[l].m * kLanes + l]);
       }
-      cells[l] += i < pair.n - 1 ? width : 0;
     }
   }
-  for (int l = 0; l < count; ++l) {
-    result[l] = std::log(result[l]);
-  }
 }
 
-CLONES void run(const float* distances, int64_t width, const Pair* pairs, int count, double* above, double* result) {
-  recursion(distances, width, pairs, count, above, result);
+CLONES void run(const float* distances, int64_t width, const Pair* pairs, int count, double* above, float* near, double* result) {
+  recursion(distances, width, pairs, count, above, near, result);
 }
 
-CLONES void run(const double* distances, int64_t width, const Pair* pairs, int count, double* above, double* result) {
-  recursion(distances, width, pairs, count, above, result);
+CLONES void run(const double* distances, int64_t width, const Pair* pairs, int count, double* above, double* near, double* result) {
+  recursion(distances, width, pairs, count, above, near, result);
 }
 
 // Where a kernel could leave the range of a float64: the same in log space, one cell after the other.
@@ -138,9 +132,10 @@ void log_kernels(const Tensor& distances, const std::vector<Pair>& pairs, double
   }
   torch::stable::parallel_for(0, (count + kLanes - 1) / kLanes, 8, [&](int64_t begin, int64_t end) {
     std::vector<double> above((longest + 1) * kLanes);
+    std::vector<T> near(longest * kLanes);
     for (int64_t first = begin * kLanes; first < std::min(end * kLanes, count); first += kLanes) {
       const int lanes = int(std::min<int64_t>(kLanes, count - first));
-      run(data, width, &pairs[first], lanes, above.data(), result + first);
+      run(data, width, &pairs[first], lanes, above.data(), near.data(), result + first);
       for (int64_t p = first; p < first + lanes; ++p) {
         if (!pairs[p].linear()) {
           result[p] = in_log_space(data, width, pairs[p], above.data());

@@ -219,14 +219,15 @@ def packed_alignment_kernel(
             if symmetric:
                 result.fill_diagonal_(0)
         if normalize in ("count", "self+count"):
-            result = result - log_delannoy(n[:, None], m).to(result)
-        if normalize == "self+count":
-            result = result + ((log_delannoy(n, n)[:, None] + log_delannoy(m, m)) / 2).to(result)
+            counts = _log_counts(n[:, None], m)
+            if normalize == "self+count":
+                counts -= (_log_counts(n, n)[:, None] + _log_counts(m, m)) / 2
+            result = result - torch.from_numpy(counts).to(result)
         return (result if log else result.exp()).to(slices.dtype)
 
 
 def _log_matrix(
-    slices: Slices, rows: torch.Tensor, columns: torch.Tensor | None, log_kernels: Callable[..., torch.Tensor]
+    slices: Slices, rows: np.ndarray, columns: np.ndarray | None, log_kernels: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
     """log K of all pairs of prefixes."""
     blocks = slices.blocks(rows)
@@ -237,29 +238,31 @@ def _log_matrix(
     result = slices.zeros(len(rows), len(rows if columns is None else columns))
     for a, b in pairs:
         if a is b:
-            i, j = torch.triu_indices(len(a.length), len(a.length))
+            i, j = torch.triu_indices(len(a.length), len(a.length)).numpy()
         else:
-            i, j = torch.cartesian_prod(torch.arange(len(a.length)), torch.arange(len(b.length))).T
+            i, j = np.divmod(np.arange(len(a.length) * len(b.length)), len(b.length))
         n, m = a.length[i], b.length[j]
-        values = log_kernels(slices.distances(a.number, b.number), a.start[i], b.start[j], n, m, n + m)
-        result[a.prefixes[i], b.prefixes[j]] = values
+        arguments = map(torch.from_numpy, (a.start[i], b.start[j], n, m, n + m))
+        values = log_kernels(slices.distances(a.number, b.number), *arguments)
+        row, column = torch.from_numpy(a.prefixes[i]), torch.from_numpy(b.prefixes[j])
+        result[row, column] = values
         if columns is None:
-            result[b.prefixes[j], a.prefixes[i]] = values
+            result[column, row] = values
     return result
 
 
 def _log_self_kernels(
-    slices: Slices, prefixes: torch.Tensor, lengths: torch.Tensor, log_kernels: Callable[..., torch.Tensor]
+    slices: Slices, prefixes: np.ndarray, lengths: np.ndarray, log_kernels: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
     """log K of each prefix with itself, at the bandwidths that it has with partners of some lengths."""
-    lengths, place = lengths.unique(return_inverse=True)
+    lengths, place = np.unique(lengths, return_inverse=True)
     result = slices.zeros(len(prefixes), len(lengths))
     for block in slices.blocks(prefixes):
-        start, n = (part.repeat_interleave(len(lengths)) for part in (block.start, block.length))
-        total = n + lengths.repeat(len(block.length))
+        start, n = (torch.from_numpy(part.repeat(len(lengths))) for part in (block.start, block.length))
+        total = torch.from_numpy(np.add.outer(block.length, lengths).ravel())
         values = log_kernels(slices.distances(block.number, block.number), start, start, n, n, total)
-        result[block.prefixes] = values.view(len(block.length), -1)
-    return result[:, place]
+        result[torch.from_numpy(block.prefixes)] = values.view(len(block.length), -1)
+    return result[:, torch.from_numpy(place)]
 
 
 def expected_alignment(
@@ -337,8 +340,12 @@ def log_delannoy(n: int | torch.Tensor, m: int | torch.Tensor) -> torch.Tensor:
         return torch.zeros(n.shape, dtype=torch.float64)
     if min(n.min(), m.min()) < 1:
         raise ValueError("`n` and `m` must be at least 1.")
-    n, m = torch.minimum(n, m).numpy(), torch.maximum(n, m).numpy()
-    return torch.as_tensor(_log_delannoy_table(int(n.max()), int(m.max()))[n - 1, m - 1])
+    return torch.as_tensor(_log_counts(n.numpy(), m.numpy()))
+
+
+def _log_counts(n: np.ndarray, m: np.ndarray) -> np.ndarray:
+    shorter, longer = np.minimum(n, m), np.maximum(n, m)
+    return _log_delannoy_table(int(shorter.max()), int(longer.max()))[shorter - 1, longer - 1]
 
 
 @functools.lru_cache(maxsize=4)

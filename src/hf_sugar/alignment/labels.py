@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import torch
 
 from .kernel import packed_alignment_kernel
@@ -88,10 +89,10 @@ def label_matrix(
 
 
 def _mean_cosines(slices: Slices, prefixes: torch.Tensor) -> torch.Tensor:
-    sample, length = check_prefixes("prefixes", prefixes, slices.offsets).unbind(1)
-    place, first = torch.arange(int(slices.offsets[-1])), slices.offsets[sample, None]
+    sample, length = check_prefixes("prefixes", prefixes, slices.offsets).T
+    place, first = np.arange(slices.offsets[-1]), slices.offsets[sample, None]
     weights = ((place >= first) & (place < first + length[:, None])) / length[:, None]
-    weights = weights.to(slices.halves[0][0])
+    weights = torch.from_numpy(weights).to(slices.halves[0][0])
     labels = weights.new_zeros(len(prefixes), len(prefixes))
     for a, b in itertools.product(range(len(slices.spans)), repeat=2):
         # Half the squared distance of unit vectors is 1 minus their cosine.

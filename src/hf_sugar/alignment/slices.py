@@ -4,6 +4,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -24,9 +25,9 @@ class Block(NamedTuple):
     """Prefixes, in the order of their lengths, of samples whose slices are side by side."""
 
     number: int
-    prefixes: torch.Tensor  # which ones
-    start: torch.Tensor  # where in the block each begins
-    length: torch.Tensor
+    prefixes: np.ndarray  # which ones
+    start: np.ndarray  # where in the block each begins
+    length: np.ndarray
 
 
 class Slices:
@@ -44,56 +45,53 @@ class Slices:
         self.dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         self.zeros = functools.partial(embeddings.new_zeros, dtype=wide_dtype(embeddings.device))
         # A sample is never cut.
-        self.block_of = (self.offsets[:-1] // BLOCK_SLICES).unique_consecutive(return_inverse=True)[1]
+        self.block_of = np.unique(self.offsets[:-1] // BLOCK_SLICES, return_inverse=True)[1]
         # Texts and images of each block are two runs; without modalities the second is empty.
-        kind = 2 * self.block_of.repeat_interleave(self.offsets.diff())
+        kind = np.repeat(2 * self.block_of, np.diff(self.offsets))
         halves = {"is all zeros and has no direction": embeddings}
-        self.place = None
-        if split is not None:
-            kind = kind + modality.cpu().long()
-            order = kind.argsort(stable=True)
-            self.place = order.argsort()
+        self.triple = split is not None
+        if self.triple:
+            kind = kind + modality.cpu().long().numpy()
             halves = {
                 f"is all zeros in its first {split} dimensions": embeddings[:, :split],
                 f"is all zeros after its first {split} dimensions": embeddings[:, split:],
             }
-        bounds = [0, *kind.bincount(minlength=2 * int(self.block_of[-1]) + 2).cumsum(0).tolist()]
+        bounds = [0, *np.bincount(kind, minlength=2 * int(self.block_of[-1]) + 2).cumsum().tolist()]
         self.runs = [slice(*run) for run in itertools.pairwise(bounds)]
         self.spans = [slice(*span) for span in itertools.pairwise(bounds[::2])]
-        self.inner = {}
+        self.order = torch.from_numpy(kind.argsort(kind="stable")).to(embeddings.device)
         self.halves = [self._measured(half, complaint) for complaint, half in halves.items()]
-        if self.place is not None:
-            order = order.to(embeddings.device)
-            self.halves = [tuple(part.index_select(0, order) for part in half) for half in self.halves]
+        self.inner = {}
 
     def _measured(self, half: torch.Tensor, complaint: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slices, in float32 at least, and the inverses of their lengths."""
-        half = half.to(self.dtype)
-        norm = torch.linalg.vector_norm(half, dim=1)
+        """Slices in float32 at least, each block's texts before its images, and the inverses of their lengths."""
+        norm = torch.linalg.vector_norm(half, dim=1, dtype=self.dtype)
         limit = 1e-150 if self.dtype == torch.float64 else 1e-15
         if not ((norm > limit) & (norm < 1 / limit)).all():
-            # Bad, or products of it leave the range. What is left over by the largest number has the same direction.
+            # Bad, or products leave the range: then what is left over by the largest number has the same direction.
             largest = half.detach().abs().amax(dim=1)
             self._refuse(~largest.isfinite(), "holds NaN or infinity")
             self._refuse(largest == 0, complaint)
-            half = half / largest[:, None]
+            half = half.to(self.dtype) / largest[:, None]
             norm = torch.linalg.vector_norm(half, dim=1)
-        return half, 1 / norm
+        if self.triple:
+            half, norm = half.index_select(0, self.order), norm.index_select(0, self.order)
+        return half.to(self.dtype), 1 / norm
 
     def _refuse(self, bad: torch.Tensor, what: str):
         if bad.any():
             row = int(bad.nonzero()[0, 0])
-            sample = int(torch.searchsorted(self.offsets, row, right=True)) - 1
+            sample = int(np.searchsorted(self.offsets, row, side="right")) - 1
             raise ValueError(
                 f"Slice {row - self.offsets[sample]} of sequence {sample} (row {row} of the packed embeddings) {what}."
             )
 
-    def blocks(self, prefixes: torch.Tensor) -> list[Block]:
-        order = prefixes[:, 1].argsort(stable=True)
-        sample, length = prefixes[order].unbind(1)
-        blocks = []
-        for number in self.block_of[sample].unique().tolist():
-            chosen = self.block_of[sample] == number
+    def blocks(self, prefixes: np.ndarray) -> list[Block]:
+        order = prefixes[:, 1].argsort(kind="stable")
+        sample, length = prefixes[order].T
+        numbers, blocks = self.block_of[sample], []
+        for number in np.unique(numbers).tolist():
+            chosen = numbers == number
             start = self.offsets[sample[chosen]] - self.spans[number].start
             blocks.append(Block(number, order[chosen], start, length[chosen]))
         return blocks
@@ -105,50 +103,55 @@ class Slices:
         return self.inner[a] if a == b else self._distances(a, b)
 
     def _distances(self, a: int, b: int) -> torch.Tensor:
-        if self.place is None:
-            return _squared_distances(self.halves[0], self.spans[a], self.spans[b])
-        kinds = [[None, None], [None, None]]
+        rows, columns = self.spans[a], self.spans[b]
+        result = self.halves[0][0].new_empty(rows.stop - rows.start, columns.stop - columns.start)
+        if not self.triple:
+            return _squared_distances(self.halves[0], rows, columns, out=result)
         for i, j in itertools.product((TEXT, IMAGE), repeat=2):
+            row_run, column_run = self.runs[2 * a + i], self.runs[2 * b + j]
+            at = _moved(row_run, rows.start), _moved(column_run, columns.start)
             if a == b and i > j:
-                kinds[i][j] = kinds[j][i].T
+                result[at] = result[at[::-1]].T
             else:
-                half = self.halves[0 if i == j else 1]
-                kinds[i][j] = _squared_distances(half, self.runs[2 * a + i], self.runs[2 * b + j])
-        sorted_by_kind = torch.cat([torch.cat(kind, dim=1) for kind in kinds])
-        i, j = (
-            (self.place[self.spans[number]] - self.spans[number].start).to(sorted_by_kind.device) for number in (a, b)
-        )
-        return sorted_by_kind.index_select(0, i).index_select(1, j)
+                _squared_distances(self.halves[0 if i == j else 1], row_run, column_run, out=result[at])
+        # From the order by modality to that of the samples.
+        i, j = (self.order[span].argsort() for span in (rows, columns))
+        return result.index_select(0, i).index_select(1, j)
 
 
-def _squared_distances(half: tuple[torch.Tensor, torch.Tensor], rows: slice, columns: slice) -> torch.Tensor:
-    """Squared distances of two runs of slices when each has length 1."""
+def _moved(run: slice, start: int) -> slice:
+    return slice(run.start - start, run.stop - start)
+
+
+def _squared_distances(
+    half: tuple[torch.Tensor, torch.Tensor], rows: slice, columns: slice, out: torch.Tensor
+) -> torch.Tensor:
+    """Writes the squared distances of two runs of slices, when each has length 1, to `out`."""
     (a, inverse_a), (b, inverse_b) = ([part[run] for part in half] for run in (rows, columns))
-    same, strips = rows == columns, []
-    for begin in range(0, len(a), STRIP_SLICES):
-        # Of slices with themselves both triangles hold the same numbers.
-        strip, rest = slice(begin, begin + STRIP_SLICES), slice(begin if same else 0, None)
-        cosines = (a[strip] @ b[rest].T) * inverse_a[strip, None] * inverse_b[rest]
-        strips.append(F.pad(2 - 2 * cosines, (rest.start, 0)))
-    distances = torch.cat(strips) if strips else a.new_zeros(0, len(b))
-    if same:
-        distances = distances.triu(1) + distances.triu(1).T
-    distances.clamp_(min=0)
+    same = rows == columns
+    # Of slices with themselves both triangles hold the same numbers, which are computed once.
+    for begin in range(0, len(a), STRIP_SLICES) if same else (0,):
+        strip, rest = slice(begin, begin + STRIP_SLICES if same else None), slice(begin, None)
+        products = a[strip] @ b[rest].T
+        out[strip, rest] = products
+        if same:
+            out[rest, strip] = products.T
+    out.mul_(-2 * inverse_a[:, None]).mul_(inverse_b).add_(2).clamp_(min=0)
     # The gradient stays that of 2 - 2 cos.
     with torch.no_grad():
         if same:
-            distances.fill_diagonal_(CLOSE)
-        if a.dtype == torch.float32 and distances.numel() and distances.min() < CLOSE:
-            close = distances < CLOSE
+            out.fill_diagonal_(CLOSE)
+        if a.dtype == torch.float32 and out.numel() and out.min() < CLOSE:
+            close = out < CLOSE
             i, j = close.any(dim=1).nonzero(), close.any(dim=0).nonzero()[:, 0]
             # MPS has no float64.
             device = "cpu" if a.device.type == "mps" else a.device
             x, y = (F.normalize(side.to(device, torch.float64)) for side in (a[i[:, 0]], b[j]))
             exact = (2 - 2 * (x @ y.T)).clamp_(min=0)
-            distances[i, j] = torch.where(close[i, j], exact.to(distances), distances[i, j])
+            out[i, j] = torch.where(close[i, j], exact.to(out), out[i, j])
         if same:
-            distances.fill_diagonal_(0)
-    return distances
+            out.fill_diagonal_(0)
+    return out
 
 
 def _check_embeddings(embeddings: torch.Tensor):
@@ -181,30 +184,28 @@ def _check_triple(embeddings: torch.Tensor, modality: torch.Tensor | None, split
         raise ValueError(f"`modality` may hold {TEXT} (text) and {IMAGE} (image) only.")
 
 
-def _check_offsets(offsets: torch.Tensor, total: int) -> torch.Tensor:
-    offsets = check_integers("offsets", offsets)
+def _check_offsets(offsets: torch.Tensor, total: int) -> np.ndarray:
+    offsets = check_integers("offsets", offsets).numpy()
     if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != total:
         raise ValueError(f"`offsets` must be one-dimensional and run from 0 to {total}, the number of slices.")
-    empty = (offsets.diff() < 1).nonzero()
+    empty = np.flatnonzero(np.diff(offsets) < 1)
     if len(empty):
-        raise ValueError(
-            f"`offsets` must increase, but sequence {int(empty[0])} is empty: every sample needs a slice."
-        )
+        raise ValueError(f"`offsets` must increase, but sequence {empty[0]} is empty: every sample needs a slice.")
     return offsets
 
 
-def check_prefixes(name: str, prefixes: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    prefixes = check_integers(name, prefixes)
+def check_prefixes(name: str, prefixes: torch.Tensor, offsets: np.ndarray) -> np.ndarray:
+    prefixes = check_integers(name, prefixes).numpy()
     if prefixes.ndim != 2 or prefixes.shape[1] != 2 or len(prefixes) == 0:
-        raise ValueError(f"`{name}` must have rows (sample, length), at least one; got shape {tuple(prefixes.shape)}.")
+        raise ValueError(f"`{name}` must have rows (sample, length), at least one; got shape {prefixes.shape}.")
     samples, lengths = prefixes.T
-    bad = ((samples < 0) | (samples >= len(offsets) - 1)).nonzero()
+    bad = np.flatnonzero((samples < 0) | (samples >= len(offsets) - 1))
     if len(bad):
-        raise ValueError(f"`{name}[{int(bad[0])}]` names sample {samples[bad[0, 0]]} of {len(offsets) - 1}.")
-    available = offsets.diff()[samples]
-    bad = ((lengths < 1) | (lengths > available)).nonzero()
+        raise ValueError(f"`{name}[{bad[0]}]` names sample {samples[bad[0]]} of {len(offsets) - 1}.")
+    available = np.diff(offsets)[samples]
+    bad = np.flatnonzero((lengths < 1) | (lengths > available))
     if len(bad):
-        i = int(bad[0])
+        i = bad[0]
         raise ValueError(
             f"`{name}[{i}]` has length {lengths[i]}, but sample {samples[i]} has {available[i]} slices: "
             "lengths run from 1 to that."
