@@ -340,7 +340,8 @@ class TestModels:
         [
             ("processing_class", tiny.tokenizer, "reads no images"),
             ("args", lambda: SFTConfig("unused", bf16=False, use_cpu=True), "SFTConfig. Pass a `SugarTrainingConfig`"),
-            ("model_init", lambda: tiny.llava, "model_init"),
+            *((name, lambda: tiny.llava, name) for name in ("model_init", "data_collator", "compute_loss_func")),
+            ("formatting_func", lambda: str, "formatting_func"),
             ("peft_config", lambda: PromptTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM"), "LoraConfig"),
             ("peft_config", lambda: LoraConfig(bias="all"), "bias"),
         ],
@@ -482,29 +483,11 @@ class TestRows:
 class TestErrors:
     """Each names the row and the remedy, and comes before any training."""
 
-    @pytest.mark.parametrize(
-        "change, message",
-        [
-            (
-                lambda row: row["messages"][0]["content"].append(text_part(" ")),
-                r"row 3 \(row-3\).*content\[2\].*empty",
-            ),
-            (lambda row: row["images"].pop(), r"row 3 \(row-3\).*0 images.*1 image part"),
-            (lambda row: row["messages"][0].update(role="bot"), r"row 3 \(row-3\).*'bot'.*system, user, assistant"),
-            (lambda row: row["messages"].pop(), r"row 3 \(row-3\).*no answer.*loss_on='text'"),
-            (lambda row: row.update(images=["nowhere.png"]), r"row 3 \(row-3\).*'nowhere.png'.*does not exist"),
-            (
-                lambda row: row.update(images=[{"bytes": b"not an image", "path": None}]),
-                r"row 3 \(row-3\).*cannot be decoded",
-            ),
-        ],
-    )
-    def test_bad_rows(self, backbone, teachers, tmp_path, change, message):
+    def test_bad_rows(self, backbone, teachers, tmp_path):
         data = rows([conversation], 6).to_list()
-        change(data[3])
-        if data[3]["images"] == ["nowhere.png"]:
-            data[3]["images"] = [{"bytes": None, "path": "nowhere.png"}]
-        with pytest.raises(ValueError, match=f"(?s){message}"):
+        data[3]["messages"].pop()
+        data[4]["images"] = []
+        with pytest.raises(ValueError, match=r"(?s)row 3 \(row-3\).*no answer.*row 4 \(row-4\).*0 images"):
             SugarTrainer(
                 backbone, config(tmp_path, teachers), train_dataset=Dataset.from_list(data, features=FEATURES)
             )
@@ -537,18 +520,6 @@ class TestErrors:
                 backbone,
                 config(tmp_path, {"cross": teachers["cross"]}, **settings),
                 train_dataset=rows([conversation]),
-            )
-
-    def test_dataset_without_messages(self, backbone, teachers, tmp_path):
-        data = Dataset.from_dict({"text": ["<image> a"], "images": [[tiny.image()]]})
-        with pytest.raises(ValueError, match="messages"):
-            SugarTrainer(backbone, config(tmp_path, teachers), train_dataset=data)
-
-    @pytest.mark.parametrize("name", ["data_collator", "compute_loss_func", "formatting_func"])
-    def test_arguments_that_cannot_work(self, backbone, teachers, tmp_path, name):
-        with pytest.raises(ValueError, match=name):
-            SugarTrainer(
-                backbone, config(tmp_path, teachers), train_dataset=rows([conversation]), **{name: lambda x: x}
             )
 
     @pytest.mark.parametrize(
@@ -624,19 +595,6 @@ class TestSaving:
             assert history(resumed, key)[-2:] == pytest.approx(history(whole, key)[-2:], rel=1e-5)
         assert history(whole, "loss")[2] != pytest.approx(history(whole, "loss")[0], rel=1e-3)
 
-    def test_adapter_loads_in_one_line(self, backbone, teachers, tmp_path):
-        trainer = SugarTrainer(
-            backbone, config(tmp_path, teachers), train_dataset=rows([conversation]), peft_config=LoraConfig(r=4)
-        )
-        trainer.train()
-        trainer.save_model()
-        inputs = trainer.processing_class.embed_inputs(["a red circle", tiny.image()])
-        expected = trainer.model.eval().embed(**inputs)
-        loaded = SugarForConditionalGeneration.from_pretrained(tmp_path)
-        processor = SugarProcessor.from_pretrained(tmp_path)
-        found = loaded.embed(**processor.embed_inputs(["a red circle", tiny.image()]))
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-
     def test_full_checkpoint_can_be_trained_on(self, backbone, teachers, tmp_path):
         first = SugarTrainer(
             backbone, config(tmp_path / "a", teachers, max_steps=1), train_dataset=rows([conversation])
@@ -651,22 +609,6 @@ class TestSaving:
         # the projector is the one that was saved, whatever size a new one would have
         for name, value in first.model.retrieval_projector.state_dict().items():
             assert torch.equal(second.model.retrieval_projector.state_dict()[name], value)
-
-    @pytest.mark.parametrize("part", ["retrieval_projector", "lora_A"])
-    def test_adapter_with_missing_weights_is_refused(self, backbone, teachers, tmp_path, part):
-        from safetensors.torch import load_file, save_file
-
-        trainer = SugarTrainer(
-            backbone,
-            config(tmp_path, teachers, max_steps=1),
-            train_dataset=rows([conversation]),
-            peft_config=LoraConfig(r=4),
-        )
-        trainer.save_model()
-        file = tmp_path / "adapter" / "adapter_model.safetensors"
-        save_file({key: value for key, value in load_file(file).items() if part not in key}, file)
-        with pytest.raises(ValueError, match=f"(?s)does not fit.*missing.*{part}"):
-            SugarForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def compared(path, backbone, teachers, batch):

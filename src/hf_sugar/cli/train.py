@@ -175,7 +175,7 @@ def summary(trainer: SugarTrainer) -> str:
         last.update(entry)
     found = {
         key: f"{last[key]:.4g}"
-        for key in last
+        for key in sorted(last, key=lambda key: ("recall@" in key, key.startswith("eval_"), key))
         if key.removeprefix("eval_") in ("loss", "generative_loss", "structure_loss") or "recall@" in key
     }
     path = trainer.args.output_dir

@@ -84,6 +84,23 @@ _REFUSED = {
 }
 
 
+def _require_what_can_work(args: SugarTrainingConfig) -> None:
+    if args.push_to_hub and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+        raise ValueError(
+            f"`hub_strategy={args.hub_strategy.value!r}` publishes optimizer states and training_args.bin, a pickle with the "
+            "paths and tokens of this machine. Set it to 'every_save' or 'end'."
+        )
+    gathered = args.gather_across_devices and args.world_size > 1
+    if args.structure_weight > 0 and args.per_device_train_batch_size == 1 and not gathered:
+        problem = (
+            "Every label matrix holds the positions of one sample: they are all alike, and the embeddings collapse. Raise "
+            "`per_device_train_batch_size` (accumulation does not enlarge the matrix)"
+        )
+        if not args.allow_single_sample:
+            raise ValueError(f"{problem}, or set `structure_weight=0` or `allow_single_sample=True`.")
+        logger.warning("%s.", problem)
+
+
 class SugarTrainer(SFTTrainer):
     """
     [`~trl.SFTTrainer`] with the structure loss of [Sugar](https://huggingface.co/papers/2411.00304):
@@ -159,8 +176,7 @@ class SugarTrainer(SFTTrainer):
         **kwargs,
     ):
         # Args
-        if isinstance(model, Path):
-            model = str(model)
+        model = str(model) if isinstance(model, Path) else model
         if args is not None and not isinstance(args, SugarTrainingConfig):
             raise TypeError(
                 f"`args` is a {type(args).__name__}. Pass a `SugarTrainingConfig`, which has all settings of `SFTConfig` and "
@@ -174,26 +190,13 @@ class SugarTrainer(SFTTrainer):
         for name, remedy in _REFUSED.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` cannot be combined with the structure loss: {remedy}")
-        if args.push_to_hub and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
-            raise ValueError(
-                f"`hub_strategy={args.hub_strategy.value!r}` publishes optimizer states and training_args.bin, a pickle with the "
-                "paths and tokens of this machine. Set it to 'every_save' or 'end'."
-            )
+        _require_what_can_work(args)
         args = copy.copy(args)  # TRL changes some, in the parts of it too
         args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)
         args.accelerator_config = copy.copy(args.accelerator_config)
         # of a stream for evaluation too: batches of several processes have no common length by which to dispatch them
         args.accelerator_config.dispatch_batches = False
         self._structure = args.structure_weight > 0
-        shared = args.gather_across_devices and args.world_size > 1
-        if self._structure and args.per_device_train_batch_size == 1 and not shared:
-            problem = (
-                "Every label matrix holds the positions of one sample: they are all alike, and the embeddings collapse. Raise "
-                "`per_device_train_batch_size` (accumulation does not enlarge the matrix)"
-            )
-            if not args.allow_single_sample:
-                raise ValueError(f"{problem}, or set `structure_weight=0` or `allow_single_sample=True`.")
-            logger.warning("%s.", problem)
 
         # Datasets
         validate = args.on_bad_row == "error"
@@ -253,7 +256,6 @@ class SugarTrainer(SFTTrainer):
             )
         args.max_length = max_length
 
-        # What TRL does to a model that is otherwise here
         if is_quantized(base):
             # TRL casts all that QLoRA trains to bfloat16; the projector stays as exact as it was
             for layer, kept in zip([base.retrieval_projector.linear_1, base.retrieval_projector.linear_2], exact):
@@ -276,7 +278,7 @@ class SugarTrainer(SFTTrainer):
         self._eval_collator = SugarCollator(processing_class, max_length, embed_slices)
         self.add_callback(_TellCollator(self.data_collator, self._good_rows))
         self.structure_loss = StructureLoss(reduction=args.structure_reduction)
-        self._eval_losses = self._new_eval_losses()
+        self._eval_losses = EvalLosses(self.accelerator, args.per_device_train_batch_size)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         resume_from_checkpoint = to_resume_from(resume_from_checkpoint, self.args.output_dir)
@@ -397,15 +399,8 @@ class SugarTrainer(SFTTrainer):
                 logger.warning_once("A label matrix held the positions of one sample alone: no structure loss for it.")
             embeddings, labels = embeddings[:0], embeddings.new_zeros(0, 0)
         loss = self.structure_loss(embeddings, labels)
-        return loss, {
-            "structure_loss": loss.detach(),
-            "labels_clamped": loss.new_tensor(clamped),
-            "samples_compared": loss.new_tensor(samples),
-        }
-
-    def _new_eval_losses(self) -> EvalLosses:
-        size = max(2, self.args.per_device_train_batch_size)
-        return EvalLosses(self.accelerator, size, self._structure_loss if self._structure else None)
+        counted = {"labels_clamped": loss.new_tensor(clamped), "samples_compared": loss.new_tensor(samples)}
+        return loss, {"structure_loss": loss.detach(), **counted}
 
     # Evaluation and prediction take one path, `evaluation_loop`.
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -431,7 +426,8 @@ class SugarTrainer(SFTTrainer):
     ):
         """As upstream, with all metrics before callbacks are asked, and losses that do not depend on batches and processes:
         a label matrix is of as many rows as a process compares in training."""
-        self._eval_losses = self._new_eval_losses()
+        size = max(2, self.args.per_device_train_batch_size)
+        self._eval_losses = EvalLosses(self.accelerator, size, self._structure_loss if self._structure else None)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
         self._metrics["eval"].clear()
@@ -508,17 +504,8 @@ class SugarTrainer(SFTTrainer):
             write_card(output_dir or self.args.output_dir, run_facts(self))
 
     def create_model_card(self, model_name: str | None = None, dataset_name=None, tags=None):
-        """
-        Write the model card of what has been saved in `args.output_dir`. Saving and pushing do this by themselves.
-
-        Args:
-            model_name (`str`, *optional*):
-                Where the model is going to be on the Hub.
-            dataset_name (`str` or `list[str]`, *optional*):
-                Hub ids and paths of the training data. Defaults to `trainer.dataset_names`.
-            tags (`str` or `list[str]`, *optional*):
-                Further tags.
-        """
+        """Write the model card of what has been saved in `args.output_dir`, for a repository `model_name`, trained on the
+        datasets `dataset_name` (or those of `trainer.dataset_names`), with more `tags`. Saving and pushing do it too."""
         if dataset_name is not None:
             self.dataset_names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
         # TRL calls this before each checkpoint too, when there is no model in `output_dir` yet
@@ -527,31 +514,11 @@ class SugarTrainer(SFTTrainer):
             write_card(self.args.output_dir, run_facts(self), repo_id=model_name, tags=tags)
 
     def push_to_hub(
-        self,
-        commit_message: str = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ):
         """
-        Save, and publish the result: see [`~hub.push_checkpoint`]. Optimizer states, training arguments and
-        everything else in `args.output_dir` stay where they are.
-
-        Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`):
-                Title of the commit.
-            blocking (`bool`, *optional*, defaults to `True`):
-                Whether to wait for the upload.
-            token (`str`, *optional*):
-                Access token. Defaults to `args.hub_token`, else to the one of `hf auth login` or `HF_TOKEN`.
-            revision (`str`, *optional*):
-                Branch. Defaults to `args.hub_revision`.
-            private (`bool`, *optional*):
-                Whether a new repository is private. Defaults to `args.hub_private_repo`.
-            kwargs:
-                `base_model`, `license`, `tags` and `create_pr` of [`~hub.push_checkpoint`].
+        Save, and publish the result; everything else in `args.output_dir` stays where it is. Arguments are those of
+        [`~hub.push_checkpoint`], and default to what `args.hub_token`, `hub_revision` and `hub_private_repo` say.
 
         Returns:
             [`~huggingface_hub.CommitInfo`], or a `Future` of it if `blocking=False`; `None` on other processes.
