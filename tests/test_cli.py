@@ -75,13 +75,13 @@ def test_prepare_train_evaluate(place, capsys):
     (place / "prepare.yaml").write_text(yaml.safe_dump({key: settings[key] for key in keys}))
     main(["prepare", "--config", str(place / "prepare.yaml")])
     assert "0 skipped" in capsys.readouterr().out
-    files = [*(place / "cache").glob("shard-*"), place / "cache" / "blocks.jsonl"]
+    files = list((place / "cache").glob("shard-*"))
     stamps = {file: file.stat().st_mtime_ns for file in files}
 
     main(["train", "--config", str(place / "train.yaml"), "--max_steps", "3"])
     assert "test/image_to_text_recall@1" in capsys.readouterr().out
-    # training finds all shards, and all blocks of its rows among those that are done
-    assert len(list((place / "cache").glob("shard-*"))) == len(stamps) - 1
+    # training finds all shards
+    assert set((place / "cache").glob("shard-*")) == stamps.keys()
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
     report = json.loads((place / "out" / "report.json").read_text())
     assert report["runs"]["trained"]["test/image_to_text_recall@1"]["n"] == 12
@@ -107,7 +107,7 @@ def test_streamed_training(place, tmp_path, capsys):
     for name, mapping in (("prepare", prepare), ("train", train)):
         mapping["teacher_cache_dir"] = str(tmp_path / "cache")
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(mapping))
-    with pytest.raises(ValueError, match="cache is empty: run `hf-sugar prepare`"):
+    with pytest.raises(ValueError, match="a streaming dataset is not read before it is used. Run `hf-sugar prepare`"):
         main(["train", "--config", str(tmp_path / "train.yaml"), "--eval_strategy", "no"])
     main(["prepare", "--config", str(tmp_path / "prepare.yaml")])
     assert "36 rows" in capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_prepare_under_accelerate_launch(place, tmp_path):
     )
     assert done.stdout.count("2200 encoded") == 1
     one, two = ({file.name: file.read_bytes() for file in (tmp_path / n).glob("shard-*")} for n in ("one", "two"))
-    assert one == two and len(one) == 3
+    assert one == two and len(one) > 2
 
 
 def run(*argv: str) -> subprocess.CompletedProcess:

@@ -1,8 +1,9 @@
-import ast
 import gc
+import io
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,9 +61,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hf_sugar.alignment import IMAGE, TEXT
-from hf_sugar.data import load_image, row_slices
-from hf_sugar.models.rows_sugar import row_name
-from hf_sugar.teachers import TeacherCache, TripleEncoder, slice_key
+from hf_sugar.cli.main import main
+from hf_sugar.data import load_data, row_slices
+from hf_sugar.models import SugarProcessor
+from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings, teachers_of
+from hf_sugar.training import SugarCollator
 from hf_sugar.world import checkpoint
 
 
@@ -70,6 +74,11 @@ TEXTS = ["a red circle", "a small blue square left of a star", "star", "a red ci
 
 def picture(seed: int, width: int = 20, height: int = 24) -> Image.Image:
     return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    image.save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
 
 
 def save_tokenizer(directory: Path, max_length: int) -> None:
@@ -673,7 +682,7 @@ def test_a_slice_without_a_definite_embedding_is_named(checkpoints, tmp_path):
         encoder.encode([picture(n) for n in range(3)])
 
 
-# --- the cache
+# --- the column
 
 
 def row(*parts, **columns):
@@ -682,355 +691,43 @@ def row(*parts, **columns):
     return {"messages": [{"role": "user", "content": content}], "images": images, **columns}
 
 
-def open_cache(directory, encoder):
-    return TeacherCache.for_encoder(directory, encoder)
-
-
-def test_cache_round_trip(encoder, tmp_path):
-    slices = [TEXTS[0], picture(0), TEXTS[1], picture(1)]
-    embeddings = encoder.encode(slices)
-    cache = open_cache(tmp_path / "cache", encoder)
-    assert not (tmp_path / "cache").exists()  # opening writes nothing
-    cache.add(slices[:3], embeddings[:3])
-    cache.add(slices[3:], embeddings[3:])
-    for opened in (cache, open_cache(tmp_path / "cache", encoder)):
-        assert len(opened) == 4 and slices[1] in opened and "star" not in opened
-        found = opened.lookup([slices[i] for i in (3, 0, 0, 2, 1)])
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, embeddings[[3, 0, 0, 2, 1]], atol=5e-4, rtol=0)
-        torch.testing.assert_close(found[:, :24].norm(dim=1), torch.ones(5), atol=1e-6, rtol=0)
-        torch.testing.assert_close(found[:, 24:].norm(dim=1), torch.ones(5), atol=1e-6, rtol=0)
-    shards = list((tmp_path / "cache").glob("shard-*.arrow"))
-    tables = [datasets.Dataset.from_file(str(shard)) for shard in shards]
-    assert sorted(map(len, tables)) == [1, 3] and tables[0].features["embedding"].length == 44
-    assert {key for table in tables for key in table["key"]} == set(map(slice_key, slices))
-    header = json.loads((tmp_path / "cache" / "cache.json").read_text())
-    assert (header["dim"], header["split"], header["fingerprint"]) == (44, 24, encoder.fingerprint)
-
-
-def test_cache_without_split_renormalises_the_whole_vector(tmp_path):
-    cache = TeacherCache(tmp_path, "f", 3, None)
-    cache.add(["a"], torch.tensor([[3.0, 0.0, 4.0]]))
-    torch.testing.assert_close(cache.lookup(["a"]), torch.tensor([[0.6, 0.0, 0.8]]))
-
-
-def test_float16_error_is_the_documented_one(tmp_path):
-    torch.manual_seed(0)
-    x = F.normalize(torch.randn(300, 2, 768, dtype=torch.float64), dim=-1)
-    x = torch.cat([x, F.normalize(x + 0.01 * torch.randn_like(x), dim=-1)])
-    cache = TeacherCache(tmp_path, "f", 1536, 768)
-    names = [str(i) for i in range(600)]
-    cache.add(names, x.flatten(1))
-    found = cache.lookup(names).double().unflatten(1, (2, 768))
-    for half in range(2):
-        a, b = x[:, half], found[:, half]
-        assert (a @ a.T - b @ b.T).abs().max() < 1e-4
-
-
-def test_keys_name_the_content(tmp_path):
-    image = picture(0)
-    image.save(tmp_path / "same.png")
-    assert slice_key(Image.open(tmp_path / "same.png")) == slice_key(image.copy())
-    pixels = np.asarray(image)
-    transposed_size = Image.fromarray(pixels.reshape(pixels.shape[1], pixels.shape[0], 3))  # equal bytes
-    changed = pixels.copy()
-    changed[-1, -1, -1] ^= 1
-    others = [image, transposed_size, Image.fromarray(changed), "a", "a ", image.tobytes().decode("latin-1")]
-    assert len({slice_key(item) for item in others}) == len(others)
-    assert len(slice_key("é")) == 16
-
-
-def test_missing_is_unique_and_ordered(encoder, tmp_path):
-    cache = open_cache(tmp_path, encoder)
-    cache.add(["star"], encoder.encode(["star"]))
-    assert cache.missing(["b", "star", "a", "b", "c", "a"]) == ["b", "a", "c"]
-
-
-def test_lookup_names_the_slice_that_lacks_an_embedding(encoder, tmp_path):
-    cache = open_cache(tmp_path, encoder)
-    cache.add(["star"], encoder.encode(["star"]))
-    with pytest.raises(KeyError, match=r"slices\[1\], 'a red circle', has no embedding.*hf-sugar prepare"):
-        cache.lookup(["star", "a red circle"])
-    with pytest.raises(KeyError, match=r"an image of size \(20, 24\)"):
-        cache.lookup([picture(0)])
-
-
-def test_a_cache_of_other_teachers_is_refused(encoder, clip_only, checkpoints, tmp_path):
-    cache = open_cache(tmp_path / "cache", encoder)
-    cache.add(["star"], encoder.encode(["star"]))
-    with pytest.raises(ValueError) as raised:
-        open_cache(tmp_path / "cache", clip_only)
-    message = str(raised.value)
-    for part in (str(tmp_path / "cache"), encoder.description, clip_only.description, "another directory", "delete"):
-        assert part in message
-    with pytest.raises(ValueError, match="not the one of the teacher cache"):
-        cache.fill([row("star")], clip_only)
-
-
-def test_an_existing_cache_is_opened_without_the_weights(encoder, checkpoints, tmp_path, monkeypatch):
-    open_cache(tmp_path, encoder).add(["star"], encoder.encode(["star"]))
-    monkeypatch.setattr("hf_sugar.teachers.encoder.AutoModel", None)
-    fresh = TripleEncoder(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
-    assert open_cache(tmp_path, fresh).lookup(["star"]).shape == (1, 44)
-
-
-def test_damaged_caches(encoder, tmp_path):
-    open_cache(tmp_path, encoder).add(["star"], encoder.encode(["star"]))
-    (shard,) = tmp_path.glob("shard-*")
-    content = shard.read_bytes()
-    for damaged in (b"", b"damaged", content[:-100], content[: len(content) // 2]):
-        shard.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"{shard.name}.*damaged.*Delete this file"):
-            open_cache(tmp_path, encoder)
-    header = (tmp_path / "cache.json").read_bytes()
-    for damaged in (b"", header[:30], b"[]", b"{}", header.replace(b"dim", b"dam"), header.replace(b"d", b"\xe9")):
-        (tmp_path / "cache.json").write_bytes(damaged)
-        with pytest.raises(ValueError, match="cache.json of the teacher cache is damaged"):
-            open_cache(tmp_path, encoder)
-    (tmp_path / "cache.json").unlink()
-    with pytest.raises(ValueError, match="no cache.json"):
-        open_cache(tmp_path, encoder)
-    (tmp_path / "cache.json").write_text(json.dumps({"format_version": 99}))
-    with pytest.raises(ValueError, match="format version 99"):
-        open_cache(tmp_path, encoder)
-
-
-@pytest.mark.parametrize("indexed", [False, True])
-def test_a_flipped_byte_is_detected_and_its_shard_named(tmp_path, indexed):
-    """Every byte of a shard in turn: reading names the shard, or gives what was written."""
-    names = ["a", "b", "c"]
-    values = torch.nn.functional.normalize(torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
-    cache = TeacherCache(tmp_path, "f", 8, 4)
-    cache.add(names, values.flatten(1))
-    cache.add(["d"], values.flatten(1)[:1])
-    if indexed:
-        cache._write_index()
-    expected = cache.lookup(names)
-    shard = tmp_path / cache._shard_name(b"".join(map(slice_key, names)))
-    content = shard.read_bytes()
-    detected = []
-    for place in range(len(content)):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << place % 8
-        shard.write_bytes(damaged)
-        try:
-            assert torch.equal(TeacherCache(tmp_path, "f", 8, 4).lookup(names), expected), place
-        except ValueError as error:
-            assert shard.name in str(error) and "is damaged" in str(error)
-            detected.append(place)
-    start = content.index(values.flatten(1).half().numpy().tobytes())
-    assert set(range(start, start + 3 * 8 * 2)) <= set(detected)  # all of the embeddings
-
-
-def test_a_damaged_index_is_made_again(encoder, tmp_path):
-    open_cache(tmp_path, encoder).fill([row("star"), row("left")], encoder)
-    (index,) = tmp_path.glob("*.index")
-    content = bytearray(index.read_bytes())
-    assert open_cache(tmp_path, encoder)._open == {}  # the index is enough
-    for place in (0, 17, 40, len(content) - 1):
-        index.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
-        assert "star" in open_cache(tmp_path, encoder) and "left" in open_cache(tmp_path, encoder)
-    index.write_bytes(content[:-5])
-    assert "star" in open_cache(tmp_path, encoder)
-
-
-def test_damaged_records_of_blocks_are_left_out(encoder, tmp_path):
-    rows = stories().select(range(4))
-    expected = open_cache(tmp_path, encoder).fill(rows, encoder, rows_per_shard=2)
-    blocks = tmp_path / "blocks.jsonl"
-    content = blocks.read_bytes()
-    for damaged in (b"\xff", b"5", b"[]", b"{}", b'{"block": "x"}', content.replace(b"rows", b"rovs")):
-        blocks.write_bytes(damaged)
-        assert open_cache(tmp_path, encoder).fill(rows, encoder, rows_per_shard=2) == expected | {"encoded": 0}
-
-
-def test_a_write_that_fails_leaves_nothing(encoder, tmp_path, monkeypatch):
-    cache = open_cache(tmp_path, encoder)
-    cache.add(["star"], encoder.encode(["star"]))
-
-    def torn(path, target):
-        Path(path).write_bytes(b"first half")
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_sugar.teachers.cache.os.replace", torn)
-        with pytest.raises(OSError, match="disk full"):
-            cache.add(["a"], encoder.encode(["a"]))
-    assert "a" not in cache and "a" not in open_cache(tmp_path, encoder) and not list(tmp_path.glob(".*"))
-    cache.add(["a"], encoder.encode(["a"]))
-    assert "a" in open_cache(tmp_path, encoder)
-
-
-def test_many_shards_keep_few_files_open(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_sugar.teachers.cache._MAX_OPEN_SHARDS", 3)
-    names = [f"star {i}" for i in range(10)]
-    cache = open_cache(tmp_path, encoder)
-    cache.fill([row(name) for name in names], encoder, rows_per_shard=1)
-    assert len(list(tmp_path.glob("shard-*"))) == 10
-    assert torch.equal(cache.lookup(names), torch.cat([cache.lookup([name]) for name in names]))
-    assert len(cache._open) == 3
-
-
-def test_add_checks_its_arguments(encoder, tmp_path):
-    cache = open_cache(tmp_path, encoder)
-    with pytest.raises(ValueError, match=r"\(1, 44\), expected \(2, 44\)"):
-        cache.add(["a", "b"], encoder.encode(["a"]))
-    with pytest.raises(ValueError, match="not finite"):
-        cache.add(["a"], torch.full((1, 44), float("nan")))
-
-
-def test_fill_encodes_every_slice_once(encoder, tmp_path):
-    rows = [row(picture(0), "star"), row("star", "a red circle", picture(0), picture(1)), row("a red circle")]
-    cache = open_cache(tmp_path, encoder)
-    counts = cache.fill(rows, encoder, rows_per_shard=1)
-    assert counts == {"rows": 3, "skipped": 0, "slices": 7, "encoded": 4}
-    slices = [picture(0), "star", "a red circle", picture(1)]
-    torch.testing.assert_close(cache.lookup(slices), encoder.encode(slices), atol=5e-4, rtol=0)
-    rows.append(row("left", "star"))
-    counts = open_cache(tmp_path, encoder).fill(rows, encoder)
-    assert counts == {"rows": 4, "skipped": 0, "slices": 9, "encoded": 1}
-
-
-def test_fill_sees_what_another_process_wrote(encoder, tmp_path):
-    rows = [row("star", picture(0)), row("a red circle")]
-    first, second = open_cache(tmp_path, encoder), open_cache(tmp_path, encoder)
-    assert first.fill(rows, encoder, rows_per_shard=1)["encoded"] == 3
-    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    assert second.fill(rows, encoder) == {"rows": 2, "skipped": 0, "slices": 3, "encoded": 0}
-    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
-    assert torch.equal(first.lookup(["star", picture(0)]), second.lookup(["star", picture(0)]))
-
-
-def test_fill_takes_prompt_and_completion(encoder, tmp_path):
-    part = {"type": "image", "text": None}
-    sample = {
-        "prompt": [{"role": "user", "content": [part, {"type": "text", "text": "left of"}]}],
-        "completion": [{"role": "assistant", "content": [{"type": "text", "text": "star"}]}],
-        "image": picture(0),
+TEXT_PARTS = datasets.List({"type": datasets.Value("string"), "text": datasets.Value("string")})
+FEATURES = datasets.Features(
+    {
+        "messages": datasets.List({"role": datasets.Value("string"), "content": TEXT_PARTS}),
+        "images": datasets.List(datasets.Image()),
+        "id": datasets.Value("string"),
     }
-    cache = open_cache(tmp_path, encoder)
-    assert cache.fill([sample], encoder)["encoded"] == 3
-    assert all(item in cache for item in (picture(0), "left of", "star"))
+)
 
 
-def test_fill_goes_on_after_a_kill(encoder, checkpoints, tmp_path):
-    rows = [row(f"star {word}", picture(i)) for i, word in enumerate(["red", "blue", "left", "circle", "square"])]
-
-    class Killed(TripleEncoder):
-        calls = 0
-
-        def encode(self, slices, **kwargs):
-            self.calls += 1
-            if self.calls == 3:
-                raise KeyboardInterrupt
-            return super().encode(slices, **kwargs)
-
-    killed = Killed(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
-    with pytest.raises(KeyboardInterrupt):
-        open_cache(tmp_path, killed).fill(rows, killed, rows_per_shard=1)
-    cache = open_cache(tmp_path, encoder)
-    assert len(cache) == 4
-    assert cache.fill(rows, encoder)["encoded"] == 6
-    slices = [item for r in rows for item in row_slices(r)]
-    torch.testing.assert_close(cache.lookup(slices), encoder.encode(slices), atol=5e-4, rtol=0)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_fill_names_or_skips_bad_rows(encoder, tmp_path, caplog, streaming):
-    features = datasets.Features(
-        {
-            "messages": [
-                {
-                    "role": datasets.Value("string"),
-                    "content": [{"type": datasets.Value("string"), "text": datasets.Value("string")}],
-                }
-            ],
-            "images": datasets.List(datasets.Image()),
-            "id": datasets.Value("string"),
-        }
-    )
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not an image")
-    good = tmp_path / "good.png"
-    picture(0).save(good)
-    part = {"type": "image", "text": None}
+def stories(first: int = 0, count: int = 40) -> datasets.Dataset:
+    """Rows of five slices, some of which recur."""
     rows = [
-        {**row("star", id="a:0"), "images": []},
-        {"messages": [{"role": "user", "content": [part]}], "images": [str(broken)], "id": "a:1"},
-        {"messages": [{"role": "user", "content": [part]}], "images": [str(good)], "id": "a:2"},
-        {"messages": [{"role": "user", "content": [part]}], "images": [], "id": "a:3"},
+        row(f"star {'red ' * (i % 9)}", picture(i % 25), f"left {i}", "circle", picture(200 + i), id=f"s:{i}")
+        for i in range(first, first + count)
     ]
-    dataset = datasets.Dataset.from_list(rows, features=features)
-    if streaming:
-        dataset = dataset.to_iterable_dataset()
-    cache = open_cache(tmp_path / "cache", encoder)
-    with pytest.raises(ValueError, match=r"row 1 \(a:1\), images\[0\].*broken.png.*cannot be decoded"):
-        cache.fill(dataset, encoder)
-    with caplog.at_level(logging.WARNING, logger="hf_sugar"):
-        counts = cache.fill(dataset, encoder, on_row_error="skip")
-    assert counts == {"rows": 4, "skipped": 2, "slices": 2, "encoded": 2}
-    assert picture(0) in cache
-    messages = [record.getMessage() for record in caplog.records]
-    assert "row 1 (a:1)" in messages[0] and "row 3 (a:3)" in messages[1] and messages[2] == "Skipped 2 of 4 rows."
-    with pytest.raises(ValueError, match="on_row_error"):
-        cache.fill(dataset, encoder, on_row_error="ignore")
+    return datasets.Dataset.from_list(rows, features=FEATURES)
 
 
-def test_fill_reports_truncation_once(encoder, tmp_path, caplog):
-    rows = [row(" ".join(["star"] * n)) for n in (3, 11, 12, 13, 12)]
-    with caplog.at_level(logging.WARNING, logger="hf_sugar"):
-        open_cache(tmp_path, encoder).fill(rows, encoder, rows_per_shard=2)
-    (record,) = caplog.records
-    assert "Of 4 texts" in record.getMessage() and "3 than the 12 tokens of the cross teacher" in record.getMessage()
+class Recording:
+    """An encoder that keeps what it is asked for, and stops at a call."""
+
+    def __init__(self, encoder, stop_at=None):
+        self.encoder, self.stop_at, self.calls = encoder, stop_at, []
+
+    def __getattr__(self, name):
+        return getattr(self.encoder, name)
+
+    def encode(self, slices, **kwargs):
+        if len(self.calls) == self.stop_at:
+            raise KeyboardInterrupt
+        self.calls.append(list(slices))
+        return self.encoder.encode(slices, **kwargs)
 
 
-# --- several processes, kills
-
-WORKER = """
-import sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-import test_teachers as t
-from hf_sugar.teachers import TeacherCache, TripleEncoder
-encoder = TripleEncoder(*sys.argv[3:6], device="cpu", batch_size=3)
-counts = TeacherCache.for_encoder(sys.argv[2], encoder).fill(t.stories(sys.argv[6] == "stream"), encoder, rows_per_shard=8)
-print("COUNTS", dict(counts))
-"""
-
-
-def stories(streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
-    """80 rows, whose slices recur near and far."""
-    features = datasets.Features(
-        {
-            "messages": [
-                {
-                    "role": datasets.Value("string"),
-                    "content": [{"type": datasets.Value("string"), "text": datasets.Value("string")}],
-                }
-            ],
-            "images": datasets.List(datasets.Image()),
-        }
-    )
-    rows = [
-        row(f"star {'red ' * (i % 9)}", picture(i % 50), f"left {i}", "circle", picture(200 + i)) for i in range(80)
-    ]
-    dataset = datasets.Dataset.from_list(rows, features=features)
-    return dataset.to_iterable_dataset(num_shards=2) if streaming else dataset
-
-
-def start_worker(directory, checkpoints, mode="map", launch=()) -> subprocess.Popen:
-    paths = [checkpoints[name] for name in ("dinov2", "bert", "clip")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    (script := Path(paths[0]).parent / "worker.py").write_text(WORKER)
-    command = [sys.executable, *launch, str(script), str(Path(__file__).parent), str(directory), *paths, mode]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def counts_of(worker: subprocess.Popen) -> dict[str, int]:
-    out, errors = worker.communicate(timeout=120)
-    assert worker.returncode == 0, errors[-3000:]
-    return ast.literal_eval(out.split("COUNTS ")[1].splitlines()[0])
+def add(dataset, encoder, directory, **kwargs):
+    return add_teacher_embeddings(dataset, encoder, directory, **{"rows_per_shard": 8, **kwargs})
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -1039,249 +736,373 @@ def content(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(encoder, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("uninterrupted")
-    counts = open_cache(directory, encoder).fill(stories(), encoder, rows_per_shard=8)
-    assert counts == {"rows": 80, "skipped": 0, "slices": 400, "encoded": 80 + 9 + 80 + 1 + 50}
-    return directory
+    """The directory, the dataset and what the encoder was asked for."""
+    directory, recording = tmp_path_factory.mktemp("uninterrupted"), Recording(encoder)
+    return directory, add(stories(), recording, directory), recording.calls
 
 
-def test_two_ranks_write_what_one_process_writes(uninterrupted, checkpoints, tmp_path):
+@pytest.fixture(scope="module")
+def expected(encoder):
+    """The embeddings of each row of `stories()`, by its id."""
+    return {row["id"]: encoder.encode(row_slices(row)) for row in stories()}
+
+
+def assert_rows(dataset, expected, count):
+    found = 0
+    for row in dataset:
+        values = torch.tensor(np.array(row["teacher_embeddings"], dtype=np.float32))
+        torch.testing.assert_close(values, expected[row["id"]], atol=5e-4, rtol=0)
+        assert row["messages"][0]["content"][2]["text"] == f"left {row['id'][2:]}"
+        found += 1
+    assert found == count
+
+
+def test_the_column_holds_the_embeddings_of_each_row(uninterrupted, expected, encoder):
+    directory, dataset, calls = uninterrupted
+    assert_rows(dataset, expected, 40)
+    assert dataset.features["teacher_embeddings"] == datasets.List(datasets.List(datasets.Value("float16"), length=44))
+    assert set(dataset["teachers"]) == {encoder.record} and teachers_of(dataset) == json.loads(encoder.record)
+    assert json.loads(encoder.record)["split"] == 24 and str(directory.parent) not in encoder.record
+    shards = [datasets.Dataset.from_file(str(path)) for path in directory.glob("shard-*")]
+    assert sum(map(len, shards)) == 40 and max(map(len, shards)) <= 8 and len(calls) == len(shards) < 20
+    for call in calls:  # equal slices of a block once
+        names = [item if isinstance(item, str) else item["bytes"] for item in call]
+        assert len(names) == len(set(names)) and names.count("circle") == 1
+
+
+def test_order_mixture_and_selection_change_nothing(uninterrupted, expected, encoder, tmp_path):
+    directory = shutil.copytree(uninterrupted[0], tmp_path / "copy")
+    nothing = Recording(encoder, stop_at=0)
+    for count, dataset in (
+        (40, stories().shuffle(seed=0)),
+        (10, stories().shuffle(seed=1).select(range(3, 13))),
+        (3, stories().select([39, 4, 4])),
+        (40, datasets.concatenate_datasets([stories(20, 20), stories(0, 20)])),
+        (20, stories().filter(lambda row: int(row["id"][2:]) % 2)),
+    ):
+        assert_rows(add(dataset, nothing, directory), expected, count)
+    probabilities = {"probabilities": [0.3, 0.7], "seed": 3, "stopping_strategy": "all_exhausted"}
+    mixed = datasets.interleave_datasets([stories(0, 10), stories(10, 30)], **probabilities)
+    assert len(mixed) > 40
+    assert_rows(add(mixed, nothing, directory), expected, len(mixed))
+    # another source before it: its blocks end where they ended
+    before = content(directory)
+    recording = Recording(encoder)
+    both = add(datasets.concatenate_datasets([stories(100, 13), stories()]), recording, directory)
+    assert sum(len(call) for call in recording.calls) <= 13 * 5
+    assert len(content(directory)) - len(before) < 8
+    assert_rows(both.select(range(13, 53)), expected, 40)
+
+
+def test_what_changed_is_embedded_again(uninterrupted, encoder, tmp_path):
+    directory = shutil.copytree(uninterrupted[0], tmp_path / "copy")
+    rows = stories().to_list()
+    rows[20]["messages"][0]["content"][0]["text"] = "another"
+    recording = Recording(encoder)
+    add(datasets.Dataset.from_list(rows, features=FEATURES), recording, directory)
+    assert [len(call) for call in recording.calls] == [5]
+    # a file of another content
+    file = tmp_path / "a.png"
+    picture(0).save(file)
+    rows = datasets.Dataset.from_list(
+        [{**row("star", picture(0)), "images": [str(file)], "id": "f"}], features=FEATURES
+    )
+    first = add(rows, recording, directory)[0]["teacher_embeddings"]
+    picture(1, 40, 40).save(file)
+    again = add(rows, recording, directory)[0]["teacher_embeddings"]
+    assert len(recording.calls) == 3 and first[0] == again[0] and first[1] != again[1]
+
+
+def test_streams(uninterrupted, expected, encoder, tmp_path):
+    nothing = Recording(encoder, stop_at=0)
+    stream = stories().to_iterable_dataset(num_shards=4)
+    for dataset in (stream, stream.shuffle(seed=0, buffer_size=20)):
+        assert_rows(add(dataset, nothing, uninterrupted[0], compute=False), expected, 40)
+    directory, recording = tmp_path / "of-a-stream", Recording(encoder)
+    assert_rows(add(stream, recording, directory), expected, 40)
+    assert len(recording.calls) == 5
+    assert_rows(add(stories(), nothing, directory), expected, 40)
+    others = stories(200, 3).to_iterable_dataset()
+    with pytest.raises(ValueError, match="the row s:200 has no teacher_embeddings in .* `hf-sugar prepare`"):
+        next(iter(add(others, nothing, directory, compute=False)))
+    with pytest.raises(ValueError, match="holds no teacher_embeddings, and a streaming dataset is not read .*online"):
+        add(others, nothing, tmp_path / "empty", compute=False)
+
+
+def test_the_result_is_an_ordinary_dataset(uninterrupted, expected, encoder, tmp_path):
+    """Saved, mixed, streamed: what a training reads is the same, with no teacher and no directory."""
+    dataset = uninterrupted[1]
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    parquet = str(tmp_path / "rows.parquet")
+    kept = dict(split="train", cache_dir=str(tmp_path / "cache"))
+    for loaded in (
+        datasets.load_from_disk(str(tmp_path / "saved")),
+        datasets.load_dataset("parquet", data_files=parquet, **kept),
+        datasets.load_dataset("parquet", data_files=parquet, split="train", streaming=True),
+        pickle.loads(pickle.dumps(dataset)),
+        datasets.concatenate_datasets([dataset.select(range(30)), dataset.select(range(30, 40))]).shuffle(seed=0),
+    ):
+        assert_rows(loaded, expected, 40)
+        assert teachers_of(loaded)["fingerprint"] == encoder.fingerprint
+        assert add_teacher_embeddings(loaded, encoder, tmp_path / "unused") is loaded
+    assert not (tmp_path / "unused").exists()
+    # rows in memory are pickled once, not once a block
+    assert len(pickle.dumps(dataset)) < 1.5 * len(pickle.dumps(stories()))
+
+
+def test_embeddings_of_other_teachers_are_refused(uninterrupted, encoder, clip_only, tmp_path):
+    directory, dataset, _ = uninterrupted
+    with pytest.raises(ValueError) as raised:
+        add(stories(), clip_only, directory)
+    for words in (str(directory), encoder.description, clip_only.description, "another directory", "delete"):
+        assert words in str(raised.value)
+    with pytest.raises(
+        ValueError, match=r"(?s)other teachers.*there: .*image=dinov2@.*asked for: cross=.*remove_columns"
+    ):
+        add(dataset, clip_only, tmp_path)
+    two = datasets.Dataset.from_dict({"teacher_embeddings": [[], []], "teachers": [encoder.record, clip_only.record]})
+    with pytest.raises(ValueError, match="other teachers"):
+        teachers_of(two)
+    some = datasets.concatenate_datasets([dataset, stories()])
+    with pytest.raises(ValueError, match="Some rows .* have teacher embeddings and others have none"):
+        teachers_of(some)
+
+
+def test_a_warm_start_reads_no_weights(uninterrupted, expected, checkpoints, monkeypatch):
+    monkeypatch.setattr("hf_sugar.teachers.encoder.AutoModel", None)
+    fresh = TripleEncoder(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
+    assert_rows(add(stories(), fresh, uninterrupted[0]), expected, 40)
+
+
+def test_damaged_files_are_named(uninterrupted, encoder, tmp_path):
+    directory = shutil.copytree(uninterrupted[0], tmp_path / "copy")
+    shard = next(iter(sorted(directory.glob("shard-*"))))
+    whole = shard.read_bytes()
+    shorter = datasets.Dataset.from_file(str(shard)).data.table.slice(1)
+    with pa.OSFile(str(tmp_path / "short"), "wb") as file, pa.ipc.new_stream(file, shorter.schema) as stream:
+        stream.write_table(shorter)
+    for damaged in (b"", b"damaged", whole[: len(whole) // 2], whole[:-200], (tmp_path / "short").read_bytes()):
+        shard.unlink()  # what is mapped stays as it was
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{shard.name} is damaged.*Delete it"):
+            add(stories(), encoder, directory)
+    shard.unlink()
+    assert_rows(
+        add(stories(), encoder, directory), {row["id"]: encoder.encode(row_slices(row)) for row in stories()}, 40
+    )
+    for damaged in (b"", b"{", b"[]", b"{}", b"\xe9"):
+        (directory / "teacher_embeddings.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="teacher_embeddings.json, which says what made .* cannot be read"):
+            add(stories(), encoder, directory)
+
+
+def test_a_write_that_fails_leaves_nothing(encoder, tmp_path, monkeypatch):
+    def torn(path, target):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_sugar.data.columns.os.replace", torn)
+        with pytest.raises(OSError, match="disk full"):
+            add(stories(0, 2), encoder, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_embeds_one_block_again(uninterrupted, expected, encoder, tmp_path):
+    stopped = Recording(encoder, stop_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        add(stories(), stopped, tmp_path)
+    assert content(tmp_path).items() <= content(uninterrupted[0]).items() and len(content(tmp_path)) == 3
+    rest = Recording(encoder)
+    assert_rows(add(stories(), rest, tmp_path), expected, 40)
+    assert len(rest.calls) == len(uninterrupted[2]) - 3
+    assert content(tmp_path) == content(uninterrupted[0])
+
+
+WORKER = """
+import collections, datasets, sys, torch
+from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings
+torch.set_num_threads(1)
+encoder = TripleEncoder(*sys.argv[3:], device="cpu", batch_size=3)
+counts = collections.Counter()
+add_teacher_embeddings(datasets.load_from_disk(sys.argv[1]), encoder, sys.argv[2], rows_per_shard=8, counts=counts)
+sys.stdout.write(f"ENCODED {counts['encoded']}\n")
+"""
+
+
+@pytest.fixture
+def start_worker(checkpoints, tmp_path_factory):
+    """Starts a process that writes the shards of `stories()`."""
+    place = tmp_path_factory.mktemp("worker")
+    stories().save_to_disk(place / "rows")
+    (place / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+    def start(directory, launch=()):
+        paths = [checkpoints[name] for name in ("dinov2", "bert", "clip")]
+        command = [sys.executable, *launch, str(place / "worker.py"), str(place / "rows"), str(directory), *paths]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    return start
+
+
+def test_two_ranks_write_what_one_process_writes(uninterrupted, start_worker, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    counts = counts_of(start_worker(tmp_path, checkpoints, launch=launch))
-    assert counts == {"rows": 80, "skipped": 0, "slices": 400, "encoded": 220}
-    assert content(tmp_path) == content(uninterrupted)
-    assert len((tmp_path / "blocks.jsonl").read_text().split()) > 10 and not list(tmp_path.glob(".*"))
+    out, errors = (worker := start_worker(tmp_path, launch)).communicate(timeout=120)
+    assert worker.returncode == 0, errors[-3000:]
+    assert out.count(f"ENCODED {sum(map(len, uninterrupted[2]))}") == 2
+    assert content(tmp_path) == content(uninterrupted[0]) and not list(tmp_path.glob(".*"))
 
 
-def test_two_runs_at_once_write_what_one_writes(uninterrupted, checkpoints, tmp_path):
-    workers = [start_worker(tmp_path, checkpoints, mode) for mode in ("map", "stream")]
-    encoded = [counts_of(worker)["encoded"] for worker in workers]
-    assert content(tmp_path) == content(uninterrupted) and sum(encoded) >= 220
-
-
-def kill_and_go_on(uninterrupted, checkpoints, encoder, directory, kills, seed):
-    """Kill when another number of shards is there, and some time after; each time a shard at most is lost."""
-    random = np.random.RandomState(seed)
-    for kill in range(kills):
-        before = len(content(directory))
-        worker = start_worker(directory, checkpoints)
-        while worker.poll() is None and len(content(directory)) == before:
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.extras)])
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(uninterrupted, start_worker, encoder, tmp_path, kills):
+    """Killed when another shard is there, and some time after."""
+    random, whole = np.random.RandomState(kills), content(uninterrupted[0])
+    for _ in range(kills):
+        before = len(content(tmp_path))
+        worker = start_worker(tmp_path)
+        while worker.poll() is None and len(content(tmp_path)) == before:
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.02))
         worker.kill()
         worker.communicate()
-        assert content(directory).items() <= content(uninterrupted).items()
-        assert len(content(directory)) > before or before == len(content(uninterrupted)), kill
-    counts = open_cache(directory, encoder).fill(stories(), encoder, rows_per_shard=8)
-    assert (counts["rows"], counts["slices"]) == (80, 400)
-    assert content(directory) == content(uninterrupted)
+        assert content(tmp_path).items() <= whole.items() and (len(content(tmp_path)) > before or before == len(whole))
+    add(stories(), encoder, tmp_path)
+    assert content(tmp_path) == whole
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes(uninterrupted, checkpoints, encoder, tmp_path):
-    kill_and_go_on(uninterrupted, checkpoints, encoder, tmp_path, 2, 0)
-
-
-@pytest.mark.extras
-def test_ten_kills(uninterrupted, checkpoints, encoder, tmp_path):
-    kill_and_go_on(uninterrupted, checkpoints, encoder, tmp_path, 10, 1)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_second_run_does_not_look_at_finished_rows(uninterrupted, encoder, tmp_path, monkeypatch, streaming):
-    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_sugar.teachers.cache.load_image", None)
-        counts = open_cache(tmp_path, encoder).fill(stories(streaming), encoder, rows_per_shard=8)
-    assert counts == {"rows": 80, "skipped": 0, "slices": 400, "encoded": 0}
-    # another row among them
-    rows = stories().to_list()
-    rows[20]["messages"][0]["content"][0]["text"] = "another"
-    changed = datasets.Dataset.from_list(rows, features=stories().features)
-    assert open_cache(tmp_path, encoder).fill(changed, encoder, rows_per_shard=8)["encoded"] == 1
-    # a shard deleted
-    lost = next(iter(content(uninterrupted)))
-    (tmp_path / lost).unlink()
-    assert open_cache(tmp_path, encoder).fill(stories(streaming), encoder, rows_per_shard=8)["encoded"] > 0
-    assert content(tmp_path)[lost] == content(uninterrupted)[lost]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_rows_without_structure_loss_are_not_embedded(encoder, tmp_path, streaming):
-    rows = stories().select(range(6)).add_column("structure", [False] * 5 + [True])
-    counts = open_cache(tmp_path, encoder).fill(rows.to_iterable_dataset() if streaming else rows, encoder)
-    assert counts["rows"] == 6 and counts["slices"] == 5
-
-
-def test_a_changed_image_file_is_seen(encoder, tmp_path):
-    picture(0).save(tmp_path / "a.png")
-    features = stories().features
-    rows = [{**row("star", picture(0)), "images": [str(tmp_path / "a.png")]}]
-    cache = open_cache(tmp_path / "cache", encoder)
-    assert cache.fill(datasets.Dataset.from_list(rows, features=features), encoder)["encoded"] == 2
-    picture(1, 40, 40).save(tmp_path / "a.png")
-    assert cache.fill(datasets.Dataset.from_list(rows, features=features), encoder)["encoded"] == 1
-    assert picture(0) in cache and picture(1, 40, 40) in cache
-
-
-# --- rows and images
-
-
-def test_row_slices_in_reading_order():
-    a, b = picture(0), picture(1)
-    image = {"type": "image", "text": None}
-    sample = {
-        "messages": [
-            {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+def test_rows_of_every_layout(encoder, tmp_path):
+    part = {"type": "image", "text": None}
+    rows = datasets.Dataset.from_list(
+        [
             {
-                "role": "user",
-                "content": [{"type": "text", "text": "first"}, image, {"type": "text", "text": "second"}],
-            },
-            {"role": "assistant", "content": [{"type": "text", "text": "third"}, image]},
+                "prompt": [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}]
+                + [{"role": "user", "content": [part, {"type": "text", "text": "left of"}]}],
+                "completion": [{"role": "assistant", "content": [{"type": "text", "text": "star"}]}],
+                "image": {"bytes": png(picture(0)), "path": None},
+            }
         ],
-        "images": [a, b],
-    }
-    assert row_slices(sample) == ["first", a, "second", "third", b]
-    strings = {
-        "messages": [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "question"},
-            {"role": "assistant", "content": "answer"},
-            {"role": "user", "content": "again"},
-        ],
-        "images": [a, b],
-    }
-    assert row_slices(strings) == [a, b, "question", "answer", "again"]
-    assert row_slices({"messages": strings["messages"]}) == ["question", "answer", "again"]
-    assert row_slices({"messages": strings["messages"], "images": None}) == ["question", "answer", "again"]
-
-
-def test_string_content_agrees_with_trl():
-    from trl.data_utils import prepare_multimodal_messages
-
-    images = [picture(0), picture(1)]
-    messages = [
-        {"role": "user", "content": "question"},
-        {"role": "assistant", "content": "answer"},
-        {"role": "user", "content": "again"},
-    ]
-    prepared = prepare_multimodal_messages(messages, images)
-    expected = [part["image"] if part["type"] == "image" else part["text"] for m in prepared for part in m["content"]]
-    assert row_slices({"messages": messages, "images": images}) == expected
-
-
-@pytest.mark.parametrize(
-    ("messages", "images", "match"),
-    [
-        (
-            [{"role": "user", "content": [{"type": "image"}]}],
-            [],
-            r"row 7 \(x\), `images`: holds 0 images but `messages` has 1",
+        features=datasets.Features(
+            {
+                "prompt": FEATURES["messages"],
+                "completion": FEATURES["messages"],
+                "image": datasets.Image(),
+            }
         ),
-        (
-            [{"role": "user", "content": "q"}, {"role": "human", "content": "a"}],
-            [],
-            r"`messages\[1\].role`: is 'human'",
-        ),
-        ([{"content": "q"}], [], "role`: is None"),
-        ([{"role": "user", "content": [{"type": "video"}]}], [], r"`messages\[0\].content\[0\].type`: is 'video'"),
-        ([{"role": "user", "content": [{"type": "text", "text": " \n"}]}], [], r"content\[0\].text`: is empty"),
-        ([{"role": "user", "content": [{"type": "text", "text": None}]}], [], "is empty"),
-        ([{"role": "user", "content": ""}], [], "content`: is empty"),
-        ([{"role": "assistant", "content": "a"}], ["x.png"], "holds 1 images but `messages` has 0"),
-        (
-            [{"role": "user", "content": "q"}],
-            ["x.png"],
-            r"row 7 \(x\), images\[0\]: image file 'x.png' does not exist",
-        ),
-    ],
-)
-def test_row_errors_name_the_place(messages, images, match):
-    sample = {"messages": messages, "images": images, "id": "x"}
-    with pytest.raises(ValueError, match=match):
-        row_slices(sample, row_name(sample, 7))
+    )
+    [values] = add(rows, encoder, tmp_path)["teacher_embeddings"]
+    torch.testing.assert_close(
+        torch.tensor(values), encoder.encode([picture(0), "left of", "star"]), atol=5e-4, rtol=0, check_dtype=False
+    )
+    kept_out = stories(0, 2).add_column("structure", [False, True])
+    recording = Recording(encoder)
+    assert list(map(len, add(kept_out, recording, tmp_path)["teacher_embeddings"])) == [0, 5]
+    assert sum(map(len, recording.calls)) == 5
 
 
-def test_row_name():
-    assert row_name({"id": "a.json:3"}, 5) == "row 5 (a.json:3)"
-    assert row_name({}, 5) == row_name({"id": None}, 5) == "row 5"
+def test_a_row_that_cannot_be_embedded_is_named(encoder, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    rows = stories(0, 3).to_list()
+    rows[1]["images"][1] = {"path": str(tmp_path / "broken.png"), "bytes": None}
+    with pytest.raises(ValueError, match=r"row 1 \(s:1\), images\[1\]: .*broken.png.*cannot be decoded"):
+        add(datasets.Dataset.from_list(rows, features=FEATURES), encoder, tmp_path)
+    rows[1] = {**row("star", "  "), "id": "s:1"}
+    for dataset in (datasets.Dataset.from_list(rows, features=FEATURES).select([2, 1, 0]), None):
+        dataset = dataset or datasets.Dataset.from_list(rows, features=FEATURES).to_iterable_dataset()
+        with pytest.raises(ValueError, match=r"row 1 \(s:1\).*is empty"):
+            add(dataset, encoder, tmp_path)
 
 
-def test_load_image_takes_every_form(tmp_path):
-    image = picture(0)
-    path = tmp_path / "a.png"
-    image.save(path)
-    content = path.read_bytes()
-    forms = [image, Image.open(path), path, str(path), content, {"bytes": content, "path": None}]
-    forms += [{"bytes": None, "path": str(path)}, {"path": str(path)}, {"bytes": content}]
-    for form in forms:
-        loaded = load_image(form)
-        assert loaded.mode == "RGB" and loaded.tobytes() == image.tobytes()
-    assert load_image(image) is image
+def test_long_texts_are_reported_once(encoder, tmp_path, caplog):
+    rows = datasets.Dataset.from_list([row(" ".join(["star"] * n)) for n in (3, 11, 12, 13)])
+    with caplog.at_level(logging.WARNING, logger="hf_sugar"):
+        add(rows, encoder, tmp_path, rows_per_shard=1)
+    (record,) = caplog.records
+    assert "Of 4 texts" in record.getMessage() and "3 than the 12 tokens of the cross teacher" in record.getMessage()
 
 
-@pytest.mark.parametrize("form", ["path", "opened"])
-def test_load_image_applies_the_exif_orientation(tmp_path, form):
-    exif = Image.Exif()
-    exif[Image.ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
-    path = tmp_path / "a.png"
-    picture(0, 20, 24).save(path, exif=exif)
-    loaded = load_image(path if form == "path" else Image.open(path))
-    assert loaded.size == (24, 20)
-    assert np.array_equal(np.asarray(loaded), np.rot90(np.asarray(picture(0, 20, 24)), -1))
+def test_float16_error_is_the_documented_one():
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(300, 2, 768, dtype=torch.float64), dim=-1)
+    x = torch.cat([x, F.normalize(x + 0.01 * torch.randn_like(x), dim=-1)])
+    for half in range(2):
+        a, b = x[:, half], F.normalize(x[:, half].half().double(), dim=-1)
+        assert (a @ a.T - b @ b.T).abs().max() < 1e-4
 
 
-def test_load_image_modes(tmp_path):
-    def pixel(image):
-        loaded = load_image(image)
-        assert loaded.mode == "RGB"
-        return loaded.getpixel((0, 0))
+# --- what reads the column
 
-    assert pixel(Image.new("1", (2, 2), 1)) == (255, 255, 255)
-    assert pixel(Image.new("L", (2, 2), 7)) == (7, 7, 7)
-    assert pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 0))) == (255, 255, 255)
-    assert pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 255))) == (255, 0, 0)
-    assert pixel(Image.new("RGBA", (2, 2), (0, 0, 0, 51))) == (204, 204, 204)
-    assert pixel(Image.new("LA", (2, 2), (0, 0))) == (255, 255, 255)
-    assert pixel(Image.new("CMYK", (2, 2), (0, 255, 255, 0))) == (255, 0, 0)
-    palette = Image.new("P", (2, 2), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    assert pixel(palette) == (10, 20, 30)
-    palette.info["transparency"] = 1
-    assert pixel(palette) == (255, 255, 255)
-    # 16 bits, in memory and through a file
-    grey = Image.fromarray(np.full((2, 2), 0x8040, dtype=np.uint16))
-    grey.save(tmp_path / "grey.png")
-    assert pixel(grey) == pixel(tmp_path / "grey.png") == (0x80, 0x80, 0x80)
-    assert pixel(Image.fromarray(np.full((2, 2), 100, dtype=np.uint16))) == (0, 0, 0)
-    assert pixel(Image.fromarray(np.full((2, 2), 0x8040, dtype=np.int32))) == (0x80, 0x80, 0x80)
-    assert pixel(Image.fromarray(np.full((2, 2), 100, dtype=np.int32))) == (100, 100, 100)
-    for bad in (
-        np.full((2, 2), 70000, dtype=np.int32),
-        np.full((2, 2), -1, dtype=np.int32),
-        np.zeros((2, 2), np.float32),
+
+@pytest.fixture(scope="module")
+def processor():
+    return SugarProcessor.from_pretrained(checkpoint("llava"))
+
+
+def test_the_collator_reads_the_column(uninterrupted, encoder, processor):
+    """As if the teachers were asked, in every order of the rows and both of a caption."""
+    captions = [row(picture(n), f"star {n}", id=f"c:{n}", loss_on="captions", structure=True) for n in range(6)]
+    features = datasets.Features(
+        {**FEATURES, "loss_on": datasets.Value("string"), "structure": datasets.Value("bool")}
+    )
+    stored = [{**sample, "loss_on": "text", "structure": n != 1} for n, sample in enumerate(stories(0, 3))]
+    rows = datasets.Dataset.from_list(captions + stored, features=features)
+    rows = add(rows, encoder, uninterrupted[0].parent / "collated").shuffle(seed=0)
+    online = SugarCollator(processor, embed_slices=encoder.encode, flip_captions=True)(list(rows))
+    for dataset in (rows, rows.with_format("numpy", columns=["teacher_embeddings"], output_all_columns=True)):
+        batch = SugarCollator(processor, teachers=encoder.record, flip_captions=True)(list(dataset))
+        assert batch.keys() == online.keys()
+        for name, value in online.items():
+            torch.testing.assert_close(batch[name], value, atol=5e-4, rtol=0)
+        first, second = batch["teacher_embeddings"][batch["slice_modality"] >= 0].split([24, 20], dim=1)
+        torch.testing.assert_close(first.norm(dim=1), torch.ones(len(first)), atol=1e-6, rtol=0)
+        torch.testing.assert_close(second.norm(dim=1), torch.ones(len(first)), atol=1e-6, rtol=0)
+    modality = batch["slice_modality"]
+    captions = (modality >= 0).sum(1) == 2
+    assert {tuple(kinds) for kinds in modality[captions, :2].tolist()} == {(TEXT, IMAGE), (IMAGE, TEXT)}
+
+
+def test_the_collator_refuses_a_column_that_does_not_fit(uninterrupted, encoder, clip_only, processor):
+    samples = [{**sample, "loss_on": "text"} for sample in uninterrupted[1].select(range(2))]
+    collator = SugarCollator(processor, teachers=encoder.record)
+    values = np.array(samples[1]["teacher_embeddings"])
+    for change, message in (
+        ({"teacher_embeddings": None}, "Row s:1 has no `teacher_embeddings`. Run `hf-sugar prepare`"),
+        ({"teacher_embeddings": values[:3]}, "Row s:1 has 3 `teacher_embeddings` for 5 slices: it was changed"),
+        ({"teacher_embeddings": values * 0.9}, "Row s:1 .* not of length one"),
+        ({"teacher_embeddings": values * np.nan}, "Row s:1 .* not of length one"),
+        ({"teachers": clip_only.record}, "(?s)other teachers.*there: +cross=.*asked for: +image="),
     ):
-        with pytest.raises(ValueError, match="scale them to 8 bits"):
-            load_image(Image.fromarray(bad))
+        with pytest.raises(ValueError, match=message):
+            collator([samples[0], {**samples[1], **change}])
 
 
-def test_load_image_errors_name_the_place_and_the_remedy(tmp_path, monkeypatch):
-    broken, cut, good = tmp_path / "broken.jpg", tmp_path / "cut.png", tmp_path / "good.png"
-    broken.write_bytes(b"text")
-    picture(0, 100, 100).save(good)
-    cut.write_bytes(good.read_bytes()[:5000])
-    for image, match in [
-        (tmp_path / "none.png", r"row 3: image file .*none.png' does not exist.*Correct the path"),
-        (broken, r"row 3: image file .*broken.jpg' cannot be decoded.*Replace the file or drop the row"),
-        (cut, r"row 3: image file .*cut.png' cannot be decoded"),
-        (Image.open(cut), "row 3: image of mode RGB .* cannot be decoded"),
-        (b"text", "row 3: image of 4 bytes cannot be decoded"),
-        ("https://example.org/a.jpg", "row 3: .* is a web address.*Download"),
-        (None, "row 3: expected a PIL image.*got None"),
-        ({"bytes": None, "path": None}, "row 3: expected a PIL image"),
-        (np.zeros((2, 2, 3)), "row 3: .*got ndarray"),
-    ]:
-        with pytest.raises(ValueError, match=match):
-            load_image(image, "row 3")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"row 3: .*good.png' is too large.*MAX_IMAGE_PIXELS"):
-        load_image(good, "row 3")
+def test_prepare(encoder, checkpoints, tmp_path, capsys, caplog):
+    records = []
+    for n in range(4):
+        picture(n).save(tmp_path / f"{n}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": f"star {n}"}]
+        records.append({"image": f"{n}.png", "conversations": turns})
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    teachers = {"image": checkpoints["dinov2"], "text": checkpoints["bert"], "cross": checkpoints["clip"]}
+    command = ["prepare", "--train_data", str(tmp_path / "rows.json"), "--teachers", json.dumps(teachers)]
+    command += ["--teacher_cache_dir", str(tmp_path / "cache")]
+    output = ["--output_dir", str(tmp_path / "prepared")]
+    main([*command, *output])
+    assert "4 rows, 0 skipped, 9 encoded" in capsys.readouterr().out
+    main([*command, "--streaming", "True"])
+    assert "4 rows, 0 skipped, 0 encoded" in capsys.readouterr().out
+    (tmp_path / "1.png").write_bytes(b"broken")
+    main([*command, "--on_bad_row", "skip"])
+    assert (
+        "4 rows, 1 skipped, 0 encoded" in capsys.readouterr().out and "row 1 (rows.json:2), images[0]" in caplog.text
+    )
+    with pytest.raises(ValueError, match="leave `streaming` off"):
+        main([*command, *output, "--streaming", "True"])
+    for streaming in (False, True):
+        prepared = load_data(str(tmp_path / "prepared" / "train"), streaming=streaming)
+        assert teachers_of(prepared)["fingerprint"] == encoder.fingerprint
+        found = [torch.tensor(np.array(sample["teacher_embeddings"], np.float32)) for sample in prepared]
+        for n, values in enumerate(found):
+            torch.testing.assert_close(
+                values, encoder.encode([picture(n), "what is it?", f"star {n}"]), atol=5e-4, rtol=0
+            )

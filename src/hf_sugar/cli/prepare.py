@@ -1,10 +1,20 @@
+import logging
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from hf_sugar.data import load_data
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from hf_sugar.data import load_data, row_name, row_slices
+from hf_sugar.data.images import undecoded
 from hf_sugar.distributed import distributed_state
-from hf_sugar.teachers import TeacherCache, TripleEncoder
+from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings
 
 from .arguments import StreamedDataArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -13,15 +23,18 @@ class PrepareArguments:
     Settings of `hf-sugar prepare`.
 
     Parameters:
-        teachers (`dict[str, str]`, *optional*):
+        teachers (`str` or `dict[str, str]`, *optional*):
             As in [`SugarTrainingConfig`].
         teacher_cache_dir (`str`, *optional*, defaults to `"teacher_cache"`):
-            Where the embeddings are written; `hf-sugar train` takes the same setting.
+            Where the embeddings are kept; `hf-sugar train` takes the same setting and finds them there.
+        output_dir (`str`, *optional*):
+            Where the rows are written with their images and embeddings, as a dataset of each split. It can be trained on
+            (`train_data`), pushed to the Hub (`datasets.load_from_disk(...).push_to_hub(...)`) and streamed, without the
+            teachers.
         split (`str`, *optional*, defaults to `"train"`):
             Split of datasets that have several.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of the mixture of several sources. With the seed of the training, whose default is the same, training
-            meets the blocks of rows that are done and need not open their images again.
+            Seed of the mixture of several sources, for `output_dir`.
     """
 
     teachers: dict | str | None = field(
@@ -30,34 +43,47 @@ class PrepareArguments:
             "help": "Frozen encoders: a mapping (in YAML or JSON) of image, text and cross, or 'tiny' for those in this package."
         },
     )
-    teacher_cache_dir: str = field(default="teacher_cache", metadata={"help": "Where the embeddings are written."})
+    teacher_cache_dir: str = field(default="teacher_cache", metadata={"help": "Where the embeddings are kept."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where rows, images and embeddings are written as a dataset, to be pushed or streamed."},
+    )
     split: str = field(default="train", metadata={"help": "Split of datasets that have several."})
-    seed: int = field(default=42, metadata={"help": "Seed of the mixture of several sources, as in training."})
+    seed: int = field(default=42, metadata={"help": "Seed of the mixture of several sources, for output_dir."})
 
 
-def prepare(data: StreamedDataArguments, args: PrepareArguments) -> dict[str, int]:
+def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
     """
-    Put the teacher embeddings of `data.train_data` and `data.eval_data` into the cache. Under `accelerate launch -m
+    Embed the slices of `data.train_data` and `data.eval_data` with the teachers. Under `accelerate launch -m
     hf_sugar.cli.main prepare` the work is divided over the processes.
 
     Args:
         data ([`StreamedDataArguments`]):
             The data.
         args ([`PrepareArguments`]):
-            The teachers and the place.
+            The teachers and the places.
 
     Returns:
-        `dict[str, int]`: counts as [`TeacherCache.fill`] gives them, added up.
+        `collections.Counter`: number of `rows`, of rows `skipped`, and of slices `encoded`, which were not there before.
     """
-    sources = [
-        (source, split) for source, split in ((data.train_data, args.split), (data.eval_data, "validation")) if source
-    ]
+    sources = {
+        name: (source, split)
+        for name, source, split in (
+            ("train", data.train_data, args.split),
+            ("validation", data.eval_data, "validation"),
+        )
+        if source
+    }
     if not sources:
         raise ValueError("`train_data` is not set: name the data to prepare.")
-    encoder = TripleEncoder.from_teachers(args.teachers, device=distributed_state().device)
-    cache = TeacherCache.for_encoder(args.teacher_cache_dir, encoder)
-    total: dict[str, int] = {}
-    for source, split in sources:
+    if args.output_dir and data.streaming:
+        raise ValueError(
+            "`output_dir` needs the rows one by one, not as a stream: leave `streaming` off. What is written can be streamed."
+        )
+    state = distributed_state()
+    encoder = TripleEncoder.from_teachers(args.teachers, device=state.device)
+    counts = Counter(rows=0, skipped=0, encoded=0)
+    for name, (source, split) in sources.items():
         rows = load_data(
             source,
             split,
@@ -66,13 +92,39 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> dict[str, in
             streaming=data.streaming,
             image_root=data.image_root,
         )
-        counts = cache.fill(rows, encoder, data.on_bad_row)
-        total = {name: total.get(name, 0) + count for name, count in counts.items()}
-    return total
+        rows = _usable(rows, data.on_bad_row == "skip", counts)
+        rows = add_teacher_embeddings(rows, encoder, args.teacher_cache_dir, counts=counts)
+        if args.output_dir and state.is_main_process:
+            rows.save_to_disk(Path(args.output_dir) / name)
+    return counts
+
+
+def _usable(rows: Dataset | IterableDataset, skip: bool, counts: Counter) -> Dataset | IterableDataset:
+    """The rows, counted; with `skip` those whose images can be opened."""
+
+    def usable(row, index):
+        counts["rows"] += 1
+        try:
+            if skip:
+                row_slices(row, row_name(row, index))
+        except ValueError as error:
+            counts["skipped"] += 1
+            if counts["skipped"] <= 5:
+                logger.warning("Skipped: %s", error)
+            return False
+        return True
+
+    rows = undecoded(rows)
+    if isinstance(rows, IterableDataset):
+        return rows.filter(usable, with_indices=True)
+    if not skip:
+        counts["rows"] += len(rows)
+        return rows
+    return rows.select([index for index, row in enumerate(tqdm(rows, desc="opening images")) if usable(row, index)])
 
 
 def main(data: StreamedDataArguments, args: PrepareArguments) -> None:
     counts = prepare(data, args)
     distributed_state().print(
-        ", ".join(f"{count} {name}" for name, count in counts.items()), "->", args.teacher_cache_dir
+        ", ".join(f"{count} {name}" for name, count in counts.items()), "->", args.output_dir or args.teacher_cache_dir
     )

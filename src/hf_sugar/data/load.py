@@ -178,7 +178,15 @@ def _load_source(
         reading.layout = "captions" if layout == "auto" else layout
         return reading.stream(files)
 
-    table = undecoded(load_located(kind, files, source, reading.split, streaming), path)
+    table = load_located(kind, files, source, reading.split, streaming)
+    if {"messages", "teacher_embeddings"} <= set(table.column_names or ()):  # of `hf-sugar prepare`: rows already
+        if changed := {"rename", "loss_on", "structure"} & source.keys():
+            raise ValueError(
+                f"{path} holds rows with teacher embeddings, which are taken as they are: `{min(changed)}` comes too late. Set "
+                "it where they are prepared."
+            )
+        return table
+    table = undecoded(table, path)
     reading.layout = layout_of(set(_renamed(table.features, source)), path) if layout == "auto" else layout
     if reading.root is None:
         reading.root = path if os.path.isdir(path) else os.path.dirname(path)

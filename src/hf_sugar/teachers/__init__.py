@@ -1,7 +1,7 @@
-"""Frozen slice encoders for the labels of structure-induced training, and a cache of what they computed."""
+"""Frozen slice encoders for the labels of structure-induced training, and their embeddings as a column of a dataset."""
 
-from .cache import TeacherCache, slice_key
 from .encoder import TripleEncoder
+from .prepare import add_teacher_embeddings, check_same_teachers, teachers_of
 
 
-__all__ = ["TeacherCache", "TripleEncoder", "slice_key"]
+__all__ = ["TripleEncoder", "add_teacher_embeddings", "check_same_teachers", "teachers_of"]

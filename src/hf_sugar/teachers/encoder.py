@@ -344,6 +344,7 @@ class TripleEncoder:
         fingerprint (`str`): SHA-256 over everything that decides the embeddings: id and resolved commit of Hub
             checkpoints, the files themselves of local ones (moving a directory changes nothing), pooling, `long_text` and
             data type.
+        record (`str`): the five above as JSON, as datasets carry it beside the embeddings.
 
     Raises:
         `ValueError`: if two of the three encoders are given, or a checkpoint lacks weights, pools in a way that is not
@@ -462,6 +463,16 @@ class TripleEncoder:
         parts = {teacher.role: [teacher.identity, teacher.pooling] for teacher in self._teachers}
         settings = [parts, str(self.dtype), self.long_text]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def record(self) -> str:
+        record = {name: getattr(self, name) for name in ("fingerprint", "description", "checkpoints", "dim", "split")}
+        for role, path in self.checkpoints.items():
+            if os.path.isdir(path):  # it may be published with the data: where this directory was tells nothing
+                name = Path(path).name
+                record["checkpoints"][role] = name
+                record["description"] = record["description"].replace(f"{role}={path}@", f"{role}={name}@")
+        return json.dumps(record)
 
     @cached_property
     @torch.no_grad()

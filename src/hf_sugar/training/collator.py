@@ -1,15 +1,19 @@
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from hf_sugar.alignment import IMAGE, TEXT
 from hf_sugar.data import load_image
 from hf_sugar.models.processing_sugar import SugarProcessor
 from hf_sugar.models.rows_sugar import check_row, conversation_row, fill_images, iter_slices
+from hf_sugar.teachers import check_same_teachers
 
 
 @dataclass
@@ -23,9 +27,12 @@ class SugarCollator:
             Processor of the model.
         max_length (`int`, *optional*):
             Longest sequence that the model takes; a longer row is an error.
+        teachers (`str`, *optional*):
+            The teachers whose embeddings the rows carry, as the column `teachers` says it
+            ([`~teachers.add_teacher_embeddings`]).
         embed_slices (`Callable[[list[str | PIL.Image.Image]], torch.Tensor]`, *optional*):
-            Gives the teacher embeddings `(slices, dim)` of texts and images. Without it the batch has none, and no
-            `slice_ids`: what supervised fine-tuning needs.
+            Gives the teacher embeddings `(slices, dim)` of texts and images instead. Without either the batch has none,
+            and no `slice_ids`: what supervised fine-tuning needs.
         flip_captions (`bool`, *optional*, defaults to `False`):
             Whether image-caption rows are put into the other order with probability one half. What happens to a row
             depends on its text, `seed` and `epoch` alone, so that a run that is resumed sees the same.
@@ -34,13 +41,14 @@ class SugarCollator:
 
     Returns of a call:
         `dict[str, torch.Tensor]`: what the backbone's processor gives, `labels` `(batch, length)`, and with
-        `embed_slices` also `slice_ids` `(batch, length)`, `teacher_embeddings` `(batch, slices, dim)` float32 and
+        teachers also `slice_ids` `(batch, length)`, `teacher_embeddings` `(batch, slices, dim)` float32 and
         `slice_modality` `(batch, slices)`: text, image, or -1 where a row has fewer slices. A row with `structure=False`
         has none: it stays out of the structure loss, and no teacher is asked about it.
     """
 
     processor: SugarProcessor
     max_length: int | None = None
+    teachers: str | None = None
     embed_slices: Callable[[list[str | Image.Image]], torch.Tensor] | None = None
     flip_captions: bool = False
     seed: int = 0
@@ -48,7 +56,7 @@ class SugarCollator:
     epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        conversations, loss_on, names, structure = [], [], [], []
+        conversations, loss_on, names, structure, flipped = [], [], [], [], []
         for index, example in enumerate(examples):
             row = conversation_row(example)
             name = f"Row {row['id']}" if row["id"] else f"Sample {index} of the batch"
@@ -56,7 +64,8 @@ class SugarCollator:
             images = [load_image(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])]
             messages = fill_images(row["messages"], images)
             loss = row["loss_on"]
-            if self.flip_captions and is_image_caption(messages, loss) and self._flips(messages):
+            flipped.append(self.flip_captions and is_image_caption(messages, loss) and self._flips(messages))
+            if flipped[-1]:
                 messages = [{**messages[0], "content": messages[0]["content"][::-1]}]
                 # the caption may now come before its image, where nothing says what it should be
                 loss = loss if messages[0]["content"][0]["type"] == "image" else None
@@ -65,23 +74,58 @@ class SugarCollator:
             names.append(name)
             structure.append(row["structure"])
         batch = self.processor.encode_conversations(conversations, loss_on, names, self.max_length)
-        if self.embed_slices is None:
+        if self.embed_slices is None and self.teachers is None:
             del batch["slice_ids"]
             return dict(batch)
 
-        slices = [
-            [part["image"] if part["type"] == "image" else part["text"] for part in iter_slices(messages) if use]
-            for messages, use in zip(conversations, structure)
-        ]
+        parts = [[part for part in iter_slices(messages) if use] for messages, use in zip(conversations, structure)]
+        counts = list(map(len, parts))
+        if self.embed_slices is not None:
+            slices = [part["image"] if part["type"] == "image" else part["text"] for row in parts for part in row]
+            embeddings = self.embed_slices(slices)
+        else:
+            embeddings = self._embeddings_of_rows(examples, names, counts, flipped)
         # as wide as `slice_ids`, whatever rows are left out
         longest = int(batch["slice_ids"].max()) + 1
-        embeddings = self.embed_slices([item for row in slices for item in row])
-        teacher_embeddings = embeddings.new_zeros(len(slices), longest, embeddings.shape[1])
-        modality = torch.full((len(slices), longest), -1)
-        for row, (items, values) in enumerate(zip(slices, embeddings.split([len(items) for items in slices]))):
-            teacher_embeddings[row, : len(items)] = values
-            modality[row, : len(items)] = torch.tensor([TEXT if isinstance(item, str) else IMAGE for item in items])
+        teacher_embeddings = embeddings.new_zeros(len(parts), longest, embeddings.shape[1])
+        modality = torch.full((len(parts), longest), -1)
+        for row, values in enumerate(embeddings.split(counts)):
+            teacher_embeddings[row, : len(values)] = values
+            kinds = [IMAGE if part["type"] == "image" else TEXT for part in parts[row]]
+            modality[row, : len(values)] = torch.tensor(kinds)
         return {**batch, "teacher_embeddings": teacher_embeddings, "slice_modality": modality}
+
+    def _embeddings_of_rows(
+        self, examples: list[dict[str, Any]], names: list[str], counts: list[int], flipped: list[bool]
+    ) -> torch.Tensor:
+        """What the rows carry: `(slices, dim)`, both halves of length one."""
+        wanted = json.loads(self.teachers)
+        found = []
+        for example, name, count, flip in zip(examples, names, counts, flipped):
+            if example.get("teacher_embeddings") is None or example.get("teachers") is None:
+                raise ValueError(
+                    f"{name} has no `teacher_embeddings`. Run `hf-sugar prepare` on the data, or set `teacher_mode='online'`."
+                )
+            if example["teachers"] != self.teachers:
+                check_same_teachers(json.loads(example["teachers"]), wanted["fingerprint"], wanted["description"])
+            values = np.array([*example["teacher_embeddings"]], np.float32).reshape(-1, wanted["dim"])
+            if count and len(values) != count:
+                raise ValueError(
+                    f"{name} has {len(values)} `teacher_embeddings` for {count} slices: it was changed after they were made. "
+                    "Remove the column to compute them anew."
+                )
+            found.append(values[:count][:: -1 if flip else 1])
+        embeddings = torch.from_numpy(np.concatenate(found))
+        halves = [embeddings] if wanted["split"] is None else embeddings.tensor_split([wanted["split"]], dim=1)
+        for half in halves:
+            bad = ~((half.norm(dim=1) - 1).abs() < 0.01)
+            if bad.any():
+                row = int(torch.tensor(counts).cumsum(0).gt(int(bad.nonzero()[0])).nonzero()[0])
+                raise ValueError(
+                    f"{names[row]} has `teacher_embeddings` that are not of length one: they are damaged. Delete the directory "
+                    "they are kept in, or remove the column, to compute them anew."
+                )
+        return torch.cat([F.normalize(half, dim=1) for half in halves], dim=1)  # they were rounded to float16
 
     def _flips(self, messages: list[dict[str, Any]]) -> bool:
         [text] = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]

@@ -109,15 +109,16 @@ class SugarTrainingConfig(SFTConfig):
         default=None,
         help="Hub ids or directories of the frozen encoders: `image`, `text` and `cross` (a CLIP-like pair); `cross` alone "
         "is used for everything (the 'w/o TK' ablation). It may also hold `revisions`, `dtype`, `long_text` ('windows' or "
-        "'truncate') and `batch_size`. Defaults to DINOv2-base, BGE-base and CLIP ViT-L/14.",
+        "'truncate') and `batch_size`. 'tiny' stands for those in this package. Defaults to DINOv2-base, BGE-base and CLIP "
+        "ViT-L/14, or to those that the embeddings in the data are from.",
     )
     teacher_mode: str = HfArg(
         default="cache",
-        help="'cache' embeds every slice of the dataset once before training, 'online' batch by batch.",
+        help="'cache' embeds every slice of the dataset that has no embedding once before training, 'online' batch by batch.",
         metadata={"choices": ["cache", "online"]},
     )
     teacher_cache_dir: str | None = HfArg(
-        default=None, help="Where the cache is kept. Defaults to `teacher_cache` in `output_dir`."
+        default=None, help="Where embeddings are kept. Defaults to `teacher_cache` in `output_dir`."
     )
 
     # Model

@@ -26,7 +26,7 @@ class RowFilter:
     """
 
     def __init__(self, collator: SugarCollator):
-        self.collator = replace(collator, embed_slices=None)
+        self.collator = replace(collator, teachers=None, embed_slices=None)
         self.skipped = torch.zeros((), dtype=torch.long).share_memory_()
 
     def __call__(self, example: dict[str, Any]) -> bool:

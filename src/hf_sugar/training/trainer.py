@@ -1,7 +1,8 @@
 import copy
+import json
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hf_sugar.inference import SugarEmbedder
 from hf_sugar.models import SugarForConditionalGeneration
 from hf_sugar.models.adapter_sugar import ADAPTER_SUBFOLDER
 from hf_sugar.models.rows_sugar import conversation_row, row_name
-from hf_sugar.teachers import TeacherCache, TripleEncoder
+from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings, check_same_teachers, teachers_of
 
 from .checkpoints import to_resume_from
 from .collator import SugarCollator
@@ -271,11 +272,15 @@ class SugarTrainer(SFTTrainer):
         # Teachers, collators and loss
         self.teachers: dict[str, str] = {}  # what the model card says of the run
         self.dataset_names = dataset_names(self.train_dataset)
-        embed_slices = self._teacher_embeddings() if self._structure else None
+        teachers = self._teacher_embeddings() if self._structure else {}
         self.data_collator = SugarCollator(
-            processing_class, max_length, embed_slices, self._structure and args.flip_captions, args.seed
+            processing_class,
+            max_length,
+            **teachers,
+            flip_captions=self._structure and args.flip_captions,
+            seed=args.seed,
         )
-        self._eval_collator = SugarCollator(processing_class, max_length, embed_slices)
+        self._eval_collator = SugarCollator(processing_class, max_length, **teachers)
         self.add_callback(_TellCollator(self.data_collator, self._good_rows))
         self.structure_loss = StructureLoss(reduction=args.structure_reduction)
         self._eval_losses = EvalLosses(self.accelerator, args.per_device_train_batch_size)
@@ -295,42 +300,46 @@ class SugarTrainer(SFTTrainer):
         # TRL reports the start of a training over the network; nobody asked for that here.
         pass
 
-    def _teacher_embeddings(self) -> Callable[[list[Any]], torch.Tensor]:
-        """What embeds slices for the collator."""
-        encoder = TripleEncoder.from_teachers(self.args.teachers, device=self.args.device)
-        self.teachers = encoder.checkpoints
+    def _teacher_embeddings(self) -> dict[str, Any]:
+        """What the collators need: the function that embeds slices, or whose embeddings the datasets have as a column."""
         if self.args.teacher_mode == "online":
-            self._split = encoder.split
-            return encoder.encode
-        directory = self.args.teacher_cache_dir or Path(self.args.output_dir) / "teacher_cache"
-        cache = TeacherCache.for_encoder(directory, encoder)
-        self._split = cache.split
-        self._teachers = cache, encoder
-        datasets = [self.train_dataset]
-        if self.eval_dataset is not None:
-            datasets += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        self._embed_ahead(datasets)
-        return self._teachers[0].lookup
+            self.teachers, self._split = self._encoder.checkpoints, self._encoder.split
+            return {"embed_slices": self._encoder.encode}
+        self._made_by: dict[str, Any] | None = None
+        self.train_dataset = self._with_teachers(self.train_dataset)
+        self.eval_dataset = each(self.eval_dataset, "eval_dataset", self._with_teachers)
+        self.teachers, self._split = self._made_by["checkpoints"], self._made_by["split"]
+        return {"teachers": json.dumps(self._made_by)}
 
-    def _embed_ahead(self, datasets: list[Dataset | IterableDataset]):
-        """Put the slices of the datasets into the teacher cache, if there is one."""
+    @cached_property
+    def _encoder(self) -> TripleEncoder:
+        return TripleEncoder.from_teachers(self.args.teachers, device=self.args.device)
+
+    def _with_teachers(self, dataset, name="") -> Dataset | IterableDataset:
+        """The dataset with the teachers' embeddings: of `args.teachers`, else of those that its column or that of another
+        dataset of this trainer is from."""
         if not self._structure or self.args.teacher_mode == "online":
-            return
-        cache, encoder = self._teachers
-        for dataset in datasets:
-            if not isinstance(dataset, IterableDataset):
-                cache.fill(dataset, encoder)
-            elif not len(cache):
-                raise ValueError(
-                    f"A streaming dataset is not read before training, and the teacher cache {cache.directory} is empty: run "
-                    "`hf-sugar prepare` on it, or set `teacher_mode='online'`."
-                )
-        encoder.unload()
+            return dataset
+        made_by = teachers_of(dataset)
+        if self.args.teachers is not None or made_by is None:
+            for made in filter(None, (made_by, self._made_by)):
+                check_same_teachers(made, self._encoder.fingerprint, self._encoder.description)
+        if made_by is None:
+            directory = self.args.teacher_cache_dir or Path(self.args.output_dir) / "teacher_cache"
+            compute = isinstance(dataset, Dataset)  # a stream is not read before training
+            dataset = add_teacher_embeddings(dataset, self._encoder, directory, compute=compute)
+            self._encoder.unload()
+            made_by = teachers_of(dataset)
+        self._made_by = self._made_by or made_by
+        check_same_teachers(made_by, self._made_by["fingerprint"], self._made_by["description"])
+        if isinstance(dataset, Dataset):  # arrays, which lists are slow to become
+            dataset = dataset.with_format("numpy", columns=["teacher_embeddings"], output_all_columns=True)
+        return dataset
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             rows = ["messages", "prompt", "completion", "image", "images"]
-            self._signature_columns = [*rows, "loss_on", "structure", "id"]
+            self._signature_columns = [*rows, "loss_on", "structure", "id", "teacher_embeddings", "teachers"]
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -418,8 +427,7 @@ class SugarTrainer(SFTTrainer):
         dataset = readable(dataset, name, self.args.on_bad_row == "error")
         if self.args.on_bad_row == "skip":
             dataset = self._good_rows.filter(dataset, name)
-        self._embed_ahead([dataset])
-        return dataset
+        return self._with_teachers(dataset)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
