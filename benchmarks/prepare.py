@@ -1,12 +1,14 @@
 """
-What `hf-sugar prepare` costs.
+What the teachers' embeddings cost: preparing them, and reading them at every step.
 
-`full`: images and texts a second of filling a cache, and as a ratio to the bare forward pass of the same teachers on the
-same batches. Architectures of full size (DINOv2-base, CLIP ViT-L/14, BERT-base) with random weights.
-`tiny`: with the tiny teachers of the embedded world, cold and warm runs, memory, and the label lookup of a batch.
+`full`: images and texts a second of `add_teacher_embeddings`, and as a ratio to the bare forward pass of the same teachers on
+the same batches. Architectures of full size (DINOv2-base, CLIP ViT-L/14, BERT-base) with random weights.
+`tiny`: cold and warm runs with the tiny teachers of this package, and memory.
+`collator`: milliseconds of collating a batch of 8 rows of an image of 336 pixels and a text, with and without the column.
 
 python benchmarks/prepare.py full --images 64
 python benchmarks/prepare.py tiny --rows 1000 20000
+python benchmarks/prepare.py collator
 python benchmarks/prepare.py full --images 4 --layers 1 && python benchmarks/prepare.py tiny --rows 50 100   # short
 """
 
@@ -20,29 +22,23 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
 from PIL import Image as PILImage
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    CLIPConfig,
-    CLIPModel,
-    Dinov2Config,
-    Dinov2Model,
-)
+from transformers import AutoTokenizer, BertConfig, BertModel, CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging
 
-from hf_sugar import TripleEncoder
-from hf_sugar.cli.demo import world_teachers
-from hf_sugar.teachers import TeacherCache
+from hf_sugar import SugarProcessor, TripleEncoder
+from hf_sugar.teachers import add_teacher_embeddings
+from hf_sugar.training import SugarCollator
 from hf_sugar.world import checkpoint
 
 
+PART = {"type": Value("string"), "text": Value("string")}
 FEATURES = Features(
     {
-        "messages": [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}],
+        "messages": [{"role": Value("string"), "content": [PART]}],
         "images": List(Image()),
+        "loss_on": Value("string"),
     }
 )
 WORDS = "a red blue green small large circle square star left right of above below two three".split()
@@ -57,14 +53,15 @@ def row(i: int, words: int, size: int, image: bool = True, text: bool = True) ->
         content.append({"type": "image", "text": None})
     if text:
         content.append({"type": "text", "text": f"{i} " + " ".join(random.choice(WORDS, words))})
-    return {"messages": [{"role": "user", "content": content}], "images": images}
+    return {"messages": [{"role": "user", "content": content}], "images": images, "loss_on": "text"}
 
 
 def dataset(directory: Path, count: int, **kwargs) -> Dataset:
     """On disk, so that it is mapped and not held in memory."""
-    Dataset.from_generator(
-        lambda: (row(i, **kwargs) for i in range(count)), features=FEATURES, cache_dir=str(directory / "generated")
-    ).save_to_disk(directory / "data")
+    made = Dataset.from_generator(
+        lambda: (row(i, **kwargs) for i in range(count)), features=FEATURES, cache_dir=str(directory / "made")
+    )
+    made.save_to_disk(directory / "data")
     return load_from_disk(directory / "data")
 
 
@@ -81,9 +78,8 @@ def full_teachers(directory: Path, layers: int | None) -> dict[str, str]:
         ("cross", CLIPModel(clip)),
     ):
         model.save_pretrained(directory / name)
-    BitImageProcessorPil(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}).save_pretrained(
-        directory / "image"
-    )
+    size = {"height": 224, "width": 224}
+    BitImageProcessorPil(size={"shortest_edge": 256}, crop_size=size).save_pretrained(directory / "image")
     CLIPImageProcessorPil().save_pretrained(directory / "cross")
     for name, tokens, length in (("text", "bert", 512), ("cross", "clip", 77)):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint(tokens))
@@ -93,32 +89,26 @@ def full_teachers(directory: Path, layers: int | None) -> dict[str, str]:
 
 
 @torch.no_grad()
-def bare_images(encoder: TripleEncoder, images: list) -> float:
-    """Seconds of the forward passes alone; the pixels are ready."""
-    pixels = [
-        teacher.image_processor([image.convert("RGB") for image in images], return_tensors="pt")
-        for teacher in (encoder._image, encoder._cross)
-    ]
+def bare(encoder: TripleEncoder, slices: list) -> float:
+    """Seconds of the forward passes alone; pixels and tokens are ready."""
+    images = not isinstance(slices[0], str)
+    teachers = (encoder._image if images else encoder._text, encoder._cross)
+    slices = slices if images else sorted(slices, key=len)
+    inputs = []
+    for start in range(0, len(slices), encoder.batch_size):
+        batch = slices[start : start + encoder.batch_size]
+        inputs.append(
+            [
+                teacher.image_processor([image.convert("RGB") for image in batch], return_tensors="pt")
+                if images
+                else teacher.tokenizer(batch, padding=True, return_tensors="pt")
+                for teacher in teachers
+            ]
+        )
     started = time.perf_counter()
-    for start in range(0, len(images), encoder.batch_size):
-        batch = slice(start, start + encoder.batch_size)
-        encoder._image.model(pixel_values=pixels[0]["pixel_values"][batch])
-        encoder._cross.model.get_image_features(pixel_values=pixels[1]["pixel_values"][batch])
-    return time.perf_counter() - started
-
-
-@torch.no_grad()
-def bare_texts(encoder: TripleEncoder, texts: list[str]) -> float:
-    texts = sorted(texts, key=len)
-    batches = [texts[start : start + encoder.batch_size] for start in range(0, len(texts), encoder.batch_size)]
-    tokens = [
-        [teacher.tokenizer(batch, padding=True, return_tensors="pt") for teacher in (encoder._text, encoder._cross)]
-        for batch in batches
-    ]
-    started = time.perf_counter()
-    for first, second in tokens:
-        encoder._text.model(**first)
-        encoder._cross.model.get_text_features(**second)
+    for first, second in inputs:
+        teachers[0].model(**first)
+        (teachers[1].model.get_image_features if images else teachers[1].model.get_text_features)(**second)
     return time.perf_counter() - started
 
 
@@ -126,24 +116,17 @@ def full(args, directory: Path):
     encoder = TripleEncoder.from_teachers(full_teachers(directory / "teachers", args.layers), device="cpu")
     assert encoder.dim  # loads the weights
     print("| slices | prepare (1/s) | bare forward pass (1/s) | ratio |\n|---|---|---|---|")
-    for kind, bare in (("image", bare_images), ("text", bare_texts)):
-        data = dataset(
-            directory / kind, args.images, words=12, size=args.size, image=kind == "image", text=kind == "text"
-        )
-        if kind == "image":
-            slices = [sample["images"][0] for sample in data]
-        else:
-            slices = [sample["messages"][0]["content"][0]["text"] for sample in data]
+    for kind in ("image", "text"):
+        data = dataset(directory / kind, args.images, words=12, size=480, image=kind == "image", text=kind == "text")
+        slices = [r["images"][0] if r["images"] else r["messages"][0]["content"][0]["text"] for r in data]
         bare(encoder, slices[: encoder.batch_size])  # warm up
         prepare, forward = [], []
         for repeat in range(args.repeats):
             if repeat % 2 == 0:  # alternated, and each goes first as often as the other
                 forward.append(bare(encoder, slices))
-            cache = TeacherCache.for_encoder(directory / f"cache-{kind}-{repeat}", encoder)
             started = time.perf_counter()
-            counts = cache.fill(data, encoder)
+            add_teacher_embeddings(data, encoder, directory / f"cache-{kind}-{repeat}")
             prepare.append(time.perf_counter() - started)
-            assert counts["encoded"] == len(slices)
             if repeat % 2:
                 forward.append(bare(encoder, slices))
         ratio = statistics.median(a / b for a, b in zip(forward, prepare))
@@ -153,58 +136,63 @@ def full(args, directory: Path):
 
 def anonymous_memory() -> float:
     """MiB of memory that is the process's own; pages of mapped files, which the system takes back as it likes, are not."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
 
 
 def tiny(args, directory: Path):
-    encoder = TripleEncoder.from_teachers(world_teachers(), device="cpu")
-    assert encoder.dim
-    warm_up = dataset(directory / "warm-up", 64, words=8, size=64)
-    TeacherCache.for_encoder(directory / "cache-warm-up", encoder).fill(warm_up, encoder)
+    encoder = TripleEncoder.from_teachers("tiny", device="cpu")
+    add_teacher_embeddings(dataset(directory / "warm-up", 64, words=8, size=64), encoder, directory / "warm-up-cache")
     print("| rows | cold (s) | warm (s) | cold / warm | memory after cold (MiB) |\n|---|---|---|---|---|")
     for count in args.rows:
         data = dataset(directory / str(count), count, words=8, size=64)
-        place = directory / f"cache-{count}"
-        started = time.perf_counter()
-        counts = TeacherCache.for_encoder(place, encoder).fill(data, encoder)
-        cold = time.perf_counter() - started
-        memory = anonymous_memory()
-        started = time.perf_counter()
-        again = TeacherCache.for_encoder(place, encoder).fill(data, encoder)
-        warm = time.perf_counter() - started
-        assert counts["encoded"] == 2 * count and again["encoded"] == 0
+        seconds = []
+        for _ in range(2):
+            started = time.perf_counter()
+            add_teacher_embeddings(data, encoder, directory / f"cache-{count}")
+            seconds.append(time.perf_counter() - started)
+            memory = anonymous_memory() if len(seconds) == 1 else memory
+        cold, warm = seconds
         print(f"| {count} | {cold:.2f} | {warm:.3f} | {cold / warm:.0f} | {memory:.0f} |", flush=True)
-    cache = TeacherCache.for_encoder(place, encoder)
-    batches = [data.select(np.random.RandomState(n).randint(0, len(data), 16)) for n in range(20)]
-    slices = [
-        [item for sample in batch for item in (sample["images"][0], sample["messages"][0]["content"][1]["text"])]
-        for batch in batches
-    ]
+
+
+def collator(args, directory: Path):
+    encoder = TripleEncoder.from_teachers(full_teachers(directory / "teachers", 1), device="cpu")
+    processor = SugarProcessor.from_pretrained(checkpoint("llava"))
+    processor.patch_size = 14
+    processor.num_additional_image_tokens = 1
+    processor.vision_feature_select_strategy = "default"
+    size = {"height": 336, "width": 336}
+    processor.image_processor.size, processor.image_processor.crop_size = {"shortest_edge": 336}, size
+    data = dataset(directory, 16, words=8, size=336)
+    data = add_teacher_embeddings(data, encoder, directory / "cache").cast_column("images", List(Image(decode=False)))
+    data = data.with_format("numpy", columns=["teacher_embeddings"], output_all_columns=True)
+    with_column, without = SugarCollator(processor, teachers=encoder.record), SugarCollator(processor)
     times = []
-    for batch in slices:
-        started = time.perf_counter()
-        cache.lookup(batch)
-        times.append(time.perf_counter() - started)
-    print(f"\nlabel lookup of 16 images and 16 texts among {len(cache)}: {1000 * statistics.median(times):.2f} ms")
+    for n in range(args.repeats + 1):
+        pair = []
+        for collate in (with_column, without):
+            started = time.process_time()
+            collate(data.__getitems__([(8 * n + i) % 16 for i in range(8)]))
+            pair.append(1000 * (time.process_time() - started))
+        times.append(pair)
+    together, plain = (statistics.median(column) for column in zip(*times[1:]))
+    share = statistics.median(a - b for a, b in times[1:])
+    print(
+        f"processor time of a batch: {together:.1f} ms with the column, {plain:.1f} ms without; difference {share:.2f} ms"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("full")
-    command.set_defaults(run=full)
-    command.add_argument("--images", type=int, default=64, help="images, and texts")
-    command.add_argument("--size", type=int, default=480, help="height and width of the images")
-    command.add_argument("--repeats", type=int, default=4)
-    command.add_argument("--layers", type=int, help="layers of every teacher, instead of their own")
-    command = commands.add_parser("tiny")
-    command.set_defaults(run=tiny)
-    command.add_argument("--rows", type=int, nargs="+", default=[1000, 5000, 20000])
+    parser.add_argument("run", choices=("full", "tiny", "collator"))
+    parser.add_argument("--images", type=int, default=64, help="images, and texts, of `full`")
+    parser.add_argument("--layers", type=int, help="layers of every teacher of `full`, instead of their own")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 5000, 20000], help="of `tiny`")
+    parser.add_argument("--repeats", type=int, default=4)
     args = parser.parse_args()
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as directory:
-        args.run(args, Path(directory))
+        globals()[args.run](args, Path(directory))
 
 
 if __name__ == "__main__":
