@@ -13,6 +13,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
+from PIL import Image
 from test_retrieval import adapter, checkpoint, corpus, name  # noqa: F401
 
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, world
@@ -23,6 +24,7 @@ from hf_sugar.retrieval import SugarEmbedder, SugarIndex
 
 pytestmark = pytest.mark.extras
 gradio = pytest.importorskip("gradio", reason="the page needs gradio")
+gradio_client = pytest.importorskip("gradio_client")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -218,14 +220,25 @@ def test_loopback_unless_told_otherwise(port):
         socket.create_connection(("127.0.0.2", port), timeout=5)
 
 
-def test_from_directories_and_the_hub(name, corpus, tmp_path):  # noqa: F811
-    main(["index", "--model_name_or_path", name, "--data", str(corpus / "data.json"), "--index", str(tmp_path / "i")])
+def test_over_http(port, facts):
+    """What the buttons call, without a browser."""
+    place, rows = facts
+    client = gradio_client.Client(f"http://127.0.0.1:{port}/", verbose=False)
+    picture, question = gradio_client.handle_file(str(place / "4.png")), "What color is the back of the picture?"
+    cards, rank = client.predict(question, picture, 3, api_name="/search")
+    assert cards.count('class="card"') == 3 and "1. &lt;b&gt;4&lt;/b&gt;" in cards and ">1.0000<" in cards
+    answer, cards, rank = client.predict(question, picture, 1, api_name="/ask")
+    assert rows[4]["messages"][1]["content"][0]["text"] in answer and cards.count('class="card"') == 1
+    with Image.open(client.predict(question, picture, 0, api_name="/align")) as heat_map:
+        assert heat_map.width > 100
+
+
+@pytest.mark.parametrize("name", ["adapter on the Hub"], indirect=True)
+def test_an_adapter_on_the_hub(name, corpus, tmp_path):  # noqa: F811
+    main(["index", name, str(corpus / "data.json"), "--index", str(tmp_path / "i")])
     with serve(name, tmp_path / "i", tmp_path / "log") as port:
-        data = json.dumps({"data": ["a red star", None, 1]}).encode()
-        url = f"http://127.0.0.1:{port}/gradio_api/call/search"
-        _, answer = request(url, data, {"Content-Type": "application/json"})
-        _, answer = request(f"{url}/{json.loads(answer)['event_id']}")
-        assert b"event: complete" in answer and b"data.json:" in answer
+        client = gradio_client.Client(f"http://127.0.0.1:{port}/", verbose=False)
+        assert "data.json:" in client.predict("a red star", None, 1, api_name="/search")[0]
 
 
 def test_without_gradio_the_remedy_is_named(monkeypatch):
