@@ -1,6 +1,5 @@
 """One embedder and one generator of a model, for the index, evaluation, the trainer, the harnesses and the demo."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreamer
 
 from .data import load_image
+from .models.adapter_sugar import fingerprint
 from .models.rows_sugar import IMAGE_SUFFIXES, check_row, conversation_row, fill_images, row_name
 
 
@@ -127,8 +127,7 @@ class SugarEmbedder:
 
     Attributes:
         dim (`int`): dimension of the embeddings.
-        fingerprint (`str`): names the weights. It is the same wherever the checkpoint lies, on every device, and in
-            float32 and bfloat16.
+        fingerprint (`str`): samples of the weights, see [`~models.adapter_sugar.fingerprint`].
 
     Raises:
         `ValueError`: for an unknown `pooling`, and for `"mean"` with a model that pools the last token of a slice.
@@ -165,19 +164,8 @@ class SugarEmbedder:
 
     @cached_property
     def fingerprint(self) -> str:
-        # Some thousand values of each weight: training moves them all, and reading all of 7B would take a minute.
-        digest = hashlib.blake2b(digest_size=16)
-        for name, weight in sorted(self.model.state_dict().items()):
-            if ".original_module." in name:  # of PEFT, not used, and random where it came with an adapter
-                continue
-            values = weight.detach().flatten()
-            values = values[:: max(1, len(values) // 4096)]
-            if values.is_floating_point():
-                values = values.to(torch.bfloat16)
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        baseline = "" if self.project and self.pooling == "slice" else f"-{self.pooling}-{self.project}"
-        return digest.hexdigest() + baseline
+        trained = self.project and self.pooling == "slice"
+        return fingerprint(self.model, adapters=True) + ("" if trained else f"#{self.pooling}, project={self.project}")
 
     def __call__(self, items: Sequence[Any]) -> np.ndarray:
         """

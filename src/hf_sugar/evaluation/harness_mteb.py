@@ -1,5 +1,6 @@
 """A Sugar model in mteb: https://github.com/embeddings-benchmark/mteb."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class MTEBModel(AbsEncoder):
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
                 "name": name or f"local/{model.name_or_path.rstrip('/').split('/')[-1] or 'sugar'}",
-                "revision": self.embedder.fingerprint,
+                "revision": hashlib.sha256(self.embedder.fingerprint.encode()).hexdigest()[:32],
                 "modalities": ["text", "image"],
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "use_instructions": False,

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..inference import SugarEmbedder
+from ..models.adapter_sugar import same_fingerprint
 from .documents import PARTS, checked
 
 
@@ -88,9 +89,11 @@ def check_embedder(embed: Any, fingerprint: str | None, by: str) -> str:
 
 def check_fingerprint(where: Any, stored: str, asked: str) -> None:
     """An error unless an index is of the model that will embed the queries."""
-    if stored != asked:
+    (first, _, how), (second, _, how_asked) = stored.partition("#"), asked.partition("#")
+    if how != how_asked or not same_fingerprint(first, second):
         raise ValueError(
-            f"{where} was built with the model {stored!r}, not {asked!r}. Load that model, or build the index anew."
+            f"{where} was built with another model: its fingerprint is {stored[:40]!r}, not {asked[:40]!r}. Load the model "
+            "of the index, or build it anew."
         )
 
 
