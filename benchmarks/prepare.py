@@ -150,7 +150,8 @@ def tiny(args, directory: Path):
             started = time.perf_counter()
             add_teacher_embeddings(data, encoder, directory / f"cache-{count}")
             seconds.append(time.perf_counter() - started)
-            memory = anonymous_memory() if len(seconds) == 1 else memory
+            if len(seconds) == 1:
+                memory = anonymous_memory()
         cold, warm = seconds
         print(f"| {count} | {cold:.2f} | {warm:.3f} | {cold / warm:.0f} | {memory:.0f} |", flush=True)
 

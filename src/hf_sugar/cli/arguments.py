@@ -213,9 +213,9 @@ def class_settings(reference: str) -> dict[str, Setting]:
             item.target.id,
             annotation,
             _literal(default),
-            " ".join((metadata.get("help") or "").replace("%%", "%").split()),
+            " ".join((metadata.get("help") or _literal(arguments.get("help")) or "").replace("%%", "%").split()),
             tuple(metadata["choices"]) if metadata.get("choices") else None,
-            tuple(metadata.get("aliases") or ()),
+            tuple(metadata.get("aliases") or _literal(arguments.get("aliases")) or ()),
             package == "hf_sugar",
         )
     for base in map(ast.unparse, node.bases):

@@ -1,13 +1,22 @@
-"""The model, its configuration and its processor. Touching one of them registers all with the Auto classes of transformers;
-`rows_sugar` alone does not need torch."""
+"""The model, its configuration and its processor. Importing this package registers them with the Auto classes."""
 
-import importlib
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
+from .configuration_sugar import SugarConfig
+from .modeling_sugar import SugarForConditionalGeneration, SugarOutput
+from .processing_sugar import SugarProcessor
+
+
+AutoConfig.register("sugar", SugarConfig)
+AutoModel.register(SugarConfig, SugarForConditionalGeneration)
+AutoModelForImageTextToText.register(SugarConfig, SugarForConditionalGeneration)
+AutoModelForMultimodalLM.register(SugarConfig, SugarForConditionalGeneration)
+AutoProcessor.register(SugarConfig, SugarProcessor)
 
 __all__ = ["SugarConfig", "SugarForConditionalGeneration", "SugarOutput", "SugarProcessor"]
-
-
-def __getattr__(name: str):
-    if name not in __all__:
-        raise AttributeError(f"module 'hf_sugar.models' has no attribute '{name}'")
-    return getattr(importlib.import_module("hf_sugar.models.auto"), name)

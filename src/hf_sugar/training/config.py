@@ -14,6 +14,7 @@ logger = logging.get_logger(__name__)
 # Settings of SFTConfig that mean nothing here, with what does.
 _WITHOUT_EFFECT = {
     "packing": "A row stays by itself: the structure loss compares rows.",
+    "packing_strategy": "A row stays by itself: the structure loss compares rows.",
     "eval_packing": "A row stays by itself: the structure loss compares rows.",
     "padding_free": "Rows are padded: the structure loss compares rows.",
     "completion_only_loss": "What is learnt is said by the rows: of `prompt` and `completion` the completion, of "
