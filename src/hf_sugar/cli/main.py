@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hf_sugar import __version__
 
-from .arguments import Command, UsageError, parse
+from .arguments import Command, parse
 
 
 _DATA, _MODEL = "hf_sugar.cli.arguments:DataArguments", "hf_sugar.cli.embed:ModelArguments"
@@ -136,10 +136,8 @@ def console() -> int | None:
         if debug:
             traceback.print_exc()
         expected = isinstance(error, ValueError | TypeError | OSError | ImportError | NotImplementedError)
-        message = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
+        message = str(error) if expected and str(error) else f"{type(error).__name__}: {error} (--debug shows where)"
         print(f"error: {message}", file=sys.stderr)
-        if not (debug or isinstance(error, UsageError)):
-            print("(--debug shows where this was raised)", file=sys.stderr)
         return 2 if expected else 1
 
 
