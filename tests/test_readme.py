@@ -72,9 +72,7 @@ def parse(monkeypatch):
 
 
 @pytest.mark.parametrize("page,line", command_lines())
-def test_a_command_line_is_understood(page, line, parse, monkeypatch, request):
-    if line.startswith("hf-sugar prepare --config examples/qlora_7b.yaml"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="`prepare` refuses settings of `train` in YAML"))
+def test_a_command_line_is_understood(page, line, parse, monkeypatch):
     monkeypatch.chdir(ROOT)
     subprocess.run(["bash", "-n", "-c", line], check=True)
     for command in re.split("&&", line):

@@ -1086,7 +1086,7 @@ def test_prepare(encoder, checkpoints, tmp_path, capsys, caplog):
     teachers = {"image": checkpoints["dinov2"], "text": checkpoints["bert"], "cross": checkpoints["clip"]}
     command = ["prepare", "--train_data", str(tmp_path / "rows.json"), "--teachers", json.dumps(teachers)]
     command += ["--teacher_cache_dir", str(tmp_path / "cache")]
-    output = ["--output_dir", str(tmp_path / "prepared")]
+    output = ["--dataset_dir", str(tmp_path / "prepared")]
     main([*command, *output])
     assert "4 rows, 0 skipped, 9 encoded" in capsys.readouterr().out
     main([*command, "--streaming", "True"])

@@ -119,11 +119,14 @@ class Command:
             is called with one instance of each.
         positional (`tuple[str, ...]`, *optional*):
             Settings that may be given first, without their flags. One that is a list takes all that is left.
+        passes_over (`tuple[str, ...]`, *optional*):
+            Dataclasses of another command, whose YAML file will do as well: settings of that command alone are passed over.
     """
 
     description: str
     settings: dict[str, str]
     positional: tuple[str, ...] = ()
+    passes_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,8 @@ def parse(name: str, command: Command, argv: list[str]) -> list[Any]:
     config = values.pop("config", None)
     values = {key: _converted(settings[key], value, f"--{key}") for key, value in values.items()}
     if config is not None:
-        values = _read_yaml(config, settings, name) | values
+        others = {key for reference in command.passes_over for key in class_settings(reference)}
+        values = _read_yaml(config, settings, name, others) | values
     result = []
     for reference in command.settings.values():
         module, class_name = reference.split(":")
@@ -302,7 +306,7 @@ def parse(name: str, command: Command, argv: list[str]) -> list[Any]:
     return result
 
 
-def _read_yaml(file: str, settings: dict[str, Setting], name: str) -> dict[str, Any]:
+def _read_yaml(file: str, settings: dict[str, Setting], name: str, others: set[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -312,9 +316,11 @@ def _read_yaml(file: str, settings: dict[str, Setting], name: str) -> dict[str, 
     if not isinstance(values, dict):
         raise UsageError(f"`--config {file}` must hold settings, as `name: value`, a line each.")
     os.environ.update({key: str(value) for key, value in (values.pop("env", None) or {}).items()})
-    for key in values:
+    for key in list(values):
         if key not in settings:
-            raise UsageError(f"{file}, `{key}`: {_no_such(str(key), settings, name)}")
+            if key not in others:
+                raise UsageError(f"{file}, `{key}`: {_no_such(str(key), settings, name)}")
+            del values[key]
     return {key: _converted(settings[key], value, f"{file}, `{key}`") for key, value in values.items()}
 
 

@@ -12,6 +12,13 @@ from .arguments import Command, parse
 
 _DATA, _MODEL = "hf_sugar.cli.arguments:DataArguments", "hf_sugar.cli.embed:ModelArguments"
 _EVALUATION = "hf_sugar.evaluation.tasks:EvaluationData"
+_TRAINING = {
+    "Data": "hf_sugar.cli.arguments:StreamedDataArguments",
+    "Training": "hf_sugar.training.config:SugarTrainingConfig",
+    "Model, LoRA and quantization": "hf_sugar.cli.train:ModelArguments",
+    "Evaluation": _EVALUATION,
+    "Action": "hf_sugar.cli.train:ActionArguments",
+}
 
 # A command's module is imported once its settings are known to be right.
 COMMANDS = {
@@ -28,16 +35,11 @@ COMMANDS = {
         "compute the teacher embeddings of a dataset, once",
         {"Data": "hf_sugar.cli.arguments:StreamedDataArguments", "Settings": "hf_sugar.cli.prepare:PrepareArguments"},
         positional=("train_data",),
+        passes_over=tuple(_TRAINING.values()),
     ),
     "train": Command(
         "train Sugar on a LLaVA checkpoint: supervised fine-tuning with the structure loss",
-        {
-            "Data": "hf_sugar.cli.arguments:StreamedDataArguments",
-            "Training": "hf_sugar.training.config:SugarTrainingConfig",
-            "Model, LoRA and quantization": "hf_sugar.cli.train:ModelArguments",
-            "Evaluation": _EVALUATION,
-            "Action": "hf_sugar.cli.train:ActionArguments",
-        },
+        _TRAINING,
         positional=("model_name_or_path", "train_data"),
     ),
     "embed": Command(

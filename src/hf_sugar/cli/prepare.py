@@ -19,23 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PrepareArguments:
-    """
-    Settings of `hf-sugar prepare`.
-
-    Parameters:
-        teachers (`str` or `dict[str, str]`, *optional*):
-            As in [`SugarTrainingConfig`].
-        teacher_cache_dir (`str`, *optional*, defaults to `"teacher_cache"`):
-            Where the embeddings are kept; `hf-sugar train` takes the same setting and finds them there.
-        output_dir (`str`, *optional*):
-            Where the rows are written with their images and embeddings, as a dataset of each split. It can be trained on
-            (`train_data`), pushed to the Hub (`datasets.load_from_disk(...).push_to_hub(...)`) and streamed, without the
-            teachers.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of datasets that have several.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the mixture of several sources, for `output_dir`.
-    """
+    """Settings of `hf-sugar prepare`."""
 
     teachers: dict | str | None = field(
         default=None,
@@ -44,12 +28,12 @@ class PrepareArguments:
         },
     )
     teacher_cache_dir: str = field(default="teacher_cache", metadata={"help": "Where the embeddings are kept."})
-    output_dir: str | None = field(
+    dataset_dir: str | None = field(
         default=None,
         metadata={"help": "Where rows, images and embeddings are written as a dataset, to be pushed or streamed."},
     )
     split: str = field(default="train", metadata={"help": "Split of datasets that have several."})
-    seed: int = field(default=42, metadata={"help": "Seed of the mixture of several sources, for output_dir."})
+    seed: int = field(default=42, metadata={"help": "Seed of the mixture of several sources, for dataset_dir."})
 
 
 def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
@@ -76,9 +60,9 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
     }
     if not sources:
         raise ValueError("`train_data` is not set: name the data to prepare.")
-    if args.output_dir and data.streaming:
+    if args.dataset_dir and data.streaming:
         raise ValueError(
-            "`output_dir` needs the rows one by one, not as a stream: leave `streaming` off. What is written can be streamed."
+            "`dataset_dir` needs the rows one by one, not as a stream: leave `streaming` off. What is written can be streamed."
         )
     state = distributed_state()
     encoder = TripleEncoder.from_teachers(args.teachers, device=state.device)
@@ -94,8 +78,8 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
         )
         rows = _usable(rows, data.on_bad_row == "skip", counts)
         rows = add_teacher_embeddings(rows, encoder, args.teacher_cache_dir, counts=counts)
-        if args.output_dir and state.is_main_process:
-            rows.save_to_disk(Path(args.output_dir) / name)
+        if args.dataset_dir and state.is_main_process:
+            rows.save_to_disk(Path(args.dataset_dir) / name)
     return counts
 
 
@@ -126,5 +110,7 @@ def _usable(rows: Dataset | IterableDataset, skip: bool, counts: Counter) -> Dat
 def main(data: StreamedDataArguments, args: PrepareArguments) -> None:
     counts = prepare(data, args)
     distributed_state().print(
-        ", ".join(f"{count} {name}" for name, count in counts.items()), "->", args.output_dir or args.teacher_cache_dir
+        ", ".join(f"{count} {name}" for name, count in counts.items()),
+        "->",
+        args.dataset_dir or args.teacher_cache_dir,
     )
