@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from test_trainer import caption, config, conversation, rows
 
-from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer
+from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer, models
 from hf_sugar.cli.main import main
 from hf_sugar.hub import model_card
 
@@ -25,13 +25,7 @@ from hf_sugar.hub import model_card
 # Whatever of this machine could be in a file: where the tests and their files are, who runs them, the token.
 USER = "jane-roe"
 SECRETS = [str(Path.home()), tempfile.gettempdir() + os.sep, str(Path(__file__).parents[1]), USER, HubServer.token]
-CODE = {
-    "adapter_sugar.py",
-    "configuration_sugar.py",
-    "modeling_sugar.py",
-    "processing_sugar.py",
-    "rows_sugar.py",
-}
+CODE = {file.name for file in Path(models.__file__).parent.glob("*_sugar.py")}
 PROCESSOR = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -1,31 +1,23 @@
-"""How a Sugar model is loaded, saved and exported: full checkpoints, plain backbones and adapter repositories."""
+"""Adapters of a Sugar model, which bring the retrieval projector with them. PEFT does the work."""
 
-import base64
 import copy
-import os
-import shutil
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import CONFIG_NAME, cached_file, is_peft_available, logging
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import cached_file, is_peft_available, logging
+
+from .files_sugar import ADAPTER_SUBFOLDER, damage, whole_directory
+from .fingerprint_sugar import fingerprint, same_fingerprint, unwrapped
 
 
 logger = logging.get_logger(__name__)
 
-ADAPTER_SUBFOLDER = "adapter"
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter file
-BACKBONE_FIELDS = ("backbone_name_or_path", "backbone_revision")
-HUB_ACCESS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
-
 # Settings of a backbone that its weights are made for: where two differ, they are different backbones.
 SHAPE_FIELDS = (
     "model_type",
@@ -40,188 +32,9 @@ SHAPE_FIELDS = (
     "patch_size",
 )
 
-FINGERPRINT_PREFIX = "weights:"
-SAMPLES = 4  # of each weight in a fingerprint
-SAMPLE = np.dtype([("name", "<u4"), ("values", "<i2", SAMPLES)])
-SAMPLED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-def fingerprint(model: nn.Module, adapters: bool = False) -> str:
-    """
-    What tells models apart: a few numbers of every weight, each beside a checksum of the weight's name. Quantized weights
-    and those that are not whole on this process (sharded, offloaded) are left out. Compare two of them with
-    [`same_fingerprint`], not with `==`.
-
-    Args:
-        model (`torch.nn.Module`):
-            The whole model, or its backbone (`model.vlm`).
-        adapters (`bool`, *optional*, defaults to `False`):
-            Whether the active adapter counts too. By default it is the model without adapters.
-
-    Returns:
-        `str`: 16 characters for each weight.
-    """
-    weights = dict(_weights(model))
-    if adapters and (adapter := model._active_adapter()) is not None:
-        if not any(module.disable_adapters for module in model._adapter_modules()):
-            # with the trained projector in the place of the one that it was made from
-            weights |= model._adapter_weights(adapter)
-    names, samples, seen = [], [], set()
-    for name, weight in weights.items():
-        # a quantized or sharded weight is of another class or dtype
-        plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype in SAMPLED_DTYPES
-        if not plain or weight.is_meta or weight.numel() == 0 or id(weight) in seen:
-            continue
-        seen.add(id(weight))
-        places = [weight.numel() * n // (SAMPLES + 1) for n in range(1, SAMPLES + 1)]
-        names.append(zlib.crc32(name.encode()))
-        samples.append(weight.detach().flatten()[places].to(torch.bfloat16).cpu())
-    records = np.empty(len(names), SAMPLE)
-    if names:
-        records["name"], records["values"] = names, torch.stack(samples).view(torch.int16).numpy()
-    return FINGERPRINT_PREFIX + base64.b64encode(records.tobytes()).decode()
-
-
-def same_fingerprint(first: str, second: str) -> bool:
-    """
-    Whether two [`fingerprint`]s are of the same weights, in whatever precision each was loaded. What only one of them
-    has, because the other was quantized, is not compared.
-
-    Args:
-        first, second (`str`):
-            Fingerprints.
-    """
-    if first == second:
-        return True
-    if not (first.startswith(FINGERPRINT_PREFIX) and second.startswith(FINGERPRINT_PREFIX)):
-        return False
-    tables = []
-    for text in (first, second):
-        records = np.frombuffer(base64.b64decode(text.removeprefix(FINGERPRINT_PREFIX)), SAMPLE)
-        tables.append(dict(zip(records["name"].tolist(), records["values"])))
-    common = tables[0].keys() & tables[1].keys()
-    if not common:
-        return not all(tables)  # of one of them, nothing is known
-    ours, theirs = (
-        torch.from_numpy(np.stack([table[name] for name in common])).view(torch.bfloat16).float() for table in tables
-    )
-    # a unit in the last place, because float16 is rounded twice, and the smallest that float16 has
-    return torch.allclose(ours, theirs, rtol=2**-7, atol=1e-7, equal_nan=True)
-
-
-def _weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Weights of the model without adapters, by the names that they have there."""
-    if (inner := _unwrapped(module)) is not module:
-        yield from _weights(inner, prefix)
-        return
-    yield from ((prefix + name, weight) for name, weight in module._parameters.items() if weight is not None)
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _weights(child, f"{prefix}{name}.")
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself where PEFT has put one of its own around it."""
-    for name in ("base_layer", "original_module", "token_adapter"):
-        if module._modules.get(name) is not None:
-            return _unwrapped(module._modules[name])
-    return module
-
-
-class SugarCheckpointMixin:
-    """`from_pretrained`, `save_pretrained` and adapters of [`SugarForConditionalGeneration`]."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """
-        Load a full checkpoint, an adapter repository or a plain backbone, from the Hub or a directory. Weights are
-        read from safetensors files only.
-
-        An adapter repository (as [`SugarTrainer`] and `save_pretrained` write it under PEFT) holds the LoRA weights and
-        the retrieval projector in `adapter/`; the backbone comes from the place that its configuration names, at the
-        revision it was trained on. Nothing but weights is read from there. If the backbone is somewhere else by now,
-        pass `backbone_name_or_path`.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`):
-                Hub id or directory.
-            args, config, kwargs:
-                As in [`~transformers.PreTrainedModel.from_pretrained`], and fields of [`SugarConfig`].
-
-        Raises:
-            `ValueError`: if weights are missing, if the adapter's are not exactly those that the model expects, or if the
-                backbone is another one.
-            `OSError`: if a file is missing or damaged.
-        """
-        kwargs.setdefault("use_safetensors", True)
-        if pretrained_model_name_or_path is None:
-            return super().from_pretrained(None, *args, config=config, **kwargs)
-        want_info = kwargs.pop("output_loading_info", False)
-        hub = {key: kwargs[key] for key in (*HUB_ACCESS, "revision", "subfolder") if key in kwargs}
-        file = cached_file(
-            pretrained_model_name_or_path, CONFIG_NAME, **hub, _raise_exceptions_for_missing_entries=False
-        )
-        commit = None if Path(pretrained_model_name_or_path).is_dir() else extract_commit_hash(file, None)
-        if commit is not None:  # everything of one load comes from one commit
-            kwargs["revision"] = hub["revision"] = commit
-        if config is None:
-            stored, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **hub)
-            if stored.get("backbone_name_or_path") is not None:
-                if "backbone_name_or_path" in kwargs:
-                    stored["backbone_revision"] = None
-                overrides = {key: kwargs.pop(key) for key in BACKBONE_FIELDS if key in kwargs}
-                config = cls.config_class.from_dict({**stored, **overrides})
-        if config is None or config.backbone_name_or_path is None:
-            model, info = cls._load_weights(pretrained_model_name_or_path, *args, config=config, **kwargs)
-            model.config._commit_hash = commit
-            if not model.config.architectures:
-                logger.info("%s has no retrieval projector: it gets a new one.", pretrained_model_name_or_path)
-        else:
-            model, info = cls._load_backbone(config, pretrained_model_name_or_path, *args, **kwargs)
-            model.load_sugar_adapter(pretrained_model_name_or_path, **hub)
-        return (model, info) if want_info else model
-
-    @classmethod
-    def _load_weights(cls, pretrained_model_name_or_path, *args, **kwargs):
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as error:
-            directory = cached_file(
-                pretrained_model_name_or_path,
-                CONFIG_NAME,
-                **{key: kwargs[key] for key in (*HUB_ACCESS, "revision", "subfolder") if key in kwargs},
-            )
-            raise OSError(_damage(Path(directory).parent)) from error
-        if info["missing_keys"]:
-            raise ValueError(
-                f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks weights: {_first(info['missing_keys'])}. It is "
-                "not complete, or not of this model: save or download it again."
-            )
-        model._loaded_from = model.config.name_or_path, fingerprint(model.vlm)
-        return model, info
-
-    @classmethod
-    def _load_backbone(cls, config, adapter: str | Path, *args, subfolder=None, adapter_kwargs=None, **kwargs):
-        # `subfolder` and `adapter_kwargs`, into which the Auto classes put the revision, are about the adapter's repository
-        if not config.backbone_name_or_path:
-            raise ValueError(
-                f"The adapter in {adapter} does not say where its backbone is, which was changed or not saved before the "
-                "training. Pass `backbone_name_or_path`."
-            )
-        kwargs["revision"] = config.backbone_revision
-        hub = {key: kwargs[key] for key in (*HUB_ACCESS, "revision") if key in kwargs}
-        try:
-            found, _ = cls.config_class.get_config_dict(config.backbone_name_or_path, **hub)
-        except OSError as error:
-            raise OSError(
-                f"The adapter in {adapter} is for the backbone {config.backbone_name_or_path!r} (revision "
-                f"{config.backbone_revision}), which cannot be loaded: {error}\nIf it is somewhere else, pass "
-                "`backbone_name_or_path`."
-            ) from error
-        _require_same_shapes(adapter, config, cls.config_class.from_dict(found))
-        return cls._load_weights(config.backbone_name_or_path, *args, config=config, **kwargs)
+class SugarAdapterMixin:
+    """Adapters of [`SugarForConditionalGeneration`]."""
 
     def load_sugar_adapter(
         self, pretrained_model_name_or_path, adapter_name: str = "default", subfolder: str = "", **hub_kwargs
@@ -246,7 +59,7 @@ class SugarCheckpointMixin:
         """
         peft = _peft()
         config = self.config_class.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
-        _require_same_shapes(pretrained_model_name_or_path, config, self.config)
+        require_same_shapes(pretrained_model_name_or_path, config, self.config)
         for field in ("retrieval_dim", "image_pooling"):
             if getattr(config, field) != getattr(self.config, field):
                 raise ValueError(
@@ -260,7 +73,7 @@ class SugarCheckpointMixin:
         try:
             state_dict = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
         except SafetensorError as error:
-            raise OSError(_damage(Path(file).parent)) from error
+            raise OSError(damage(Path(file).parent)) from error
         peft_config = peft.PeftConfig.from_pretrained(str(Path(file).parent))
         peft_config.inference_mode = True
         check_peft_config(peft_config)
@@ -284,7 +97,7 @@ class SugarCheckpointMixin:
         if not any(key.startswith("retrieval_projector.") for key in state_dict):
             wrong["missing"] |= {key for key in empty.state_dict() if key.startswith("retrieval_projector.")}
         if any(wrong.values()):
-            listing = "; ".join(f"{kind}: {_first(keys)}" for kind, keys in wrong.items() if keys)
+            listing = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in wrong.items() if keys)
             raise ValueError(
                 f"The adapter in {pretrained_model_name_or_path} does not fit this backbone ({listing}). Load it on the "
                 "backbone that it was trained on, which its config.json names."
@@ -359,7 +172,7 @@ class SugarCheckpointMixin:
         """
         self._require_full_precision("merge its adapter")
         embeddings = self.get_input_embeddings(), self.get_output_embeddings()
-        inputs, outputs = map(_unwrapped, embeddings)
+        inputs, outputs = map(unwrapped, embeddings)
         tied = inputs.weight is outputs.weight and embeddings != (inputs, outputs)
         if tied:
             # PEFT (0.21) would add what an adapter changes in one of them to both of them, or twice
@@ -392,19 +205,6 @@ class SugarCheckpointMixin:
                 parameter.requires_grad_(True)
         return self
 
-    def backbone_source(self) -> tuple[str, str | None]:
-        """
-        Name and commit of the place where the backbone's weights are, which an adapter repository needs. The name is empty
-        where they are nowhere: not loaded, or changed since then (merged, trained, resized). After saving them, say where
-        by `config.name_or_path`.
-        """
-        name, loaded = self._loaded_from
-        if self.config.name_or_path == name and not same_fingerprint(loaded, fingerprint(self.vlm)):
-            return "", None
-        if self.config.backbone_name_or_path:
-            return self.config.backbone_name_or_path, self.config.backbone_revision
-        return self.config.name_or_path, self.config._commit_hash
-
     def _require_full_precision(self, purpose: str):
         if hasattr(self.config, "quantization_config"):
             raise ValueError(
@@ -422,40 +222,6 @@ class SugarCheckpointMixin:
                 f"Several adapters are active ({', '.join(sorted(names))}). Make one of them active with `set_adapter`."
             )
         return names.pop() if names else None
-
-    def save_pretrained(
-        self, save_directory, is_main_process: bool = True, state_dict=None, push_to_hub: bool = False, **kwargs
-    ):
-        """
-        Save what `from_pretrained` loads in one line, with the code, so that the Auto classes can load it without this
-        library: a full checkpoint, or an adapter repository if an adapter is attached.
-
-        Args:
-            save_directory (`str` or `Path`):
-                Directory to write to.
-            is_main_process (`bool`, *optional*, defaults to `True`):
-                Whether this process writes.
-            state_dict (`dict`, *optional*):
-                Weights to save instead of the model's own.
-            push_to_hub (`bool`, *optional*, defaults to `False`):
-                Whether to push it too.
-            kwargs:
-                Other arguments of [`~transformers.PreTrainedModel.save_pretrained`].
-        """
-        adapter = self._active_adapter()
-        if adapter is None:
-            self.config.backbone_name_or_path = self.config.backbone_revision = self.config.backbone_fingerprint = None
-            if not is_main_process:
-                return super().save_pretrained(save_directory, False, state_dict, **kwargs)
-        elif not is_main_process:
-            return
-        with whole_directory(save_directory) as directory:
-            if adapter is None:
-                super().save_pretrained(directory, state_dict=state_dict, **kwargs)
-            else:
-                self._save_adapter_repository(directory, adapter, state_dict)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def _save_adapter_repository(self, directory: Path, adapter: str, state_dict=None):
         check_peft_config(self.peft_config[adapter])
@@ -479,16 +245,6 @@ class SugarCheckpointMixin:
         peft_config.base_model_name_or_path = config.backbone_name_or_path
         peft_config.revision = config.backbone_revision
         _save_adapter(directory / ADAPTER_SUBFOLDER, peft_config, weights)
-
-    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        # What `push_to_hub` is about to upload. Where this file runs as remote code, it keeps the card of transformers.
-        try:
-            from hf_sugar.hub import complete_directory
-        except ModuleNotFoundError:
-            pass
-        else:
-            complete_directory(working_dir, repo_id, self.config.name_or_path)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _adapter_weights(self, adapter: str, state_dict=None) -> dict[str, torch.Tensor]:
         if state_dict is not None:
@@ -540,69 +296,6 @@ class SugarCheckpointMixin:
         with whole_directory(save_directory) as directory:
             _save_adapter(directory, peft_config, weights)
 
-    def export_backbone(self, save_directory: str | Path, merge: bool = False, processor=None, **kwargs):
-        """
-        Write the backbone as the plain checkpoint of its own class, without the retrieval projector.
-
-        Args:
-            save_directory (`str` or `Path`):
-                Directory to write to.
-            merge (`bool`, *optional*, defaults to `False`):
-                Whether to merge the active adapter first (see `merge_and_unload`; the model stays merged).
-            processor ([`SugarProcessor`], *optional*):
-                Processor to write with it, as the backbone's own class too.
-            kwargs:
-                Arguments of `save_pretrained`.
-
-        Raises:
-            `ValueError`: if an adapter is attached and `merge` is not set, or if the weights are quantized.
-        """
-        self._require_full_precision("export its backbone")
-        if self._active_adapter() is not None:
-            if not merge:
-                raise ValueError(
-                    "An adapter is attached. Set `merge=True` to export the backbone with it, or write it by itself "
-                    "with `export_adapter`."
-                )
-            self.merge_and_unload()
-        self.vlm.generation_config = self.generation_config
-        with whole_directory(save_directory) as directory:
-            self.vlm.save_pretrained(directory, **kwargs)
-            if processor is not None:
-                processor.to_backbone().save_pretrained(directory)
-
-
-@contextmanager
-def whole_directory(directory: str | Path) -> Iterator[Path]:
-    """
-    A place to write a checkpoint to. When the block ends, the files from there are moved into `directory`, and what is left
-    of another checkpoint goes; other files stay. Where the block is broken off, `directory` stays as it was.
-
-    Args:
-        directory (`str` or `Path`):
-            New or existing directory.
-    """
-    directory = Path(directory)
-    new = directory / ".incomplete"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-        files = [file.relative_to(new) for file in new.rglob("*") if file.is_file()]
-        files.sort(key=lambda file: file.name == CONFIG_NAME)
-        if Path(CONFIG_NAME) in files:
-            # first out and last in: nothing can be loaded in between
-            (directory / CONFIG_NAME).unlink(missing_ok=True)
-            for pattern in ("model*.safetensors*", f"{ADAPTER_SUBFOLDER}/adapter_*"):
-                for file in directory.glob(pattern):
-                    if file.relative_to(directory) not in files:
-                        file.unlink()
-        for file in files:
-            (directory / file).parent.mkdir(exist_ok=True)
-            os.replace(new / file, directory / file)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
 
 def _peft():
     # inside `try`, so that transformers does not demand it of those who load a full checkpoint with the code in it
@@ -621,15 +314,6 @@ def _save_adapter(directory: Path, peft_config, weights: dict[str, torch.Tensor]
     # copies, because those of tied modules are one tensor
     weights = {PEFT_PREFIX + key: value.detach().clone().contiguous() for key, value in weights.items()}
     save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _require_same_shapes(adapter, expected, found):
-    wrong = list(_differences(expected.vlm_config.to_dict(), found.vlm_config.to_dict(), "vlm_config"))
-    if wrong:
-        raise ValueError(
-            f"The adapter in {adapter} was trained on another backbone than this one: {_first(wrong)}. Its config.json "
-            "names the one it was trained on."
-        )
 
 
 def check_peft_config(peft_config):
@@ -656,14 +340,13 @@ def check_peft_config(peft_config):
         )
 
 
-def _damage(directory: Path) -> str:
-    for file in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError as error:
-            return f"{file} is damaged ({error}). Copy or download it again."
-    return f"A file in {directory} is damaged. Copy or download it again."
+def require_same_shapes(adapter, expected, found):
+    wrong = list(_differences(expected.vlm_config.to_dict(), found.vlm_config.to_dict(), "vlm_config"))
+    if wrong:
+        raise ValueError(
+            f"The adapter in {adapter} was trained on another backbone than this one: {first_few(wrong)}. Its config.json "
+            "names the one it was trained on."
+        )
 
 
 def _differences(expected: dict, found: dict, prefix: str):
@@ -674,6 +357,6 @@ def _differences(expected: dict, found: dict, prefix: str):
             yield f"{prefix}.{key} {found.get(key)!r} instead of {value!r}"
 
 
-def _first(names, count: int = 4) -> str:
+def first_few(names, count: int = 4) -> str:
     names = sorted(names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

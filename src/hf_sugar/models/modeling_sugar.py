@@ -8,8 +8,10 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, PreTraine
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 
-from .adapter_sugar import ADAPTER_SUBFOLDER, PEFT_PREFIX, SugarCheckpointMixin, fingerprint, same_fingerprint
+from .adapter_sugar import ADAPTER_SUBFOLDER, PEFT_PREFIX
+from .checkpoint_sugar import SugarCheckpointMixin
 from .configuration_sugar import SugarConfig
+from .fingerprint_sugar import fingerprint, same_fingerprint
 
 
 # transformers 5.24 calls the cache `cache` in every output, and makes the old name a property of it.

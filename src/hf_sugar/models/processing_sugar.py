@@ -48,31 +48,13 @@ _MARK = "\ue000{}\ue001"
 _MARK_RE = "\ue000(?P<text>[0-9]+)\ue001"
 
 
-def open_image(source: str | Path) -> Image.Image:
-    """
-    [`to_rgb`] of an image file, or of what is at a web address.
-
-    Args:
-        source (`str` or `Path`):
-            Path or URL. It is downloaded unless `HF_HUB_OFFLINE` is set.
-
-    Returns:
-        `PIL.Image.Image`: image of mode `"RGB"`.
-    """
-    if str(source).startswith(("http://", "https://")):
-        response = get_session().get(str(source), timeout=60)
-        response.raise_for_status()
-        source = io.BytesIO(response.content)
-    return to_rgb(Image.open(source))
-
-
 def image_of(value: Any, where: str) -> Image.Image:
     """
     The image that a row or content part holds, as [`to_rgb`] gives it.
 
     Args:
         value (`PIL.Image.Image`, `Path` or `str`):
-            The image, or its file, web address or `data:` address.
+            The image, or its file, web address (downloaded unless `HF_HUB_OFFLINE` is set) or `data:` address.
         where (`str`):
             What the error calls it.
 
@@ -84,8 +66,12 @@ def image_of(value: Any, where: str) -> Image.Image:
             return to_rgb(value)
         if isinstance(value, str) and value.startswith("data:"):
             return to_rgb(load_image(value))
+        if isinstance(value, str) and value.startswith(("http://", "https://")):
+            response = get_session().get(value, timeout=60)
+            response.raise_for_status()
+            return to_rgb(Image.open(io.BytesIO(response.content)))
         if isinstance(value, str | Path):
-            return open_image(value)
+            return to_rgb(Image.open(value))
     except Exception as error:  # Pillow and the network have many
         source = f"{str(value)[:200]!r} " if isinstance(value, str | Path) else ""
         raise ValueError(f"{where}: the image {source}cannot be read: {error}") from error
@@ -378,7 +364,10 @@ class SugarProcessor(ProcessorMixin):
                     "the chat template renders, so the places of the slices in it are not known. Use another backbone."
                 )
             if loss_on is not None and loss_on[row] is not None and (labels[row] == -100).all():
-                raise ValueError(_no_loss_message(name, loss_on[row]))
+                raise ValueError(
+                    f"{name} has no {loss_on[row].removesuffix('s')}, so nothing carries the loss. Add one, or set "
+                    "loss_on='text' for a document."
+                )
         batch["slice_ids"] = slice_ids
         if loss_on is not None:
             batch["labels"] = labels
@@ -387,7 +376,7 @@ class SugarProcessor(ProcessorMixin):
     def _render(self, messages: list[dict[str, Any]], name: str) -> tuple[str, list[tuple]]:
         """The text of a conversation and, for each slice in order: is it an image, where its text starts and ends,
         where its loss ends, and the kinds of loss that cover it."""
-        texts, slices, marked, last = [], [], [], set()
+        texts, slices, marked, unmarked, last = [], [], [], [], set()
         image_tokens = self.tokenizer.convert_ids_to_tokens(self._feature_token_ids)
         special = _special_tokens(self.tokenizer, len(self.tokenizer), self.image_token, *image_tokens)
         for message in messages:
@@ -412,6 +401,8 @@ class SugarProcessor(ProcessorMixin):
             if parts and parts[-1]["type"] == "text":
                 last.add(len(texts) - 1)
             marked.append({"role": role, "content": parts})
+            kept = [{key: part[key] for key in ("type", "text") if key in part} for part in message["content"]]
+            unmarked.append({"role": role, "content": kept})
         try:
             rendered = self.apply_chat_template(marked, tokenize=False)
         except TemplateError as error:
@@ -449,19 +440,7 @@ class SugarProcessor(ProcessorMixin):
                 f"{name}: the chat template of this checkpoint drops or reorders parts of the conversation. Set "
                 "`processor.chat_template` to one that keeps images and texts in their order."
             )
-        plain = self.apply_chat_template(
-            [
-                {
-                    "role": message["role"],
-                    "content": [
-                        {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
-                        for part in message["content"]
-                    ],
-                }
-                for message in messages
-            ],
-            tokenize=False,
-        )
+        plain = self.apply_chat_template(unmarked, tokenize=False)
         if plain != text:
             raise ValueError(
                 f"{name}: the chat template changes a text (most templates trim it). Remove the white space at the "
@@ -487,17 +466,6 @@ def _restore_processor(backbone_class: type, state: dict[str, Any]) -> SugarProc
     processor = backbone_class.__new__(backbone_class)
     processor.__dict__.update(state)
     return _with_slices(processor)
-
-
-def _no_loss_message(name: str, loss_on: str) -> str:
-    need = {
-        "answers": "no answer (no text from the assistant). Add an assistant message, or set `loss_on` to 'text' if it "
-        "is a document that is to be learnt whole",
-        "captions": "no caption (no text after an image in its message). Put the text after the image, or set "
-        "`loss_on` to 'text'",
-        "text": "no text. Add a text part",
-    }
-    return f"{name} has {need[loss_on]}."
 
 
 __all__ = ["SugarProcessor"]
