@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import EarlyStoppingCallback
@@ -622,11 +623,18 @@ def compared(path, backbone, teachers, batch):
         eval_dataset=rows([conversation, story, caption], 7),
     )
     trainer.args.per_device_train_batch_size = 4  # rows that are compared in an evaluation
+    stream = SugarTrainer(
+        backbone,
+        config(path, structure_weight=0.0, per_device_train_batch_size=batch),
+        train_dataset=rows([conversation], 16).to_iterable_dataset(num_shards=2),
+    )
+    read = gather_object([ids for batch in stream.get_train_dataloader() for ids in batch["input_ids"].tolist()])
     keys = ("loss", "generative_loss", "structure_loss", "image_to_text_recall@1")
     evaluated = trainer.evaluate()
     streamed = trainer.evaluate(trainer.eval_dataset.select(range(4)).to_iterable_dataset())
     trainer.train()
     found = {key: history(trainer, key) for key in ("loss", "generative_loss", "structure_loss", "grad_norm")}
+    found |= {"rows read": len(read), "different": len({tuple(ids) for ids in read})}
     return found | {
         f"{n}_{key}": metrics[f"eval_{key}"] for n, metrics in enumerate((evaluated, streamed)) for key in keys
     }
@@ -665,7 +673,7 @@ if t.torch.distributed.get_rank() == 0:
 
 def test_two_processes(backbone, teachers, tmp_path):
     """As one process with the same global batch: the structure loss compares the positions of both processes with one
-    another, and evaluation counts every row once. Their weights stay equal, evaluated before or not: accelerate takes a
+    another, a stream is divided between them, and evaluation counts every row once. Their weights stay equal, evaluated before or not: accelerate takes a
     model that was prepared for an evaluation as it is, without DDP."""
     (tmp_path / "worker.py").write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -682,6 +690,7 @@ def test_two_processes(backbone, teachers, tmp_path):
     two, *agreeing = json.loads(lines[0].removeprefix("RESULT"))
     for key, values in compared(tmp_path / "one", backbone, teachers, 8).items():
         assert two[key] == pytest.approx(values, abs=1e-5, rel=1e-5), key
+    assert two["rows read"] == two["different"] == 16
     assert agreeing == 3 * [["DistributedDataParallel", True]]
     assert "FutureWarning" not in result.stderr
 

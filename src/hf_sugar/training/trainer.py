@@ -116,6 +116,11 @@ class SugarTrainer(SFTTrainer):
       tower unless `exclude_modules` of the PEFT configuration says otherwise.
     - Nothing is ever truncated.
 
+    Logged are `generative_loss`, `structure_loss`, `labels_clamped` (the share of labels above 1) and `samples_compared`
+    (samples in a label matrix). An evaluation has them as `eval_...`, the same however rows are batched and divided among
+    processes (`per_device_train_batch_size` rows that follow one another share a label matrix), and
+    `eval_image_to_text_recall@1` and `eval_text_to_image_recall@1`.
+
     Example:
 
     ```python
@@ -197,6 +202,8 @@ class SugarTrainer(SFTTrainer):
         args.accelerator_config = copy.copy(args.accelerator_config)
         # of a stream for evaluation too: batches of several processes have no common length by which to dispatch them
         args.accelerator_config.dispatch_batches = False
+        # rows without images too are tokenised by the collator alone
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         self._structure = args.structure_weight > 0
 
         # Datasets
