@@ -227,8 +227,9 @@ def test_over_http(port, facts):
     picture, question = gradio_client.handle_file(str(place / "4.png")), "What color is the back of the picture?"
     cards, rank = client.predict(question, picture, 3, api_name="/search")
     assert cards.count('class="card"') == 3 and "1. &lt;b&gt;4&lt;/b&gt;" in cards and ">1.0000<" in cards
-    answer, cards, rank = client.predict(question, picture, 1, api_name="/ask")
-    assert rows[4]["messages"][1]["content"][0]["text"] in answer and cards.count('class="card"') == 1
+    job = client.submit(question, picture, 1, api_name="/ask")
+    answer = job.result(60)[0]
+    assert rows[4]["messages"][1]["content"][0]["text"] in answer and job.outputs()[0][1].count('class="card"') == 1
     with Image.open(client.predict(question, picture, 0, api_name="/align")) as heat_map:
         assert heat_map.width > 100
 

@@ -70,23 +70,26 @@ def blocks(items: Iterable[Any], size: int, rank: int = 0, ranks: int = 1) -> It
 
 @dataclass
 class Document:
-    """One item on its way into an index: what messages call it, the item as it was given, what of it is embedded (as
-    [`~inference.as_row`] takes it), and the columns that are stored."""
+    """One item on its way into an index: what messages call it, what of it is embedded (as [`~inference.as_row`] takes
+    it), whether that is slices cut out of it, and the columns that are stored."""
 
     name: str
-    item: Any
     embedded: Any
+    sliced: bool
     metadata: str
     row: str | None
     images: list[dict[str, Any]]
 
     @classmethod
     def of(cls, item: Any, name: str, by: str, metadata: dict[str, Any] | None) -> "Document":
-        row = as_row(item, name)
+        row, embedded = as_row(item, name), item
+        if isinstance(item, dict) or by in ("images", "texts"):
+            check_row(row, len(row["images"]), name, loss=False)
+            embedded = _embedded(row, by, name)
         return cls(
             name,
-            item,
-            _embedded(row, by, name),
+            embedded,
+            embedded is not item and isinstance(embedded, list),
             json.dumps(_default_metadata(item) if metadata is None else metadata, ensure_ascii=False),
             json.dumps({key: row[key] for key in ("messages", "loss_on", "id")}, ensure_ascii=False),
             [_stored(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])],
@@ -94,7 +97,7 @@ class Document:
 
     def digest(self) -> bytes:
         """Of the content: the bytes of its files, not their names."""
-        digest = hashlib.blake2b(json.dumps([self.metadata, self.row]).encode(), digest_size=16)
+        digest = hashlib.blake2b(f"{len(self.metadata)} {self.metadata}{self.row}".encode(), digest_size=16)
         for image in self.images:
             content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
             digest.update(hashlib.blake2b(content).digest())
@@ -121,7 +124,6 @@ def read_documents(
 def embed_documents(
     documents: list[Document],
     embed: Callable[[Sequence[Any]], np.ndarray],
-    by: str,
     every_slice: bool,
     on_bad_row: str,
     dim: int | None,
@@ -135,14 +137,14 @@ def embed_documents(
     errors: dict[int, ItemError] = {}
     try:
         if isinstance(embed, SugarEmbedder):
-            parts = [document.embedded for document in documents]
-            found = embed.every_slice(parts, errors) if on_bad_row == "skip" else embed.every_slice(parts)
+            items = [document.embedded for document in documents]
+            found = embed.every_slice(items, errors) if on_bad_row == "skip" else embed.every_slice(items)
             embeddings = [e if every_slice else e[-1:] for e in found if e is not None]
         else:
-            parts = _decoded(documents, by, errors if on_bad_row == "skip" else None)
-            embeddings = list(np.asarray(embed(parts), dtype=np.float32)[:, None]) if parts else []
-            if len(embeddings) != len(parts):
-                raise ValueError(f"`embed` gave {len(embeddings)} embeddings for {len(parts)} items.")
+            items = _decoded(documents, errors if on_bad_row == "skip" else None)
+            embeddings = list(np.asarray(embed(items), dtype=np.float32)[:, None]) if items else []
+            if len(embeddings) != len(items):
+                raise ValueError(f"`embed` gave {len(embeddings)} embeddings for {len(items)} items.")
     except ItemError as error:
         raise ValueError(_named(error, documents)) from error
     for error in errors.values():
@@ -204,7 +206,6 @@ def checked(embeddings: np.ndarray, name: str) -> np.ndarray:
 def _embedded(row: dict[str, Any], by: str, where: str) -> Any:
     """What of a row is embedded: parts in reading order, their images as they are stored; the row itself for a whole
     conversation, whose roles count."""
-    check_row(row, len(row["images"]), where, loss=False)
     messages = fill_images(row["messages"], row["images"])
     roles = {message["role"] for message in messages}
     if by == "auto":
@@ -219,20 +220,18 @@ def _embedded(row: dict[str, Any], by: str, where: str) -> Any:
     return [part["text"] if part["type"] == "text" else part for part in parts]
 
 
-def _decoded(documents: list[Document], by: str, errors: dict[int, ItemError] | None) -> list[Any]:
+def _decoded(documents: list[Document], errors: dict[int, ItemError] | None) -> list[Any]:
     """What a function of the user's takes: items as they were given; of rows their slices, with images decoded."""
-    parts = []
+    items = []
     for n, document in enumerate(documents):
-        if by in ("images", "texts") or (isinstance(document.item, dict) and isinstance(document.embedded, list)):
-            try:
-                parts.append(
-                    [p if isinstance(p, str) else load_image(p["image"], f"item {n}") for p in document.embedded]
-                )
-            except ValueError as error:
-                refuse(ItemError(str(error), n), errors)
-        else:
-            parts.append(document.item)
-    return parts
+        try:
+            item = document.embedded
+            if document.sliced:
+                item = [s if isinstance(s, str) else load_image(s["image"], f"item {n}") for s in item]
+            items.append(item)
+        except ValueError as error:
+            refuse(ItemError(str(error), n), errors)
+    return items
 
 
 def _named(error: ItemError, documents: list[Document]) -> str:

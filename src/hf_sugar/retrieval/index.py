@@ -84,7 +84,7 @@ class SugarIndex(Index):
         check_factory(factory, search_options, embeddings.shape[1], len(embeddings))
         self._set(embed, fingerprint, "auto", False, factory, search_options)
         entries = [json.dumps(entry, ensure_ascii=False) for entry in metadata or [{}] * len(embeddings)]
-        documents = [Document("", None, None, entry, None, []) for entry in entries]
+        documents = [Document("", None, False, entry, None, []) for entry in entries]
         self._arrange([Shard(to_table(documents, embeddings[:, None]))])
 
     def _set(self, embed, fingerprint, by, every_slice, factory, search_options):
@@ -310,7 +310,7 @@ class SugarIndex(Index):
                 except ValueError as error:
                     logger.warning("%s Its documents are embedded anew.", str(error).removesuffix(REBUILD))
         if documents:
-            documents, embeddings = embed_documents(documents, self.embed, self.by, self.every_slice, on_bad_row, dim)
+            documents, embeddings = embed_documents(documents, self.embed, self.every_slice, on_bad_row, dim)
         if not documents:
             return None
         shard = Shard(to_table(documents, embeddings))

@@ -132,7 +132,7 @@ class LanceIndex(Index):
         if not documents:
             return
         dim = self._table.schema.field("vector").type.list_size
-        documents, embeddings = embed_documents(documents, self.embed, self.by, self.every_slice, on_bad_row, dim)
+        documents, embeddings = embed_documents(documents, self.embed, self.every_slice, on_bad_row, dim)
         rows = [
             {
                 "vector": vector,
