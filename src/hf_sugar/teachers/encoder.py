@@ -108,10 +108,16 @@ class _Teacher:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        with self._loading():
-            model, info = AutoModel.from_pretrained(
-                self.path, revision=self.revision, dtype=self.dtype, use_safetensors=True, output_loading_info=True
-            )
+        # what is missing is judged below: a report that calls a pooler random would only worry
+        report = logging.getLogger("transformers.modeling_utils")
+        level, _ = report.level, report.setLevel(logging.ERROR)
+        try:
+            with self._loading():
+                model, info = AutoModel.from_pretrained(
+                    self.path, revision=self.revision, dtype=self.dtype, use_safetensors=True, output_loading_info=True
+                )
+        finally:
+            report.setLevel(level)
         self.dual = all(hasattr(model, f"get_{modality}_features") for modality in ("image", "text"))
         # A pooler that was never trained is ignored for `image` (see `images`) and not used for `text`.
         missing = [key for key in info["missing_keys"] if self.dual or not key.startswith("pooler.")]
