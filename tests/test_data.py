@@ -1094,6 +1094,10 @@ class TestCheckCommand:
         assert main(["check", "--train_data", source, other]) == 0
         assert "4 rows (" in capsys.readouterr().out
         assert main(["check", str(path), "--image_root", str(root)]) == 0
+        assert main(["check", str(write(root / "a.json", [llava("lost.png")]))]) == 1
+        assert "a.json, row 1, `image`: the image file" in capsys.readouterr().out
+        with pytest.raises(FileNotFoundError, match="nowhere.json does not exist"):
+            main(["check", str(root / "nowhere.json")])
 
     def test_every_kind(self, root, capsys, model):
         (root / "broken.png").write_bytes(b"x")
