@@ -51,6 +51,10 @@ _POOLING_NAMES = {
 }
 
 
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
 class _Teacher:
     """One frozen checkpoint. Construction resolves it; the weights are read when first needed."""
 
@@ -110,14 +114,14 @@ class _Teacher:
     def model(self) -> torch.nn.Module:
         # what is missing is judged below: a report that calls a pooler random would only worry
         report = logging.getLogger("transformers.modeling_utils")
-        level, _ = report.level, report.setLevel(logging.ERROR)
+        report.addFilter(_nothing)
         try:
             with self._loading():
                 model, info = AutoModel.from_pretrained(
                     self.path, revision=self.revision, dtype=self.dtype, use_safetensors=True, output_loading_info=True
                 )
         finally:
-            report.setLevel(level)
+            report.removeFilter(_nothing)
         self.dual = all(hasattr(model, f"get_{modality}_features") for modality in ("image", "text"))
         # A pooler that was never trained is ignored for `image` (see `images`) and not used for `text`.
         missing = [key for key in info["missing_keys"] if self.dual or not key.startswith("pooler.")]
