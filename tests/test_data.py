@@ -964,6 +964,7 @@ class TestImages:
         row = load_data(write(tmp_path / "rows.json", [llava(path.name, gpt="yes", human="<image>\nwhat ?")]))
         assert check_dataset(row, processor).ok
         image = load_image(undecoded(row)[0]["images"][0])
+        assert load_image(PILImage.open(path)).tobytes() == image.tobytes()
         pixels = processor.encode_conversations([fill_images(row[0]["messages"], [image])])["pixel_values"]
         assert image.mode == "RGB" and image.size == (32, 32)
         assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected)).max() <= 8  # JPEG
