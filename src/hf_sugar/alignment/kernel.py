@@ -40,7 +40,7 @@ def global_alignment_kernel(
 
     with \\(\phi\\) the squared distance of two L2-normalised slice embeddings and \\(n, m\\) the lengths of the pair.
     Inner products are taken in float32, or in float64 for float64 inputs, whatever the autocast state. The recursion
-    runs in float64, in log space where it could underflow. It is differentiable in the embeddings.
+    runs in float64, in log space where it could underflow. With gradients, PyTorch computes whatever `backend` says.
 
     Args:
         x (`Sequence[torch.Tensor]`):
@@ -77,8 +77,8 @@ def global_alignment_kernel(
 
     Raises:
         `ValueError`: if a sequence is empty, holds NaN or infinity or a slice of zeros; if shapes do not fit together;
-            if `delta` is not positive; if `split` is out of range or does not come with the modalities; if `normalize`
-            or `backend` is unknown.
+            if `delta` does not lie between 0.001 and 1000; if `split` is out of range or does not come with the
+            modalities; if `normalize` or `backend` is unknown.
 
     Sources: the kernel is that of [Cuturi (2011)](https://icml.cc/2011/papers/489_icmlpaper.pdf), in the form of
     Theorem 1 and Eq. 4-6 of [Sugar](https://huggingface.co/papers/2411.00304); normalisations are this library's.
@@ -176,18 +176,10 @@ def packed_alignment_kernel(
             Rows `(sample, length)`: the first `length >= 1` slices of that sample.
         other_prefixes (`torch.Tensor` of shape `(Q, 2)`, int64, *optional*):
             Prefixes of the same packed samples to compare with. Without it `prefixes` are compared with themselves.
-        delta (`float`, *optional*, defaults to `1.0`):
-            Bandwidth.
-        normalize (`bool` or `str`, *optional*, defaults to `True`):
-            `None`, `"self"`, `"count"` or `"self+count"`, see [`global_alignment_kernel`].
-        log (`bool`, *optional*, defaults to `False`):
-            Whether to return the logarithm.
         modality (`torch.Tensor` of shape `(total_slices,)`, int64, *optional*):
             0 for text and 1 for images; with `split`, switches on the triple kernel.
-        split (`int`, *optional*):
-            Number of dimensions of the first half of an embedding.
-        backend (`str`, *optional*, defaults to `"auto"`):
-            Which implementation runs, see [`~hf_sugar.alignment.compiled_kernel`].
+        delta, normalize, log, split, backend:
+            As for [`global_alignment_kernel`].
 
     Returns:
         `torch.Tensor`: kernel values of shape `(P, P)` or `(P, Q)`, float32, or float64 for float64 embeddings.
@@ -285,14 +277,10 @@ def expected_alignment(
             First sequence.
         y (`torch.Tensor` of shape `(m, dim)`):
             Second sequence.
-        delta (`float`, *optional*, defaults to `1.0`):
-            Bandwidth.
-        modality_x (`torch.Tensor` of shape `(n,)`, *optional*):
-            Modality of each slice of `x`, for the triple kernel.
-        modality_y (`torch.Tensor` of shape `(m,)`, *optional*):
-            Modality of each slice of `y`.
-        split (`int`, *optional*):
-            Number of dimensions of the first half of an embedding.
+        modality_x, modality_y (`torch.Tensor` of shapes `(n,)` and `(m,)`, *optional*):
+            Modalities of their slices, for the triple kernel.
+        delta, split:
+            As for [`global_alignment_kernel`].
 
     Returns:
         `torch.Tensor`: probabilities of shape `(n, m)`, detached, 1 in the first and in the last cell.
