@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreamer
 
 from .data import load_image
-from .models.adapter_sugar import fingerprint
+from .models.fingerprint_sugar import fingerprint
 from .models.rows_sugar import IMAGE_SUFFIXES, check_row, conversation_row, fill_images, row_name
 
 
@@ -127,7 +127,7 @@ class SugarEmbedder:
 
     Attributes:
         dim (`int`): dimension of the embeddings.
-        fingerprint (`str`): samples of the weights, see [`~models.adapter_sugar.fingerprint`].
+        fingerprint (`str`): samples of the weights, see [`~models.fingerprint_sugar.fingerprint`].
 
     Raises:
         `ValueError`: for an unknown `pooling`, and for `"mean"` with a model that pools the last token of a slice.

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..inference import SugarEmbedder
-from ..models.adapter_sugar import same_fingerprint
+from ..models.fingerprint_sugar import same_fingerprint
 from .documents import PARTS, checked
 
 

@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, BitsAndBytesConfi
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
 
 from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
-from hf_sugar.models.adapter_sugar import PEFT_PREFIX, check_peft_config, fingerprint
+from hf_sugar.models.adapter_sugar import PEFT_PREFIX, check_peft_config
 
 from .config import SugarTrainingConfig
 
@@ -212,7 +212,6 @@ def save_backbone(base: SugarForConditionalGeneration, directory: Path, main_pro
     base.save_pretrained(directory, is_main_process=main_process)
     base.config.name_or_path = base.name_or_path = str(directory)
     base.config._commit_hash = None
-    base._loaded_fingerprint = fingerprint(base.vlm)
     logger.info("The weights that the adapter is for lie nowhere else: they are saved in %s.", directory)
 
 
