@@ -129,7 +129,7 @@ def test_bad_items_are_named(pair, tmp_path):
         33: ["a", " "],
     }
     says = {
-        3: "contains the image token",
+        3: "contains '<image>', a special token",
         27: "the limit is 512",
         30: "cannot be decoded",
         31: "not exist",
