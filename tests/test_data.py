@@ -483,8 +483,8 @@ class TestFiles:
         for those of the test split, and 3 for 3.5."""
         folder = root / "folder"
         folder.mkdir()
-        texts = strings("3", '"now"', w=3)
-        parts = chat() | {"images": ["red.png"]}
+        texts = strings("3", '"now"', w=3, mixed="3")
+        parts = chat() | {"images": ["red.png"], "mixed": ["x"]}
         parts["messages"][1]["content"] = "a"
         write(folder / "train-0.jsonl", [texts])
         write(folder / "train-1.json", [parts, texts | {"w": 3.5}])
@@ -502,6 +502,7 @@ class TestFiles:
         assert [row["messages"][1]["content"] for row in table] == ['"now"', "a", '"now"']
         assert [row["messages"][0]["content"] for row in table] == ["3", parts["messages"][0]["content"], "3"]
         assert [row.get("w") for row in table] == [3, None, 3.5]
+        assert [row["mixed"] for row in table] == ["3", ["x"], "3"]
         if not streaming:
             table.save_to_disk(root / "saved")  # a column of JSON
             for again in (load_data(root / "saved", image_root=folder, streaming=s) for s in (False, True)):
