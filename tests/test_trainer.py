@@ -730,7 +730,7 @@ class TestEvaluation:
         found = trainer.evaluate()
         losses, model = [], trainer.model.eval()
         for group in (range(4), range(4, 6)):
-            batch = trainer._eval_collator([dict(data[i]) for i in group])
+            batch = trainer._eval_collator([trainer.eval_dataset[i] for i in group])
             teacher_embeddings, modality = batch.pop("teacher_embeddings"), batch.pop("slice_modality")
             with torch.no_grad():
                 output = model(**batch)

@@ -339,7 +339,11 @@ class SugarTrainer(SFTTrainer):
             made_by = teachers_of(dataset)
         self._made_by = self._made_by or made_by
         check_same_teachers(made_by, self._made_by["fingerprint"], self._made_by["description"])
-        if isinstance(dataset, Dataset):  # arrays, which lists are slow to become
+        return dataset
+
+    def _remove_unused_columns(self, dataset, description=None):
+        dataset = super()._remove_unused_columns(dataset, description)
+        if "teacher_embeddings" in dataset.column_names:  # as arrays: lists of numbers are slow to make
             dataset = dataset.with_format("numpy", columns=["teacher_embeddings"], output_all_columns=True)
         return dataset
 
