@@ -12,10 +12,9 @@ from transformers import EfficientNetConfig, EfficientNetModel
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
 from hf_sugar import TripleEncoder
-from hf_sugar.cli.demo import world_teachers
 from hf_sugar.cli.main import main
 from hf_sugar.data import load_image
-from hf_sugar.world import checkpoint
+from hf_sugar.world import checkpoint, world_teachers
 
 
 pytestmark = pytest.mark.extras
