@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer, SugarTrainingConfig
 from hf_sugar.alignment import IMAGE, TEXT, label_matrix
 from hf_sugar.cli.train import EstimatedTrainingConfig
+from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings
 from hf_sugar.training import SugarCollator
 
 
@@ -523,6 +524,31 @@ class TestErrors:
                 config(tmp_path, {"cross": teachers["cross"]}, **settings),
                 train_dataset=rows([conversation]),
             )
+
+    def test_rows_that_carry_their_embeddings_need_no_teacher(self, backbone, teachers, tmp_path, monkeypatch):
+        data = rows([conversation, caption])
+        prepared = add_teacher_embeddings(data, TripleEncoder.from_teachers(teachers), tmp_path / "prepared")
+        cross = {"cross": teachers["cross"]}
+        with pytest.raises(ValueError, match="(?s)of other teachers.*there: +image=.*asked for: +cross="):
+            SugarTrainer(backbone, config(tmp_path, cross), train_dataset=prepared)
+        others = add_teacher_embeddings(data, TripleEncoder.from_teachers(cross), tmp_path / "others")
+        with pytest.raises(ValueError, match="(?s)of other teachers.*there: +cross=.*asked for: +image="):
+            SugarTrainer(backbone, config(tmp_path), train_dataset=prepared, eval_dataset=others)
+        losses = {}
+        for name, dataset, setting in (
+            ("computed", data, teachers),
+            ("carried", prepared, None),
+            ("streamed", prepared.to_iterable_dataset(), None),
+        ):
+            if setting is None:
+                monkeypatch.setattr("hf_sugar.teachers.encoder.AutoConfig", None)
+            settings = {"max_steps": 2, "train_sampling_strategy": "sequential", "eval_strategy": "no"}
+            trainer = SugarTrainer(backbone, config(tmp_path / name, setting, **settings), train_dataset=dataset)
+            trainer.train()
+            losses[name] = history(trainer, "structure_loss")
+            assert set(trainer.teachers) == set(teachers) and math.isfinite(trainer.evaluate(dataset)["eval_loss"])
+        assert losses["carried"] == losses["computed"]
+        assert losses["streamed"] == pytest.approx(losses["computed"], rel=1e-5)
 
     @pytest.mark.parametrize(
         "name, value",
