@@ -297,7 +297,7 @@ def test_sentence_transformers_saves_compares_and_refuses(exported, tmp_path, po
     for pair in (["what?", IMAGES[0]], ("what?", "a star")):
         with pytest.raises(ValueError, match="query"):
             model.encode([pair])
-    with pytest.raises(Exception, match="type '?message"):
+    with pytest.raises(Exception, match="message"):
         model.encode([message("a"), "b"])
 
 
