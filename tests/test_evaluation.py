@@ -446,11 +446,9 @@ def history(n):
 
 def test_plot_losses(tmp_path):
     path = tmp_path / "new" / "losses.png"
-    plot_losses([history(10), [{"step": 1, "generative_loss": 1.0}]], path, ["a", "b"])
+    plot_losses({"a": history(10), "b": [{"step": 1, "generative_loss": 1.0}]}, path)
     check_png(path, 1200, 480)
-    with pytest.raises(ValueError, match="2 runs but 1 `labels`"):
-        plot_losses([history(3), history(3)], path, ["a"])
-    with pytest.raises(ValueError, match=r"pass two of \['loss', 'step'\]"):
+    with pytest.raises(ValueError, match="logs generative_loss or structure_loss, but loss, step"):
         plot_losses([{"step": 1, "loss": 1.0}], path)
 
 

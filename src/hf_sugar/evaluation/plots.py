@@ -30,42 +30,33 @@ DPI = 150
 
 
 def plot_losses(
-    log_history: Sequence[dict[str, float]] | Sequence[Sequence[dict[str, float]]],
-    path: str | os.PathLike,
-    labels: Sequence[str] | None = None,
-    keys: tuple[str, str] = ("generative_loss", "structure_loss"),
+    log_history: Sequence[dict[str, float]] | dict[str, Sequence[dict[str, float]]], path: str | os.PathLike
 ) -> None:
     """
     Generative and structure loss over the steps of one or several runs, side by side.
 
-    Evaluation values (`eval_` before the key) are drawn as dots over the training curve.
+    Evaluation values are drawn as dots over the training curve. A run that logs only one loss, such as plain SFT, is
+    missing from the other panel.
 
     Args:
-        log_history (`Sequence[dict]` or `Sequence[Sequence[dict]]`):
-            `trainer.state.log_history` of a run, or of each of several runs.
+        log_history (`Sequence[dict]` or `dict[str, Sequence[dict]]`):
+            `trainer.state.log_history` of a run, or of several by their names.
         path (`str` or `os.PathLike`):
             PNG file to write.
-        labels (`Sequence[str]`, *optional*):
-            Names of the runs, needed for several.
-        keys (`tuple[str, str]`, *optional*, defaults to `("generative_loss", "structure_loss")`):
-            Names of the two losses in the log. A run that logs only one, such as plain SFT, is missing from the other
-            panel.
 
     Raises:
-        `ValueError`: if the numbers of runs and labels differ, or no run logs any of `keys`.
+        `ValueError`: if no run logs one of the two losses.
     """
-    runs = [log_history] if isinstance(log_history[0], dict) else log_history
-    labels = [""] * len(runs) if labels is None and len(runs) == 1 else labels
-    if labels is None or len(labels) != len(runs):
-        raise ValueError(f"{len(runs)} runs but {len(labels or [])} `labels`. Give one for each run.")
-    logged = {key for run in runs for entry in run for key in entry}
+    runs = log_history if isinstance(log_history, dict) else {"": log_history}
+    keys = ("generative_loss", "structure_loss")
+    logged = {key for run in runs.values() for entry in run for key in entry}
     if not logged.intersection(keys):
-        raise ValueError(f"No run logs {keys[0]!r} or {keys[1]!r}; pass two of {sorted(logged)} as `keys`.")
+        raise ValueError(f"No run logs {' or '.join(keys)}, but {', '.join(sorted(logged))}.")
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     titles, units = ("Generative loss $L_g$", "Structure loss $L_d$"), ("nats per token", "squared error per row")
     for ax, key, title, unit in zip(figure.subplots(1, 2), keys, titles, units, strict=True):
-        for run, label, color in zip(runs, labels, itertools.cycle(COLORS), strict=False):
+        for (label, run), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
             for name, style in ((key, {"linewidth": 1.6, "label": label}), (f"eval_{key}", EVALUATION_STYLE)):
                 entries = [entry for entry in run if name in entry]
                 if entries:
@@ -353,7 +344,7 @@ def write_pictures(
     """
     directory = Path(directory)
     pictures = []
-    plot_losses(list(logs.values()), directory / "losses.png", list(logs))
+    plot_losses(logs, directory / "losses.png")
     pictures.append(("losses.png", "Generative and structure loss over the training steps."))
 
     for source in _first_source(data.interleaved_data):
