@@ -315,7 +315,10 @@ class SugarTrainer(SFTTrainer):
         self._made_by: dict[str, Any] | None = None
         self.train_dataset = self._with_teachers(self.train_dataset)
         self.eval_dataset = each(self.eval_dataset, "eval_dataset", self._with_teachers)
-        self.teachers, self._split = self._made_by["checkpoints"], self._made_by["split"]
+        # embeddings found may be those of the same files in another directory
+        given = self.args.teachers is not None
+        self.teachers = self._encoder.checkpoints if given else self._made_by["checkpoints"]
+        self._split = self._made_by["split"]
         return {"teachers": json.dumps(self._made_by)}
 
     @cached_property
