@@ -123,7 +123,7 @@ class SugarIndex(Index):
 
     @property
     def embeddings(self) -> np.ndarray:
-        """`np.ndarray` of shape `(items, dim)`: all embeddings; an item is a document, or a slice of one."""
+        """`np.ndarray` of shape `(items, dim)`; an item is a document, or a slice of one."""
         return np.concatenate(self._matrices)
 
     @property
@@ -137,7 +137,7 @@ class SugarIndex(Index):
 
     @property
     def metadata(self) -> list[dict[str, Any]]:
-        """`list[dict]`: the metadata of all documents."""
+        """`list[dict]`: that of all documents."""
         return [json.loads(entry) for entry in self._table["metadata"].to_pylist()]
 
     @property
@@ -179,14 +179,12 @@ class SugarIndex(Index):
                 keeps it for queries.
             metadata (`Sequence[dict[str, Any]]`, *optional*):
                 One JSON-serialisable `dict` for each item. By default a row's `id`, a file's `path`, a text's `text`.
-            fingerprint (`str`, *optional*):
-                Identifies the model, where `embed` does not.
             by (`str`, *optional*, defaults to `"auto"`):
                 What of a row is embedded: `"question"` (all that the user says and shows, without the answers),
                 `"document"` (everything), `"images"` or `"texts"`. `"auto"` is the question where there are answers.
             every_slice (`bool`, *optional*, defaults to `False`):
                 Whether to index a document at the end of every slice, from one forward pass. A hit then says which.
-            factory (`str`, *optional*, defaults to `"Flat"`), search_options (`str`, *optional*):
+            fingerprint, factory, search_options:
                 As in the constructor.
             directory (`str` or `os.PathLike`, *optional*):
                 Where to write the index.
@@ -195,7 +193,7 @@ class SugarIndex(Index):
             on_bad_row (`str`, *optional*, defaults to `"error"`):
                 `"error"` stops at the first item that cannot be embedded, `"skip"` leaves it out with a warning.
             progress (`bool`, *optional*, defaults to `False`):
-                Whether to show a progress bar.
+                Whether to show a bar.
 
         Raises:
             `TypeError`: for an item of another type.
@@ -230,19 +228,12 @@ class SugarIndex(Index):
         second call after an interruption, but changes only by [`~SugarIndex.save`]; until then no other process may
         write there. If the call fails, the index is as it was.
 
-        Args:
-            items, metadata, shard_size, on_bad_row, progress:
-                As in [`~SugarIndex.build`].
-
-        Raises:
-            `ValueError`: as in [`~SugarIndex.build`], or if the index has no embedding function.
+        Takes and raises what [`~SugarIndex.build`] does.
         """
         if self.embed is None:
             raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`.")
         if shard_size < 1 or on_bad_row not in ("error", "skip"):
-            raise ValueError(
-                f"`shard_size` is {shard_size} and `on_bad_row` {on_bad_row!r}; use 1 or more, and 'error' or 'skip'."
-            )
+            raise ValueError(f"`shard_size={shard_size}`, `on_bad_row={on_bad_row!r}`: use 1 or more, error or skip.")
         if metadata is not None:
             items = items if hasattr(items, "__len__") else list(items)
             if len(metadata) != len(items):
@@ -272,9 +263,7 @@ class SugarIndex(Index):
                 files = sorted(gather_object([(number, shard.file.name) for number, shard in found]))
                 shards = [Shard.read(self.directory / name) for _, name in files]
             if not shards:
-                raise ValueError(
-                    "`items` is empty, or none of them can be embedded. An index needs at least one item."
-                )
+                raise ValueError("`items` is empty, or none can be embedded. An index needs at least one item.")
             with self._lock:
                 before = None if self._memory_map else self._faiss
                 if before is not None:
@@ -322,12 +311,7 @@ class SugarIndex(Index):
         return shard
 
     def delete(self, documents: Sequence[int]) -> None:
-        """
-        Take documents out; those behind them move up. An approximate index is built anew by the next search.
-
-        Raises:
-            `IndexError`: if there is no document with one of these numbers.
-        """
+        """Take documents out, by their numbers; those behind them move up. An `IndexError` if one is not there."""
         with self._lock:
             for document in documents:
                 if not 0 <= document < len(self):
@@ -412,10 +396,8 @@ class SugarIndex(Index):
 
     def save(self, directory: str | os.PathLike) -> None:
         """
-        Write the index to a directory. Shards that stand there already are not written again.
-
-        An index that stands in the directory already is replaced in one step: whenever the write is interrupted, either
-        the old or the new one is there, whole.
+        Write the index to a directory, which is created if it does not exist. Shards that stand there are not written
+        again; an index that stands there is replaced in one step: after an interruption it is there, or the new one is.
 
         Raises:
             `ValueError`: if the index is empty, another process writes to the directory, or the index there has changed
@@ -443,22 +425,17 @@ class SugarIndex(Index):
             if self._faiss_file is None or self._faiss_file.parent.resolve() != directory.resolve():
                 self._faiss_file = directory / f"faiss-{os.urandom(16).hex()}.index"
                 write_faiss(self._faiss_file, self._approximate())
+        settings = ("fingerprint", "dim", "by", "every_slice", "factory", "search_options")
         content = {
-            "fingerprint": self.fingerprint,
-            "dim": self.dim,
-            "documents": len(self),
-            "by": self.by,
-            "every_slice": self.every_slice,
-            "factory": self.factory,
-            "search_options": self.search_options,
+            **{name: getattr(self, name) for name in settings},
             "faiss": None if self._faiss_file is None else describe(self._faiss_file),
             "shards": [[shard.file.name, shard.file.stat().st_size] for shard in self._shards],
         }
         self._stored = write_json(directory / "index.json", content)
-        named = {shard.file for shard in self._shards} | {self._faiss_file}
+        named = {name for name, *_ in [*content["shards"], content["faiss"] or [None]]}
         for pattern in ("shard-*.arrow", "faiss-*.index", ".*.tmp"):
             for left_over in directory.glob(pattern):
-                if left_over.name not in {file.name for file in named if file is not None}:
+                if left_over.name not in named:
                     left_over.unlink()
 
     def _acquire(self, directory: Path) -> None:
@@ -494,25 +471,20 @@ class SugarIndex(Index):
         Args:
             directory (`str` or `os.PathLike`):
                 Directory [`~SugarIndex.save`] wrote to.
-            fingerprint (`str`, *optional*):
-                Fingerprint of the model that will embed the queries. Taken from `embed` where that is a
-                [`SugarEmbedder`].
-            embed (`Callable`, *optional*):
-                Embedding function of that model.
+            fingerprint (`str`, *optional*), embed (`Callable`, *optional*):
+                As in the constructor, of the model that will embed the queries.
             memory_map (`bool`, *optional*, defaults to `False`):
-                Whether to leave the embeddings on the disk. Rows and metadata stay there in any case. What is left there
-                is not compared with its checksum.
+                Whether to leave the embeddings on the disk, where they are not compared with their checksums. Rows and
+                metadata stay there in any case.
 
         Raises:
             `FileNotFoundError`: if the directory holds no index.
             `ValueError`: if the index is of another format version, of another model, or a file of it is damaged.
         """
-        directory = Path(directory)
-        file = directory / "index.json"
+        directory, file = Path(directory), Path(directory, "index.json")
         text, content = read_json(file)
         index = cls.__new__(cls)
-        settings = [content[name] for name in ("by", "every_slice", "factory", "search_options")]
-        index._set(embed, fingerprint, *settings)
+        index._set(embed, fingerprint, *(content[name] for name in ("by", "every_slice", "factory", "search_options")))
         check_fingerprint(file, content["fingerprint"], index.fingerprint)
         index.directory, index._memory_map, index._stored = directory, memory_map, text
         shards = []
@@ -522,7 +494,6 @@ class SugarIndex(Index):
                 raise ValueError(f"{directory / name} does not hold what {file.name} says. {REBUILD}")
         index._arrange(shards)
         if content["faiss"] is not None:
-            items = sum(int(shard.counts.sum()) for shard in shards)
             index._faiss_file = directory / content["faiss"][0]
-            index._faiss = read_faiss(directory, content["faiss"], items, content["dim"], memory_map)
+            index._faiss = read_faiss(directory, content["faiss"], len(index.origins[0]), content["dim"], memory_map)
         return index
