@@ -517,17 +517,11 @@ def test_bad_items_are_named_or_left_out(embed, tmp_path, caplog):
     bad = {5: "an <image> in it", 27: "word " * 700, 33: tmp_path / "damaged.png", 34: tmp_path / "missing.png"}
     items = [bad.get(n, f"text {n}") for n in range(40)]
     for n in bad:
+        alone = [item if m == n or m not in bad else "fine" for m, item in enumerate(items)]
         with pytest.raises(ValueError, match=f"^item {n}[:, ]"):
-            SugarIndex.build(
-                [item for m, item in enumerate(items) if m not in bad or m == n][: n + 1]
-                if n == 5
-                else [item if m == n or m not in bad else "fine" for m, item in enumerate(items)],
-                embed,
-                shard_size=16,
-            )
-    index = SugarIndex.build(
-        items, embed, [{"n": n} for n in range(40)], shard_size=16, on_bad_row="skip", directory=tmp_path / "i"
-    )
+            SugarIndex.build(alone, embed, shard_size=16)
+    numbers, settings = [{"n": n} for n in range(40)], {"shard_size": 16, "on_bad_row": "skip"}
+    index = SugarIndex.build(items, embed, numbers, directory=tmp_path / "i", **settings)
     assert [entry["n"] for entry in index.metadata] == [n for n in range(40) if n not in bad]
     assert [any(f"Left out: item {n}" in m for m in caplog.messages) for n in bad] == [True] * 4
     assert index.search(["text 39"], 1)[0][0].metadata == {"n": 39}
@@ -803,38 +797,20 @@ def test_cli(name, corpus, tmp_path, capsys, monkeypatch):
 
 
 def test_cli_errors(checkpoint, corpus, tmp_path, capsys):
-    model = str(checkpoint[0] / "full")
-    index = ["--index", str(tmp_path / "index")]
+    model, data, bad = str(checkpoint[0] / "full"), str(corpus / "data.json"), str(corpus / "bad.json")
     records = json.loads((corpus / "data.json").read_text())
     records[1]["conversations"][0]["value"] = "<image>\n" + "word " * 700
     (corpus / "bad.json").write_text(json.dumps(records))
-    main(["index", model, str(corpus / "bad.json"), *index, "--on_bad_row", "skip"])
-    main(
-        ["embed", model, str(corpus / "bad.json"), "--on_bad_row", "skip", "--output", str(tmp_path / "e.safetensors")]
-    )
-    assert capsys.readouterr().out.splitlines()[-1].startswith("3 documents")
+    for command, written in (("index", ["--index", f"{tmp_path}/i"]), ("embed", ["--output", f"{tmp_path}/e"])):
+        main([command, model, bad, *written, "--on_bad_row", "skip"])
+        assert capsys.readouterr().out.splitlines()[-1].startswith("3 documents")
     for error, argv in {
-        "`query` is not set": ["search", model],
-        "Set one of `data`": ["index", model],
-        "`model_name_or_path` is not set": ["chat"],
-        r"row 1 \(bad.json:2\) has \d+ tokens": [
-            "index",
-            model,
-            str(corpus / "bad.json"),
-            "--index",
-            str(tmp_path / "i"),
-        ],
-        "`by` is 'images', but the index in": [
-            "index",
-            model,
-            str(corpus / "data.json"),
-            *index,
-            "--add",
-            "true",
-            "--by",
-            "images",
-        ],
-        "is the directory": ["embed", model, str(corpus / "data.json"), "--output", str(tmp_path)],
+        "`query` is not set": f"search {model}",
+        "Set one of `data`": f"index {model}",
+        "`model_name_or_path` is not set": "chat",
+        r"row 1 \(bad.json:2\) has \d+ tokens": f"index {model} {bad} --index {tmp_path}/new",
+        "`by` is 'images', but the index in": f"index {model} {data} --index {tmp_path}/i --add true --by images",
+        "is the directory": f"embed {model} {data} --output {tmp_path}",
     }.items():
         with pytest.raises(ValueError, match=error):
-            main(argv)
+            main(argv.split())
