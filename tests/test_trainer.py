@@ -657,7 +657,7 @@ def compared(path, backbone, teachers, batch):
     read = gather_object([ids for batch in stream.get_train_dataloader() for ids in batch["input_ids"].tolist()])
     keys = ("loss", "generative_loss", "structure_loss", "image_to_text_recall@1")
     evaluated = trainer.evaluate()
-    streamed = trainer.evaluate(trainer.eval_dataset.select(range(4)).to_iterable_dataset())
+    streamed = trainer.evaluate(trainer.eval_dataset.select(range(4)).with_format(None).to_iterable_dataset())
     trainer.train()
     found = {key: history(trainer, key) for key in ("loss", "generative_loss", "structure_loss", "grad_norm")}
     found |= {"rows read": len(read), "different": len({tuple(ids) for ids in read})}
