@@ -39,7 +39,7 @@ from hf_sugar import (
 from hf_sugar.models.fingerprint_sugar import fingerprint, same_fingerprint
 
 
-MODULES = set(Path(models.__file__).parent.glob("*_sugar.py"))
+MODULES = sorted(Path(models.__file__).parent.glob("*_sugar.py"))
 CODE = {file.name for file in MODULES}
 MODEL_CLASSES = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 TARGETS = dict(
