@@ -173,6 +173,19 @@ def test_python_and_commands(workplace, capsys):
     assert "a red circle" in capsys.readouterr().out  # of what the search finds
 
 
+@pytest.mark.extras
+def test_sentence_transformers(workplace):
+    pytest.importorskip("sentence_transformers")
+    for part in hf_sugar.SugarForConditionalGeneration, hf_sugar.SugarProcessor:
+        part.from_pretrained("llava-hf/llava-1.5-7b-hf").save_pretrained("my-sugar")
+    [line] = re.findall("`hf-sugar (export my-sugar .*?)`", PAGES[0].read_text())
+    cli.main(shlex.split(line))
+    [block] = [block for _, block in blocks(PAGES[0], "python") if "SentenceTransformer" in block]
+    names = {}
+    exec(block, names)
+    assert names["embeddings"].shape == (2, 768)
+
+
 @pytest.mark.parametrize("number", (0, 2))
 def test_install_line(number, tmp_path):
     """Each line of Install beside a clone, without dependencies: every file of the package is there."""
