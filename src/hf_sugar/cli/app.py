@@ -8,25 +8,7 @@ from .embed import ModelArguments
 
 @dataclass
 class AppArguments:
-    """
-    Settings of `hf-sugar app`.
-
-    Parameters:
-        index (`str`, *optional*, defaults to `"index"`):
-            Directory of the index.
-        k (`int`, *optional*, defaults to `4`):
-            Documents that a search shows, unless the user sets another number.
-        examples (`int`, *optional*, defaults to `1`):
-            Documents put before a question, unless the user sets another number.
-        max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest answer.
-        server_name (`str`, *optional*, defaults to `"127.0.0.1"`):
-            Address to listen on. With the default only this machine can open the page.
-        server_port (`int`, *optional*):
-            Port. By default the first free one from 7860.
-        max_file_size (`str`, *optional*, defaults to `"10mb"`):
-            Largest picture that is accepted.
-    """
+    """Settings of `hf-sugar app`."""
 
     index: str = field(default="index", metadata={"help": "Directory of the index."})
     k: int = field(default=4, metadata={"help": "Documents that a search shows."})

@@ -16,18 +16,7 @@ HELP = "/image FILE adds an image to the next question, /clear begins anew, /qui
 
 @dataclass
 class ChatArguments:
-    """
-    Settings of `hf-sugar chat`.
-
-    Parameters:
-        index (`str`, *optional*):
-            Directory of an index whose answered questions are put before each question. Without it the model answers
-            alone.
-        k (`int`, *optional*, defaults to `1`):
-            Examples for each question.
-        max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest answer.
-    """
+    """Settings of `hf-sugar chat`."""
 
     index: str | None = field(
         default=None, metadata={"help": "Index whose answered questions are put before each question."}

@@ -11,17 +11,7 @@ if TYPE_CHECKING:  # what a command works with is imported when it works: `--hel
 
 @dataclass
 class ModelArguments:
-    """
-    The model that embeds and answers.
-
-    Parameters:
-        model_name_or_path (`str`):
-            Full checkpoint or adapter repository.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision of the model.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Items in one forward pass.
-    """
+    """The model that embeds and answers."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Full checkpoint or adapter repository."})
     dtype: str = field(default="auto", metadata={"help": "Precision of the model."})
@@ -44,23 +34,7 @@ class ModelArguments:
 
 @dataclass
 class CorpusArguments:
-    """
-    What to embed.
-
-    Parameters:
-        data (source or `list`, *optional*):
-            Datasets: paths or Hub ids, or in YAML mappings as [`hf_sugar.data.load_data`] takes them.
-        files (`list[str]`, *optional*):
-            Image and text files, folders of them, or patterns.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of datasets that have several.
-        on_bad_row (`str`, *optional*, defaults to `"error"`):
-            `"error"` stops at the first malformed row, `"skip"` leaves malformed rows out and counts them.
-        by (`str`, *optional*, defaults to `"auto"`):
-            What of a row is embedded, as in [`SugarIndex.build`].
-        every_slice (`bool`, *optional*, defaults to `False`):
-            Whether to embed every prefix that ends with a slice.
-    """
+    """What to embed."""
 
     data: list[str] | None = field(
         default=None,
@@ -99,13 +73,7 @@ class CorpusArguments:
 
 @dataclass
 class EmbedArguments:
-    """
-    Settings of `hf-sugar embed`.
-
-    Parameters:
-        output (`str`, *optional*, defaults to `"embeddings.safetensors"`):
-            File to write.
-    """
+    """Settings of `hf-sugar embed`."""
 
     output: str = field(default="embeddings.safetensors", metadata={"help": "File to write."})
 

@@ -11,21 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class IndexArguments:
-    """
-    Settings of `hf-sugar index`.
-
-    Parameters:
-        index (`str`, *optional*, defaults to `"index"`):
-            Directory of the index.
-        add (`bool`, *optional*, defaults to `False`):
-            Whether to add to the index that is there, rather than to replace it.
-        factory (`str`, *optional*, defaults to `"Flat"`):
-            FAISS factory string, as in [`SugarIndex`].
-        search_options (`str`, *optional*):
-            FAISS search parameters, as in [`SugarIndex`].
-        shard_size (`int`, *optional*, defaults to `1024`):
-            Documents embedded and written at a time.
-    """
+    """Settings of `hf-sugar index`."""
 
     index: str = field(default="index", metadata={"help": "Directory of the index."})
     add: bool = field(default=False, metadata={"help": "Add to the index that is there; by default it is replaced."})

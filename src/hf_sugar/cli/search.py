@@ -12,21 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SearchArguments:
-    """
-    Settings of `hf-sugar search`.
-
-    Parameters:
-        query (`list[str]`):
-            Texts and image files; together they are one query, in this order.
-        index (`str`, *optional*, defaults to `"index"`):
-            Directory of the index.
-        k (`int`, *optional*, defaults to `5`):
-            Hits to show.
-        memory_map (`bool`, *optional*, defaults to `False`):
-            Whether to leave the embeddings on the disk.
-        json (`bool`, *optional*, defaults to `False`):
-            Whether to print one JSON object a line.
-    """
+    """Settings of `hf-sugar search`."""
 
     query: list[str] | None = field(
         default=None, metadata={"help": "Texts and image files; together they are one query, in this order."}

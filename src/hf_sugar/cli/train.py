@@ -19,17 +19,7 @@ from .arguments import StreamedDataArguments
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """
-    [`~trl.ModelConfig`] with the paper's LoRA (rank 128, alpha 256) and QLoRA's double quantization.
-
-    Parameters:
-        lora_r (`int`, *optional*, defaults to `128`):
-            Rank of LoRA.
-        lora_alpha (`int`, *optional*, defaults to `256`):
-            Alpha of LoRA.
-        use_bnb_nested_quant (`bool`, *optional*, defaults to `True`):
-            Whether the constants of 4-bit weights are quantized as well.
-    """
+    """[`~trl.ModelConfig`] with the paper's LoRA (rank 128, alpha 256) and QLoRA's double quantization."""
 
     lora_r: int = field(default=128, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=256, metadata={"help": "Alpha of LoRA."})
@@ -50,13 +40,7 @@ class EstimatedTrainingConfig(SugarTrainingConfig):
 
 @dataclass
 class ActionArguments:
-    """
-    What to do.
-
-    Parameters:
-        estimate_memory (`bool`, *optional*, defaults to `False`):
-            Print how much memory the run would need, and do not train.
-    """
+    """What to do."""
 
     estimate_memory: bool = field(
         default=False, metadata={"help": "Print how much memory the run would need, and do not train."}
