@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer, SugarTrainingConfig
@@ -277,6 +278,21 @@ def outputs(model, processor):
         return model.eval()(**processor.embed_inputs(["a red circle", tiny.image()]))
 
 
+ALL_TRAINED = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["retrieval_projector"])
+
+
+def _with_plain_adapter(sugar):
+    get_peft_model(sugar.vlm, LoraConfig(target_modules=["q_proj"]))
+    sugar.vlm.config.name_or_path = sugar.config.name_or_path  # of its processor
+    return sugar.vlm
+
+
+def _changed(sugar):
+    with torch.no_grad():
+        sugar.get_input_embeddings().weight += 1
+    return sugar
+
+
 class TestModels:
     """Every way a model comes in. What is saved loads in one line and computes the same."""
 
@@ -330,8 +346,11 @@ class TestModels:
             (lambda sugar: sugar.requires_grad_(False), "requires_grad"),
             (lambda sugar: sugar.vlm.model, "LlavaModel, not an image-text-to-text model"),
             (lambda sugar: None, "NoneType, not an image-text-to-text model"),
+            (_with_plain_adapter, "adapter of its own"),
+            (lambda sugar: get_peft_model(_changed(sugar), ALL_TRAINED), "lie nowhere"),
+            (lambda sugar: get_peft_model(sugar, replace(ALL_TRAINED, init_lora_weights="pissa")), "lie nowhere"),
         ],
-        ids=["projector left out", "plain backbone", "frozen", "no head", "none"],
+        ids=["projector left out", "plain", "frozen", "no head", "none", "adapter within", "changed", "pissa"],
     )
     def test_models_that_cannot_be_trained(self, backbone, teachers, tmp_path, make, error):
         model = make(SugarForConditionalGeneration.from_pretrained(backbone))
@@ -353,6 +372,80 @@ class TestModels:
         kwargs = {"args": config(tmp_path, teachers), "train_dataset": rows([conversation]), name: make()}
         with pytest.raises((TypeError, ValueError), match=error):
             SugarTrainer(backbone, **kwargs)
+
+    def test_adapter_switched_off(self, backbone, teachers, first, tmp_path):
+        model = SugarForConditionalGeneration.from_pretrained(first[0])
+        model.disable_adapters()
+        with pytest.raises(ValueError, match="enable_adapters"):
+            SugarTrainer(model, config(tmp_path, teachers), train_dataset=rows([conversation]))
+
+    def test_refusal_leaves_the_adapter(self, first, teachers, tmp_path):
+        model = SugarForConditionalGeneration.from_pretrained(first[0])
+        with pytest.raises(ValueError, match="bias"):
+            SugarTrainer(
+                model,
+                config(tmp_path, teachers),
+                train_dataset=rows([conversation]),
+                peft_config=LoraConfig(bias="all"),
+            )
+        assert model.active_adapters() == ["default"]
+
+    def test_stages_in_one_directory(self, backbone, teachers, tmp_path, monkeypatch):
+        """Merged twice, named by a relative path: what is there is never lost."""
+        monkeypatch.chdir(tmp_path)
+        model = backbone
+        for stage in ("out", "out", "other"):
+            trainer = SugarTrainer(
+                model, config(stage, teachers), train_dataset=rows([conversation]), peft_config=LoraConfig(r=4)
+            )
+            trainer.train()
+            trainer.save_model()
+            model = stage
+            with monkeypatch.context() as elsewhere:
+                elsewhere.chdir("/")
+                loaded = SugarForConditionalGeneration.from_pretrained(tmp_path / stage)
+            found = outputs(trainer.model, trainer.processing_class)
+            torch.testing.assert_close(
+                outputs(loaded, trainer.processing_class).embeddings, found.embeddings, atol=1e-6, rtol=0
+            )
+            if stage == "out" and Path("out/backbone").exists():
+                with pytest.raises(ValueError, match="Choose another directory"):
+                    SugarTrainer(
+                        "out", config("out", teachers), train_dataset=rows([conversation]), peft_config=LoraConfig()
+                    )
+
+    def test_backbone_trained_before(self, backbone, teachers, tmp_path):
+        """The adapter of weights that are no longer those of their place names the place where they are saved."""
+        plain = LlavaForConditionalGeneration.from_pretrained(backbone)
+        for peft_config in (None, LoraConfig(r=4)):
+            trainer = SugarTrainer(
+                plain,
+                config(tmp_path, teachers, learning_rate=0.1),
+                train_dataset=rows([conversation]),
+                processing_class=tiny.processor(),
+                peft_config=peft_config,
+            )
+            trainer.train()
+        trainer.save_model()
+        loaded = SugarForConditionalGeneration.from_pretrained(tmp_path)
+        found = outputs(trainer.model, trainer.processing_class)
+        torch.testing.assert_close(outputs(loaded, trainer.processing_class).logits, found.logits, atol=1e-5, rtol=0)
+
+    def test_adapter_of_a_half_precision_backbone_stays_exact(self, backbone, teachers, tmp_path):
+        trainer = SugarTrainer(
+            backbone,
+            config(tmp_path, teachers, model_init_kwargs={"dtype": "bfloat16"}),
+            train_dataset=rows([conversation]),
+            peft_config=LoraConfig(r=4),
+        )
+        trainer.train()
+        trainer.save_model()
+        loaded = SugarForConditionalGeneration.from_pretrained(tmp_path, dtype="bfloat16")
+        trained = dict(trainer.model.get_base_model().named_parameters())
+        pairs = [(weight, trained[name]) for name, weight in loaded.named_parameters() if "lora_" in name]
+        assert pairs and all(
+            weight.equal(other.to(weight.dtype)) and weight.dtype == torch.float32 for weight, other in pairs
+        )
 
     def test_text_model_and_processors(self, backbone, teachers, tmp_path, caplog):
         tiny.llava().model.language_model.save_pretrained(tmp_path / "llama")

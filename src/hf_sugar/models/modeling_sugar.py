@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from .adapter_sugar import ADAPTER_SUBFOLDER, PEFT_PREFIX
 from .checkpoint_sugar import SugarCheckpointMixin
 from .configuration_sugar import SugarConfig
-from .fingerprint_sugar import fingerprint, same_fingerprint
+from .fingerprint_sugar import fingerprint, same_fingerprint, unwrapped
 
 
 # transformers 5.24 calls the cache `cache` in every output, and makes the old name a property of it.
@@ -338,7 +338,12 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
                 An image-text-to-text model.
             config_kwargs:
                 Fields of [`SugarConfig`].
+
+        Raises:
+            `ValueError`: if it has an adapter.
         """
+        if any(unwrapped(module) is not module for module in vlm.modules()):
+            raise ValueError("The backbone has an adapter of its own. Merge it first (PEFT's `merge_and_unload`).")
         config = cls.config_class(vlm_config=copy.deepcopy(vlm.config), **config_kwargs)
         config.name_or_path = vlm.config.name_or_path
         with torch.device("meta"):
@@ -348,7 +353,8 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         model.retrieval_projector = RetrievalProjector(config).to(vlm.device)
         model.retrieval_projector.apply(model._init_weights)
         model.generation_config = vlm.generation_config
-        model._loaded_from = config.name_or_path, fingerprint(vlm)
+        # kept with the backbone, which may be trained and wrapped again
+        model._loaded_from = vars(vlm).setdefault("_loaded_from", (config.name_or_path, fingerprint(vlm)))
         return model.train(vlm.training)
 
 

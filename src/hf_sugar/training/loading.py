@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
 
 from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.models.adapter_sugar import PEFT_PREFIX, check_peft_config
+from hf_sugar.models.fingerprint_sugar import fingerprint
 
 from .config import SugarTrainingConfig
 
@@ -143,32 +145,41 @@ def enter(
     Raises:
         `TypeError`, `ValueError`: if it cannot be trained, or what would be saved could not be loaded.
     """
+    if peft_config is not None:
+        check_peft_config(peft_config)
     if isinstance(model, PeftModel):
         base = model.get_base_model()
         if peft_config is not None:
             raise ValueError(
-                "`model` has an adapter: `merge_and_unload` it, or leave out `peft_config` to train it on."
+                "`model` has an adapter: pass `model.get_base_model().merge_and_unload()`, or leave out `peft_config` to train "
+                "it on."
             )
     else:
         if not isinstance(model, SugarForConditionalGeneration):
             model = SugarForConditionalGeneration.from_vlm(model, **projector_settings(args))
         base = model
+        if any(module.disable_adapters for module in base._adapter_modules()):
+            raise ValueError("The adapter of `model` is switched off: call its `enable_adapters` first.")
         if base._active_adapter() is not None and peft_config is None:
             model = _go_on(base)
         elif base._active_adapter() is not None:
+            backbone = Path(args.output_dir, "backbone").absolute()
+            if Path(base.backbone_source()[0]).absolute() == backbone:
+                raise ValueError(
+                    f"`output_dir`: {backbone} is the backbone of the adapter that would be merged, and would be replaced. "
+                    "Choose another directory."
+                )
             base.merge_and_unload()
             logger.info("The adapter of the model is merged into it, because `peft_config` adds a new one.")
 
-    if peft_config is not None:
-        check_peft_config(peft_config)
-    elif isinstance(model, PeftModel):
+    if peft_config is None and isinstance(model, PeftModel):
         check_peft_config(model.peft_config[base._active_adapter()])
         if not isinstance(base.retrieval_projector, ModulesToSaveWrapper):
             raise ValueError(
                 "The adapter leaves out the retrieval projector. Add it to its configuration "
                 "(`modules_to_save=['retrieval_projector']`), or pass the model without adapter, and `peft_config`."
             )
-    elif is_quantized(base):
+    elif peft_config is None and is_quantized(base):
         raise ValueError("The weights are quantized, and cannot be trained: pass `peft_config` to train an adapter.")
     if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
@@ -212,7 +223,25 @@ def save_backbone(base: SugarForConditionalGeneration, directory: Path, main_pro
     base.save_pretrained(directory, is_main_process=main_process)
     base.config.name_or_path = base.name_or_path = str(directory)
     base.config._commit_hash = None
+    base._loaded_from = str(directory), fingerprint(base.vlm)
     logger.info("The weights that the adapter is for lie nowhere else: they are saved in %s.", directory)
+
+
+def require_loadable(base: SugarForConditionalGeneration) -> None:
+    """
+    Refuse an adapter whose backbone nobody could load, before it is trained.
+
+    Raises:
+        `ValueError`: saying what to do.
+    """
+    if not base.backbone_source()[0]:
+        raise ValueError(
+            "The weights below the adapter lie nowhere, so what is saved could not be loaded. Save the model without adapter and "
+            "load it from there, and leave `init_lora_weights` at one that does not change them."
+        )
+    if isinstance(base.get_output_embeddings(), TrainableTokensWrapper):
+        # TRL 1.16's fused head reads the bias of a linear layer
+        raise ValueError("`trainable_token_indices` cannot be trained where embeddings are tied to the LM head.")
 
 
 def is_quantized(base: SugarForConditionalGeneration) -> bool:

@@ -41,6 +41,7 @@ from .loading import (
     is_quantized,
     load_model,
     load_processor,
+    require_loadable,
     require_vision,
     save_backbone,
     train_through_4bit,
@@ -237,7 +238,7 @@ class SugarTrainer(SFTTrainer):
                     "the backbone by its Hub id, or push after training: `hf-sugar push` with `--base_model`."
                 )
             if not source and peft_config is not None and not is_quantized(base):
-                save_backbone(base, Path(args.output_dir, "backbone"), args.process_index == 0)
+                save_backbone(base, Path(args.output_dir, "backbone").absolute(), args.process_index == 0)
 
         # SFTTrainer would cut at `max_length`; the collator refuses longer rows instead.
         max_length = args.max_length or base.config.get_text_config().max_position_embeddings
@@ -263,6 +264,8 @@ class SugarTrainer(SFTTrainer):
                 **kwargs,
             )
         args.max_length = max_length
+        if is_peft_model(self.model):
+            require_loadable(base)
 
         if is_quantized(base):
             # TRL casts all that QLoRA trains to bfloat16; the projector stays as exact as it was
