@@ -109,8 +109,9 @@ class SugarAdapterMixin:
                 f"{config.backbone_revision}); this is {self.config.name_or_path!r}."
             )
         peft.inject_adapter_in_model(peft_config, self, adapter_name)
-        # in float32 on a half-precision backbone, as PEFT trains and loads it
-        peft.tuners.tuners_utils.cast_adapter_dtype(self, adapter_name)
+        if all(weight.dtype == torch.float32 for weight in state_dict.values()):
+            # on a half-precision backbone PEFT injects in half precision, but trains and loads in float32
+            peft.tuners.tuners_utils.cast_adapter_dtype(self, adapter_name)
         peft.set_peft_model_state_dict(self, state_dict, adapter_name)
         self._hf_peft_config_loaded = True
         self.set_adapter(adapter_name)

@@ -401,7 +401,7 @@ class TripleEncoder:
                 raise ValueError(f"`dtype` is {dtype!r}. Use float32, bfloat16 or float16.")
             dtype = getattr(torch, dtype)
         if device is None:
-            device = torch.accelerator.current_accelerator() or "cpu"
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.device = torch.device(device)
         self.dtype = dtype
         self.batch_size = batch_size
