@@ -48,12 +48,13 @@ def run(name: str, directory: Path, tests: list[str]) -> dict[str, str]:
             if code and command is install:
                 return {"set": name, "failed": "not installed", "log": str(log)}
     versions = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout.split()
-    counts = {"passed": "0", "failed": "0", "skipped": "0"}
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
     for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", log.read_text().splitlines()[-1]):
-        counts["failed" if word == "error" else word] = count
-    if code and counts["failed"] == "0":
-        counts["failed"] = f"pytest ended with {code}"
-    return {"set": name, **dict(zip(SHOWN, versions)), **counts, "seconds": f"{time.monotonic() - start:.0f}"}
+        counts["failed" if word == "error" else word] += int(count)
+    found = {word: str(count) for word, count in counts.items()}
+    if code and not counts["failed"]:
+        found["failed"] = f"pytest ended with {code}"
+    return {"set": name, **dict(zip(SHOWN, versions)), **found, "seconds": f"{time.monotonic() - start:.0f}"}
 
 
 def main():
