@@ -211,6 +211,10 @@ def test_values_of_yaml_and_of_arguments(tmp_path):
     assert data.train_data == [{"path": "a.json", "weight": 1}] and data.streaming is True
     assert args.learning_rate == 2e-4 and args.bf16 is False and args.teachers == {"cross": "clip"}
     _, _, model, *_ = parse("train", COMMANDS["train"], ["my-llava", "--output_dir", "x"])
+    argv = ["my-sugar", "{path: a.json, image_root: b}", "c.json", "--files", "d"]
+    assert parse("index", COMMANDS["index"], argv)[1].data == [{"path": "a.json", "image_root": "b"}, "c.json"]
+    with pytest.raises(UsageError, match="--data: must be a mapping"):
+        parse("index", COMMANDS["index"], ["my-sugar", "{path: [", "--files", "d"])
     assert model.model_name_or_path == "my-llava"
 
 

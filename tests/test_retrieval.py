@@ -508,7 +508,7 @@ def test_an_index_opens_only_with_its_model(checkpoint, embed, tmp_path):
         SugarIndex.load(tmp_path, embed=SugarEmbedder(other, processor, project=False))
     with torch.no_grad():
         other.retrieval_projector.linear_1.weight.mul_(1.1)
-    with pytest.raises(ValueError, match="built with another model: its fingerprint is 'weights:"):
+    with pytest.raises(ValueError, match="built with another model, or"):
         SugarIndex.load(tmp_path, embed=SugarEmbedder(other, processor))
 
 

@@ -57,17 +57,6 @@ COMMON = (
 )
 
 
-def _source(source: Any) -> Any:
-    if not isinstance(source, str) or not source.startswith("{"):
-        return source
-    try:
-        return yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"{source!r} is no mapping in YAML or JSON. Write it as {{path: data.json, weight: 1}}."
-        ) from error
-
-
 @dataclass
 class DataArguments:
     """Data to train on."""
@@ -88,12 +77,6 @@ class DataArguments:
         default="error",
         metadata={"help": "What to do with a malformed row: 'error' or 'skip'.", "choices": ["error", "skip"]},
     )
-
-    def __post_init__(self):
-        for name in ("train_data", "eval_data"):  # a mapping may be given on the command line too
-            sources = getattr(self, name)
-            if isinstance(sources, list):
-                setattr(self, name, [_source(source) for source in sources])
 
 
 @dataclass
@@ -156,6 +139,11 @@ class Setting:
 
     def convert(self, value: str) -> Any:
         """The value that a text stands for."""
+        if self.takes_list and value.startswith("{"):  # a source of data with more than its path
+            try:
+                return yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise ValueError(f"must be a mapping as {{path: data.json, weight: 1}}, got {value!r}") from None
         names = set(re.split(r"[\s|\[\],]+", self.type)) - {"None", "list", ""}
         if "dict" in names:
             try:

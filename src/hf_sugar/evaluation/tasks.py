@@ -91,6 +91,10 @@ def load_tasks(
             notes: list[str] = []
             bad: list[Any] = []
             if name == "winoground_data":
+                if isinstance(source, list):  # of the command line
+                    if len(source) > 1:
+                        raise ValueError(f"`winoground_data` takes one source, got {len(source)}.")
+                    source = source[0]
                 rows, check = load_table(source, split), _pair_images
                 require_columns(rows)
             else:

@@ -92,8 +92,8 @@ def check_fingerprint(where: Any, stored: str, asked: str) -> None:
     (first, _, how), (second, _, how_asked) = stored.partition("#"), asked.partition("#")
     if how != how_asked or not same_fingerprint(first, second):
         raise ValueError(
-            f"{where} was built with another model: its fingerprint is {stored[:40]!r}, not {asked[:40]!r}. Load the model "
-            "of the index, or build it anew."
+            f"{where} was built with another model, or with another pooling of it. Load the model of the index, or build it "
+            "anew."
         )
 
 
