@@ -381,7 +381,7 @@ def test_the_data_of_a_task_say_what_they_leave_out(mixed):
     ]
     assert evaluate_tasks(EvaluationData(generation_data=source), embed) == {}
     with pytest.raises(ValueError, match="has no column caption_0, caption_1, image_0, image_1, but"):
-        load_tasks(EvaluationData(winoground_data=source))
+        load_tasks(EvaluationData(winoground_data=[source]))  # a list, as on the command line
 
 
 def test_bad_rows_are_errors_or_left_out_and_counted(mixed):
