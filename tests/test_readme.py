@@ -128,7 +128,7 @@ def workplace(hub, tmp_path, monkeypatch):
         "BAAI/bge-base-en-v1.5": teachers["text"],
         "openai/clip-vit-large-patch14": teachers["cross"],
     }.items():
-        HfApi().create_repo(name)
+        HfApi().create_repo(name, exist_ok=True)
         HfApi().upload_folder(repo_id=name, folder_path=folder)
     shutil.rmtree("made")
     llava, coco = [], []
