@@ -112,7 +112,7 @@ def test_streamed_training(place, tmp_path, capsys):
     main(["prepare", "--config", str(tmp_path / "prepare.yaml")])
     assert "36 rows" in capsys.readouterr().out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_sugar.teachers.encoder.AutoModel", None)
+        patch.setattr("hf_sugar.teachers.checkpoint.AutoModel", None)
         main(["train", "--config", str(tmp_path / "train.yaml"), "--save_strategy", "steps", "--save_steps", "2"])
     [state] = (tmp_path / "out").rglob("trainer_state.json")
     losses = [entry["structure_loss"] for entry in json.loads(state.read_text())["log_history"][:2]]

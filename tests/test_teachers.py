@@ -503,7 +503,7 @@ def test_fingerprint_follows_what_decides_the_embeddings(checkpoints, tmp_path):
 
 
 def test_fingerprint_reads_no_weights(checkpoints, monkeypatch):
-    monkeypatch.setattr("hf_sugar.teachers.encoder.AutoModel", None)
+    monkeypatch.setattr("hf_sugar.teachers.checkpoint.AutoModel", None)
     encoder = TripleEncoder(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
     assert encoder.fingerprint
     assert all(part in encoder.description for part in ("image=", "text=", "cross=", checkpoints["clip"], "float32"))
@@ -556,7 +556,7 @@ def test_the_tiny_set_is_the_one_in_the_package():
 
 def test_defaults_are_those_of_the_paper(monkeypatch):
     paths = []
-    monkeypatch.setattr("hf_sugar.teachers.encoder._Teacher", lambda role, path, *args: paths.append((role, path)))
+    monkeypatch.setattr("hf_sugar.teachers.encoder.Teacher", lambda role, path, *args: paths.append((role, path)))
     TripleEncoder.from_teachers(None)
     TripleEncoder.from_teachers("default")
     assert paths == 2 * [
@@ -841,7 +841,7 @@ def test_embeddings_of_other_teachers_are_refused(uninterrupted, encoder, clip_o
 
 
 def test_a_warm_start_reads_no_weights(uninterrupted, expected, checkpoints, monkeypatch):
-    monkeypatch.setattr("hf_sugar.teachers.encoder.AutoModel", None)
+    monkeypatch.setattr("hf_sugar.teachers.checkpoint.AutoModel", None)
     fresh = TripleEncoder(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
     assert_rows(add(stories(), fresh, uninterrupted[0]), expected, 40)
 

@@ -634,7 +634,7 @@ class TestErrors:
             ("streamed", prepared.to_iterable_dataset(), None),
         ):
             if setting is None:
-                monkeypatch.setattr("hf_sugar.teachers.encoder.AutoConfig", None)
+                monkeypatch.setattr("hf_sugar.teachers.checkpoint.AutoConfig", None)
             settings = {"max_steps": 2, "train_sampling_strategy": "sequential", "eval_strategy": "no"}
             trainer = SugarTrainer(backbone, config(tmp_path / name, setting, **settings), train_dataset=dataset)
             trainer.train()
