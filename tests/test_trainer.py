@@ -48,6 +48,10 @@ COMMON = dict(
 )
 
 
+# the paper's loss and labels, and this library's first way of training captions alone
+PAPER = dict(discriminative_loss="structure", label_calibration="none", flip_captions=True)
+
+
 def image_part():
     return {"type": "image", "text": None}
 
@@ -148,8 +152,9 @@ class TestStructureLoss:
         for name, parameter in trainer.model.named_parameters():
             if name in before:
                 assert not torch.equal(parameter, before[name]), f"{name} was not trained"
-        for g, d, total in zip(*(history(trainer, k) for k in ("generative_loss", "structure_loss", "loss"))):
-            assert total == pytest.approx(g + 0.3 * d, rel=1e-3)
+        names = ("generative_loss", "structure_loss", "contrastive_loss", "loss")
+        for g, d, c, total in zip(*(history(trainer, k) for k in names)):
+            assert total == pytest.approx(g + 0.3 * (d + 3 * c), rel=1e-3)
         evaluation = next(e for e in trainer.state.log_history if "eval_loss" in e)
         assert evaluation["eval_structure_loss"] > 0
         assert any("eval_image_to_text_recall@1" in e for e in trainer.state.log_history)
@@ -159,7 +164,7 @@ class TestStructureLoss:
         data = rows([conversation, story], 4)
         trainer = SugarTrainer(
             backbone,
-            config(tmp_path, teachers, positions_per_sample=99, max_steps=1, learning_rate=0.0),
+            config(tmp_path, teachers, **PAPER, positions_per_sample=99, max_steps=1, learning_rate=0.0),
             train_dataset=data,
         )
         trainer.train()
@@ -602,11 +607,13 @@ class TestErrors:
     def test_too_long(self, backbone, teachers, tmp_path):
         data = rows([conversation], 4).to_list()
         data[2]["messages"][1]["content"][0]["text"] = "long " * 600
-        trainer = SugarTrainer(
-            backbone, config(tmp_path, teachers), train_dataset=Dataset.from_list(data, features=FEATURES)
-        )
-        with pytest.raises(ValueError, match=r"Row row-2 has \d+ tokens after its 1 image\(s\).*limit is 512"):
-            trainer.train()
+        for kwargs in (PAPER, {}):  # found at the first batch, or when the labels are measured
+            with pytest.raises(ValueError, match=r"Row row-2 has \d+ tokens after its 1 image\(s\).*limit is 512"):
+                SugarTrainer(
+                    backbone,
+                    config(tmp_path, teachers, **kwargs),
+                    train_dataset=Dataset.from_list(data, features=FEATURES),
+                ).train()
 
     def test_cache_of_other_teachers(self, backbone, teachers, tmp_path):
         settings = {"teacher_cache_dir": str(tmp_path / "cache")}
@@ -842,7 +849,7 @@ class TestEvaluation:
         data = rows([conversation, story], 6)
         trainer = SugarTrainer(
             backbone,
-            config(tmp_path, teachers, per_device_eval_batch_size=2, positions_per_sample=99, max_steps=1),
+            config(tmp_path, teachers, **PAPER, per_device_eval_batch_size=2, positions_per_sample=99, max_steps=1),
             train_dataset=data,
             eval_dataset=data,
         )
@@ -923,7 +930,7 @@ class TestBatches:
             first_slices.append([])
             Noting(
                 backbone,
-                config(tmp_path, teachers, max_steps=9, learning_rate=0.0, **kwargs),
+                config(tmp_path, teachers, **PAPER, max_steps=9, learning_rate=0.0, **kwargs),
                 train_dataset=rows([caption]),
             ).train()
         assert first_slices[0] == first_slices[1]

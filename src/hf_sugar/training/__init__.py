@@ -2,8 +2,9 @@
 
 from .collator import SugarCollator
 from .config import SugarTrainingConfig
+from .contrastive import ContrastiveLoss
 from .loss import StructureLoss
 from .trainer import SugarTrainer
 
 
-__all__ = ["StructureLoss", "SugarCollator", "SugarTrainer", "SugarTrainingConfig"]
+__all__ = ["ContrastiveLoss", "StructureLoss", "SugarCollator", "SugarTrainer", "SugarTrainingConfig"]

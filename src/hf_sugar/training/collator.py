@@ -1,5 +1,6 @@
 import hashlib
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,12 +9,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from hf_sugar.alignment import IMAGE, TEXT
 from hf_sugar.data import load_image
 from hf_sugar.models.processing_sugar import SugarProcessor
 from hf_sugar.models.rows_sugar import check_row, conversation_row, fill_images, iter_slices
 from hf_sugar.teachers import check_same_teachers
+
+from .discriminative import NEGATIVE, NOTHING, POSITIVE
 
 
 @dataclass
@@ -36,14 +40,19 @@ class SugarCollator:
         flip_captions (`bool`, *optional*, defaults to `False`):
             Whether image-caption rows are put into the other order with probability one half. What happens to a row
             depends on its text, `seed` and `epoch` alone, so that a run that is resumed sees the same.
+        singles (`int`, *optional*):
+            How many of the later slices of a caption row or document stand beside it as sequences of their own, besides the
+            items of its columns `positives` and `negatives` (texts and images). Which ones depends on the same.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the flips.
+            Seed of the flips and of that choice.
 
     Returns of a call:
         `dict[str, torch.Tensor]`: what the backbone's processor gives, `labels` `(batch, length)`, and with
         teachers also `slice_ids` `(batch, length)`, `teacher_embeddings` `(batch, slices, dim)` float32 and
         `slice_modality` `(batch, slices)`: text, image, or -1 where a row has fewer slices. A row with `structure=False`
-        has none: it stays out of the structure loss, and no teacher is asked about it.
+        has none: it stays out of the discriminative loss, and no teacher is asked about it. With `singles` also `singles`,
+        the model's inputs of those sequences, and `single_slices` `(batch, singles)`: which slice of its row each is, or that
+        it is a `POSITIVE`, a `NEGATIVE` or `NOTHING`.
     """
 
     processor: SugarProcessor
@@ -51,6 +60,7 @@ class SugarCollator:
     teachers: str | None = None
     embed_slices: Callable[[list[str | Image.Image]], torch.Tensor] | None = None
     flip_captions: bool = False
+    singles: int | None = None
     seed: int = 0
     # in memory that the workers of a data loader share, so that those that persist know it too
     epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
@@ -93,7 +103,43 @@ class SugarCollator:
             teacher_embeddings[row, : len(values)] = values
             kinds = [IMAGE if part["type"] == "image" else TEXT for part in parts[row]]
             modality[row, : len(values)] = torch.tensor(kinds)
-        return {**batch, "teacher_embeddings": teacher_embeddings, "slice_modality": modality}
+        batch = {**batch, "teacher_embeddings": teacher_embeddings, "slice_modality": modality}
+        if self.singles is None:
+            return batch
+        return {**batch, **self._singles(examples, conversations, loss_on, structure, names)}
+
+    def _singles(self, examples, conversations, loss_on, structure, names) -> dict[str, Any]:
+        """The sequences that stand beside the rows."""
+        items, item_names, single_slices, image_index, images = [], [], [], [], 0
+        for example, messages, loss, use, name in zip(examples, conversations, loss_on, structure, names):
+            parts = list(iter_slices(messages))
+            later = list(range(1, len(parts))) if use and loss in ("captions", "text") else []
+            if len(later) > self.singles:
+                text = "".join(part["text"] for part in parts if part["type"] == "text")
+                later = sorted(random.Random(f"{self.seed} {int(self.epoch)} {text}").sample(later, self.singles))
+            for number in later:
+                items.append(parts[number])
+                item_names.append(name)
+                if parts[number]["type"] == "image":
+                    image_index.append(images + sum(part["type"] == "image" for part in parts[:number]))
+            images += sum(part["type"] == "image" for part in parts)
+            for column, code in (("positives", POSITIVE), ("negatives", NEGATIVE)):
+                for n, item in enumerate((example.get(column) or []) if use else []):
+                    where = f"{name}, {column}[{n}]"
+                    item = item if isinstance(item, str) else load_image(item, where)
+                    kind = "text" if isinstance(item, str) else "image"
+                    items.append({"type": kind, kind: item})
+                    item_names.append(where)
+                    later.append(code)
+            single_slices.append(torch.tensor(later, dtype=torch.long))
+        result = {"single_slices": pad_sequence(single_slices, batch_first=True, padding_value=NOTHING)}
+        if items:
+            conversations = [[{"role": "user", "content": [item]}] for item in items]
+            singles = self.processor.encode_conversations(conversations, names=item_names, max_length=self.max_length)
+            if image_index and len(image_index) == sum(item["type"] == "image" for item in items):
+                singles["image_index"] = torch.tensor(image_index)
+            result["singles"] = dict(singles)
+        return result
 
     def _embeddings_of_rows(
         self, examples: list[dict[str, Any]], names: list[str], counts: list[int], flipped: list[bool]

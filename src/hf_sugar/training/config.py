@@ -26,7 +26,11 @@ _WITHOUT_EFFECT = {
 # Smallest and largest value.
 _RANGES = {
     "structure_weight": (0, 1e6),
+    "contrastive_weight": (0, 1e6),
+    "contrastive_temperature": (1e-3, 1e3),
     "delta": (0, 1e6),
+    "singles_per_sample": (0, math.inf),
+    "matrix_batch_size": (1, math.inf),
     "positions_per_sample": (1, math.inf),
     "retrieval_dim": (1, math.inf),
     "retrieval_hidden_size": (1, math.inf),
@@ -60,11 +64,42 @@ class SugarTrainingConfig(SFTConfig):
         "model takes.",
     )
 
-    # Structure loss
+    # Discriminative loss
     structure_weight: float = HfArg(
         default=0.3,
-        help="Weight of the structure loss (alpha in Eq. 1; the paper does not publish its value). 0 is plain supervised "
+        help="Weight of the discriminative loss (alpha in Eq. 1; the paper does not publish its value). 0 is plain supervised "
         "fine-tuning.",
+    )
+    discriminative_loss: str = HfArg(
+        default="both",
+        help="'structure' is the paper's loss, 'contrastive' tells an image's own caption and a story's next slice from others "
+        "(InfoNCE), 'both' is structure_loss + contrastive_weight * contrastive_loss.",
+        metadata={"choices": ["structure", "contrastive", "both"]},
+    )
+    contrastive_weight: float = HfArg(
+        default=3.0, help="Weight of the contrastive loss within the discriminative loss."
+    )
+    contrastive_temperature: float = HfArg(default=0.05, help="Temperature of the contrastive loss.")
+    contrastive_mask_above: float = HfArg(
+        default=0.95,
+        help="Candidates whose label, with respect to the one that is right, is at least this are no negatives: the teachers "
+        "call them nearly the same.",
+    )
+    singles_per_sample: int = HfArg(
+        default=1,
+        help="How many of the later slices of a document stand beside it as sequences of their own; of an image-caption row "
+        "it is its caption.",
+    )
+    label_calibration: str = HfArg(
+        default="blocks",
+        help="'blocks' brings each kind of pair (two images, two texts, image and text, sequences) to one mean and spread, "
+        "'none' leaves the labels as the paper has them.",
+        metadata={"choices": ["blocks", "none"]},
+    )
+    matrix_batch_size: int | None = HfArg(
+        default=None,
+        help="How many rows of a device are compared with one another: a multiple of `per_device_train_batch_size`, which is "
+        "what is in memory at a time. Defaults to that.",
     )
     delta: float = HfArg(
         default=1.0,
@@ -100,9 +135,9 @@ class SugarTrainingConfig(SFTConfig):
         "are compared with nothing else collapse.",
     )
     flip_captions: bool = HfArg(
-        default=True,
-        help="Whether image-caption rows appear in both orders at random, so that text that has not seen its image is "
-        "trained too. A flipped row carries no generative loss.",
+        default=False,
+        help="Instead of slices that stand beside their rows: image-caption rows appear in both orders at random, so that text "
+        "that has not seen its image is trained too. A flipped row carries no generative loss.",
     )
 
     # Teachers
@@ -158,6 +193,16 @@ class SugarTrainingConfig(SFTConfig):
         # TRL sets what transformers 5.23 calls `activation_checkpointing` and warns of; 5.20 has only the old name
         if "activation_checkpointing" in self.__dataclass_fields__ and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.matrix_batch_size:
+            batches, rest = divmod(self.matrix_batch_size, self.per_device_train_batch_size)
+            if self.gradient_accumulation_steps == 1:
+                self.gradient_accumulation_steps = max(batches, 1)
+            if rest or self.gradient_accumulation_steps % max(batches, 1):
+                raise ValueError(
+                    f"`matrix_batch_size` is {self.matrix_batch_size}: it must be a multiple of "
+                    f"`per_device_train_batch_size` ({self.per_device_train_batch_size}), and "
+                    f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) a multiple of their quotient."
+                )
         super().__post_init__()
         self.load_in_4bit = load_in_4bit
         self.on_bad_row = on_bad_row

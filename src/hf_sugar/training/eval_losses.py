@@ -3,8 +3,8 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from torch.nn.utils.rnn import pad_sequence
 
+from .discriminative import PADDING, pad_rows
 from .gather import gather_rows
 
 
@@ -18,15 +18,15 @@ class EvalLosses:
             Knows which rows of a last batch are new.
         size (`int`):
             How many rows are compared with one another.
-        structure_loss (`Callable`, *optional*):
-            Takes embeddings `(size, slices, dim)`, teacher embeddings and modality `(size, slices)` of so many rows, and
-            gives their loss and a `dict` of what is to be known of it.
+        discriminative_loss (`Callable`, *optional*):
+            Takes what [`~training.discriminative.discriminative_rows`] gives, of so many rows, and gives their loss and a
+            `dict` of what is to be known of it.
     """
 
-    def __init__(self, accelerator: Accelerator, size: int, structure_loss: Callable | None = None):
+    def __init__(self, accelerator: Accelerator, size: int, discriminative_loss: Callable | None = None):
         self.accelerator = accelerator
         self.size = size
-        self.structure_loss = structure_loss
+        self.discriminative_loss = discriminative_loss
         self.rows: list[tuple[torch.Tensor, ...]] = []  # of all processes, not compared yet
         # of values times their weights, and of the weights
         self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=accelerator.device))
@@ -42,15 +42,15 @@ class EvalLosses:
     def add(self, generative_loss: torch.Tensor, tokens: torch.Tensor, *columns: torch.Tensor):
         """What is known of a batch: loss and number of tokens, and where there is a structure loss what that takes."""
         self.sums["generative_loss"] += torch.stack([generative_loss * tokens, tokens])
-        if self.structure_loss is not None:
+        if self.discriminative_loss is not None:
             new = self.new_rows(len(columns[0]))
-            self.rows += zip(*(gather_rows(x[:new], padding) for x, padding in zip(columns, (0, 0, -1))))
+            self.rows += zip(*(gather_rows(x[:new], padding) for x, padding in zip(columns, PADDING)))
             while len(self.rows) >= self.size:
                 self._compare()
 
     def _compare(self):
         rows, self.rows = self.rows[: self.size], self.rows[self.size :]
-        _, values = self.structure_loss(*(pad_sequence(x, True, p) for x, p in zip(zip(*rows), (0, 0, -1))))
+        _, values = self.discriminative_loss(*pad_rows(([x] for x in row) for row in rows))
         for name, value in values.items():
             self.sums[name] += torch.stack([value * len(rows), value.new_tensor(len(rows))])
 

@@ -2,12 +2,9 @@
 that can be trained and whose result loads in one line; or it is refused."""
 
 import copy
-import functools
 import logging
 import re
-import types
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
-from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
+from trl.trainer.utils import create_model_from_path
 
 from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.models.adapter_sugar import PEFT_PREFIX, check_peft_config
@@ -285,44 +282,3 @@ def for_language_model(peft_config: PeftConfig, model: SugarForConditionalGenera
         peft_config.exclude_modules = rf"(?!{re.escape(name)}\.).*"
     peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), "retrieval_projector"})
     return peft_config
-
-
-@dataclass
-class FusedSugarOutput(FusedCausalLMOutput):
-    """TRL's output with the slice embeddings. They are part of what forward returns, so that DDP sees the projector's
-    parameters used in it."""
-
-    embeddings: torch.Tensor | None = None
-    embedding_mask: torch.Tensor | None = None
-
-
-def add_structure_head(model: SugarForConditionalGeneration) -> None:
-    """
-    Let a model that has TRL's fused LM head also return slice embeddings from the same pass. A copy of the model computes
-    with its own weights.
-
-    Args:
-        model ([`SugarForConditionalGeneration`]):
-            Model patched by [`~trl.trainer.utils.add_fused_lm_head`].
-    """
-    # For anything but the fused head TRL's function goes on to the forward that this very object had, which a copy would
-    # ask for its answers (seen in TRL 1.16; nothing to be done here once it looks that forward up on `self`).
-    fused_forward = model.forward.__func__
-
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, slice_ids=None, fused_lm_head=False, **kwargs):
-        if not fused_lm_head:
-            return type(self).forward(self, *args, slice_ids=slice_ids, **kwargs)
-        if slice_ids is None:
-            return fused_forward(self, *args, fused_lm_head=True, **kwargs)
-        # The fused head keeps the hidden states to itself; a hook on the module below it sees them.
-        seen = []
-        hook = self.base_model.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
-        try:
-            output = fused_forward(self, *args, fused_lm_head=True, **kwargs)
-        finally:
-            hook.remove()
-        embeddings, mask = self.project_slices(seen[0], slice_ids)
-        return FusedSugarOutput(**output, embeddings=embeddings, embedding_mask=mask)
-
-    model.forward = types.MethodType(forward, model)

@@ -1,8 +1,9 @@
 import copy
 import json
 import warnings
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from hf_sugar.models.adapter_sugar import ADAPTER_SUBFOLDER
 from hf_sugar.models.rows_sugar import conversation_row, row_name
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings, check_same_teachers, teachers_of
 
+from .cached import compare_ahead
 from .checkpoints import to_resume_from
 from .collator import SugarCollator
 from .config import SugarTrainingConfig
+from .discriminative import ROW_COLUMNS, DiscriminativeLoss, discriminative_rows, measure_labels
 from .eval_losses import EvalLosses
-from .gather import gather_rows
+from .heads import add_structure_head
 from .loading import (
-    add_structure_head,
     enter,
     for_language_model,
     forget_preparation,
@@ -46,8 +48,6 @@ from .loading import (
     save_backbone,
     train_through_4bit,
 )
-from .loss import StructureLoss
-from .positions import draw_positions, position_labels
 from .rows import RowFilter, each, readable
 from .sampler import LengthGroups, row_lengths
 
@@ -93,10 +93,14 @@ def _require_what_can_work(args: SugarTrainingConfig) -> None:
             "paths and tokens of this machine. Set it to 'every_save' or 'end'."
         )
     gathered = args.gather_across_devices and args.world_size > 1
-    if args.structure_weight > 0 and args.per_device_train_batch_size == 1 and not gathered:
+    if (
+        args.structure_weight > 0
+        and (args.matrix_batch_size or args.per_device_train_batch_size) == 1
+        and not gathered
+    ):
         problem = (
             "Every label matrix holds the positions of one sample: they are all alike, and the embeddings collapse. Raise "
-            "`per_device_train_batch_size` (accumulation does not enlarge the matrix)"
+            "`per_device_train_batch_size` or `matrix_batch_size` (accumulation does not enlarge the matrix)"
         )
         if not args.allow_single_sample:
             raise ValueError(f"{problem}, or set `structure_weight=0` or `allow_single_sample=True`.")
@@ -106,7 +110,7 @@ def _require_what_can_work(args: SugarTrainingConfig) -> None:
 class SugarTrainer(SFTTrainer):
     """
     [`~trl.SFTTrainer`] with the structure loss of [Sugar](https://huggingface.co/papers/2411.00304):
-    `loss = generative_loss + structure_weight * structure_loss`.
+    `loss = generative_loss + structure_weight * (structure_loss + contrastive_weight * contrastive_loss)`.
 
     It takes what [`~trl.SFTTrainer`] takes for vision data, with these differences:
 
@@ -288,11 +292,13 @@ class SugarTrainer(SFTTrainer):
             max_length,
             **teachers,
             flip_captions=self._structure and args.flip_captions,
+            singles=args.singles_per_sample if self._structure and not args.flip_captions else None,
             seed=args.seed,
         )
-        self._eval_collator = SugarCollator(processing_class, max_length, **teachers)
+        self._eval_collator = replace(self.data_collator, flip_captions=False, epoch=torch.zeros((), dtype=torch.long))
         self.add_callback(_TellCollator(self.data_collator, self._good_rows))
-        self.structure_loss = StructureLoss(reduction=args.structure_reduction)
+        if self._structure:
+            self.discriminative_loss = DiscriminativeLoss(args, self._split, self._label_statistics())
         self._eval_losses = EvalLosses(self.accelerator, args.per_device_train_batch_size)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -323,6 +329,20 @@ class SugarTrainer(SFTTrainer):
         self.teachers = self._encoder.checkpoints if given else self._made_by["checkpoints"]
         self._split = self._made_by["split"]
         return {"teachers": json.dumps(self._made_by)}
+
+    def _label_statistics(self) -> torch.Tensor | None:
+        """Of the first 256 rows of a stream, or as many that are spread over a dataset: the same in every process, and when
+        the training is resumed."""
+        if self.args.label_calibration == "none" or self.train_dataset is None:
+            return None
+        dataset = self.train_dataset
+        if isinstance(dataset, Dataset):
+            chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), 256)).long().tolist()
+            rows = list(self._remove_unused_columns(dataset).select(chosen))
+        else:
+            rows = list(dataset.take(256))
+        batches = (self.data_collator(rows[start : start + 16]) for start in range(0, len(rows), 16))
+        return measure_labels(batches, self.args, self._split)
 
     @cached_property
     def _encoder(self) -> TripleEncoder:
@@ -356,7 +376,8 @@ class SugarTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             rows = ["messages", "prompt", "completion", "image", "images"]
-            self._signature_columns = [*rows, "loss_on", "structure", "id", "teacher_embeddings", "teachers"]
+            self._signature_columns = [*rows, "positives", "negatives", "loss_on", "structure", "id"]
+            self._signature_columns += ["teacher_embeddings", "teachers"]
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -377,56 +398,53 @@ class SugarTrainer(SFTTrainer):
         finally:
             self.data_collator = training_collator
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._structure and self.args.matrix_batch_size:
+            self.model.train()
+            size = self.args.matrix_batch_size // self.args.per_device_train_batch_size
+            model = self.accelerator.unwrap_model(self.model)
+            model = model.get_base_model() if is_peft_model(model) else model
+            for start in range(0, len(batches), size):
+                with self.compute_loss_context_manager():
+                    compare_ahead(
+                        model, batches[start : start + size], self.discriminative_loss, self.args.gather_across_devices
+                    )
+        return batches, num_items_in_batch
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # `generative_loss` is this micro-batch's share of the accumulated batch; the structure loss is a value of the
         # micro-batch, so it is averaged over them.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        teacher_embeddings = inputs.pop("teacher_embeddings", None)
-        modality = inputs.pop("slice_modality", None)
+        rows = [inputs.pop(name, None) for name in ROW_COLUMNS]
+        compared = inputs.pop("compared", None)
         if not self.model.training:
             inputs["labels"][self._eval_losses.new_rows(len(inputs["labels"])) :] = -100
         outputs = []
 
         def forward(**kwargs):
-            outputs.append(model(**kwargs))
+            with compared.random_numbers() if compared else nullcontext():
+                outputs.append(model(**kwargs))
             return outputs[-1]
 
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         generative_loss = loss = result[0] if return_outputs else result
-        embeddings = outputs[0].embeddings if self._structure else None
-        if not self.model.training:  # the structure loss is added for all rows, in `evaluation_loop`
-            self._eval_losses.add(loss, outputs[0].label_mask.sum(), embeddings, teacher_embeddings, modality)
+        if self._structure:
+            rows = discriminative_rows(outputs[0].embeddings, outputs[0].single_embeddings, *rows)
+        if not self.model.training:  # the discriminative loss is added for all rows, in `evaluation_loop`
+            self._eval_losses.add(loss, outputs[0].label_mask.sum(), *(rows if self._structure else ()))
             return result
         values = {"generative_loss": generative_loss.detach() * steps}
         if self._structure:
-            structure_loss, found = self._structure_loss(embeddings, teacher_embeddings, modality)
-            loss = generative_loss + self.args.structure_weight * structure_loss / steps
+            compare = compared or partial(
+                self.discriminative_loss, training=True, gather=self.args.gather_across_devices
+            )
+            discriminative_loss, found = compare(*rows)
+            loss = generative_loss + self.args.structure_weight * discriminative_loss / steps
             values.update(found)
         for name, value in values.items():
             self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
         return (loss, result[1]) if return_outputs else loss
-
-    def _structure_loss(self, embeddings, teacher_embeddings, modality):
-        """The structure loss of samples, and what is logged of it. In training they are those of all processes when
-        `gather_across_devices`."""
-        sample, number = draw_positions(modality, self.args.positions_per_sample, spread=not self.model.training)
-        embeddings = embeddings[sample, number]
-        prefixes = torch.stack([sample, number + 1], dim=1)
-        if self.args.gather_across_devices and self.model.training:
-            samples = gather_rows(sample.new_tensor([[len(modality)]]))  # of each process
-            prefixes[:, 0] += samples[: self.accelerator.process_index].sum()
-            embeddings, prefixes = gather_rows(embeddings), gather_rows(prefixes)
-            teacher_embeddings, modality = gather_rows(teacher_embeddings), gather_rows(modality, padding=-1)
-        samples, clamped = int((modality >= 0).any(dim=1).sum()), 0.0
-        if samples > 1 or samples and self.args.allow_single_sample:
-            labels, clamped = position_labels(prefixes, teacher_embeddings, modality, self.args, self._split)
-        else:
-            if samples and self.model.training:
-                logger.warning_once("A label matrix held the positions of one sample alone: no structure loss for it.")
-            embeddings, labels = embeddings[:0], embeddings.new_zeros(0, 0)
-        loss = self.structure_loss(embeddings, labels)
-        counted = {"labels_clamped": loss.new_tensor(clamped), "samples_compared": loss.new_tensor(samples)}
-        return loss, {"structure_loss": loss.detach(), **counted}
 
     # Evaluation and prediction take one path, `evaluation_loop`.
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -451,14 +469,15 @@ class SugarTrainer(SFTTrainer):
     ):
         """As upstream, with all metrics before callbacks are asked, and losses that do not depend on batches and processes:
         a label matrix is of as many rows as a process compares in training."""
-        size = max(2, self.args.per_device_train_batch_size)
-        self._eval_losses = EvalLosses(self.accelerator, size, self._structure_loss if self._structure else None)
+        size = max(2, self.args.matrix_batch_size or self.args.per_device_train_batch_size)
+        self._eval_losses = EvalLosses(self.accelerator, size, self.discriminative_loss if self._structure else None)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
         self._metrics["eval"].clear()
         metrics.update(self._eval_losses.means())
-        structure_loss = metrics.get("structure_loss", 0.0)
-        metrics["loss"] = metrics.get("generative_loss", 0.0) + self.args.structure_weight * structure_loss
+        discriminative_loss = metrics.get("structure_loss", 0.0)
+        discriminative_loss += self.args.contrastive_weight * metrics.get("contrastive_loss", 0.0)
+        metrics["loss"] = metrics.get("generative_loss", 0.0) + self.args.structure_weight * discriminative_loss
         if self._structure and self.args.eval_retrieval_rows:
             rows = dataloader.dataset
             metrics |= self._retrieval(rows.dataset if isinstance(rows, IterableDatasetShard) else rows)

@@ -1,0 +1,266 @@
+"""The discriminative loss of a batch: which positions are compared with one another, and what is known of each pair."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
+
+from hf_sugar.alignment import label_matrix
+from hf_sugar.alignment.calibration import block_statistics, calibrate, label_blocks
+
+from .config import SugarTrainingConfig
+from .contrastive import ContrastiveLoss
+from .gather import gather_rows
+from .loss import StructureLoss
+
+
+logger = logging.get_logger(__name__)
+
+# What a sequence that stands beside its row is, if it is no slice of it.
+POSITIVE, NEGATIVE, NOTHING = -1, -2, -3
+# What [`SugarCollator`] says of rows beside the model's inputs.
+ROW_COLUMNS = ("teacher_embeddings", "slice_modality", "single_slices")
+# What fills up the tensors that [`discriminative_rows`] gives.
+PADDING = (0, 0, -1, 0, NOTHING)
+
+
+def draw_positions(
+    modality: torch.Tensor, count: int, spread: bool = False, wanted: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Positions of every sample, each the end of a slice.
+
+    Args:
+        modality (`torch.LongTensor` of shape `(samples, slices)`):
+            -1 where a sample has fewer slices.
+        count (`int`):
+            How many of each sample; one with fewer slices gives all.
+        spread (`bool`, *optional*, defaults to `False`):
+            Whether they are spread evenly, the last slice among them, rather than drawn at random.
+        wanted (`torch.BoolTensor` of shape `(samples, slices)`, *optional*):
+            Slices that come first: they have a partner in the batch.
+
+    Returns:
+        `tuple[torch.LongTensor, torch.LongTensor]`: sample and slice of each position.
+    """
+    present = modality >= 0
+    if spread:
+        slices = present.sum(dim=1, keepdim=True)
+        share = torch.arange(modality.shape[1] + 1, device=modality.device) * slices.clamp(max=count)
+        drawn = (share // slices.clamp(min=1)).diff(dim=1) > 0
+        drawn = drawn if wanted is None else drawn | wanted
+    else:  # the largest random numbers of each row, absent slices last
+        order = torch.rand(modality.shape, device=modality.device)
+        order = (order if wanted is None else order + wanted).masked_fill(~present, -1)
+        drawn = order.argsort(dim=1, descending=True).argsort(dim=1) < count
+    return (drawn & present).nonzero(as_tuple=True)
+
+
+def span_labels(
+    spans: torch.Tensor,
+    teacher_embeddings: torch.Tensor,
+    modality: torch.Tensor,
+    args: SugarTrainingConfig,
+    split: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """
+    What the teachers say of positions.
+
+    Args:
+        spans (`torch.LongTensor` of shape `(n, 3)`):
+            Sample of each position, its first slice and the one after its last: `(sample, 0, length)` for the prefix that
+            leads up to a position, `(sample, slice, slice + 1)` for a slice that stands alone.
+        teacher_embeddings (`torch.Tensor` of shape `(samples, slices, dim)`):
+            What the teachers say of the slices.
+        modality (`torch.LongTensor` of shape `(samples, slices)`):
+            Modality of the slices, -1 where a sample has fewer. A sample may have none, and then no position.
+        args ([`SugarTrainingConfig`]):
+            Kernel, bandwidth and normalisation.
+        split (`int`, *optional*):
+            As in [`~hf_sugar.alignment.label_matrix`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, float]`: labels `(n, n)`, in which a sequence is 1 to its own prefixes but not yet
+        to its slices alone; block of each, see [`~alignment.calibration.label_blocks`]; the share that was clamped.
+    """
+    sample, first, end = spans.T
+    present = modality >= 0
+    counts = present.sum(dim=1)
+    # a slice that stands alone is a sequence of its own, behind the samples that have slices
+    alone = first > 0
+    sequence = torch.where(alone, (counts > 0).sum() + alone.cumsum(0) - 1, (counts > 0).cumsum(0)[sample] - 1)
+    lengths = torch.cat([counts[counts > 0], counts.new_ones(int(alone.sum()))])
+    kinds = torch.cat([modality[present], modality[sample[alone], first[alone]]])
+    labels, clamped = label_matrix(
+        torch.cat([teacher_embeddings[present], teacher_embeddings[sample[alone], first[alone]]]),
+        torch.cat([counts.new_zeros(1), lengths.cumsum(0)]),
+        torch.stack([sequence, end - first], dim=1),
+        delta=args.delta,
+        normalize=None if args.label_normalization == "none" else args.label_normalization,
+        label_kernel=args.label_kernel,
+        modality=None if split is None else kinds,
+        split=split,
+    )
+    return labels, label_blocks(end - first, modality[sample, end - 1]), clamped
+
+
+def discriminative_rows(
+    embeddings: torch.Tensor,
+    single_embeddings: torch.Tensor | None,
+    teacher_embeddings: torch.Tensor,
+    modality: torch.Tensor,
+    single_slices: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """
+    What [`DiscriminativeLoss`] takes, a line for each row: the embeddings of the sequences beside them `(singles, dim)` are
+    divided among the rows.
+    """
+    if single_slices is None:
+        single_slices = modality.new_empty(len(modality), 0)
+    singles = embeddings.new_zeros(*single_slices.shape, embeddings.shape[-1])
+    if single_embeddings is not None:
+        singles = singles.index_put(tuple((single_slices > NOTHING).nonzero().T), single_embeddings)
+    return embeddings, teacher_embeddings, modality, singles, single_slices
+
+
+def pad_rows(batches: Iterable[Iterable[torch.Tensor]]) -> list[torch.Tensor]:
+    """One batch of the rows of several, each as [`discriminative_rows`] gives them."""
+    return [
+        pad_sequence([row for column in columns for row in column], True, padding)
+        for columns, padding in zip(zip(*batches), PADDING)
+    ]
+
+
+class DiscriminativeLoss(nn.Module):
+    """
+    The discriminative loss of a batch, `structure_loss + contrastive_weight * contrastive_loss`, over ends of slices drawn
+    from each row, and the sequences that stand beside the rows.
+
+    Args:
+        args ([`SugarTrainingConfig`]):
+            Its settings.
+        split (`int`, *optional*):
+            As in [`~hf_sugar.alignment.label_matrix`].
+        statistics (`torch.Tensor` of shape `(5, 2)`, *optional*):
+            From [`measure_labels`]. Without the labels stay as they are.
+    """
+
+    def __init__(self, args: SugarTrainingConfig, split: int | None = None, statistics: torch.Tensor | None = None):
+        super().__init__()
+        self.args, self.split, self.statistics = args, split, statistics
+        self.structure = StructureLoss(args.structure_reduction) if args.discriminative_loss != "contrastive" else None
+        self.contrastive = None
+        if args.discriminative_loss != "structure":
+            self.contrastive = ContrastiveLoss(args.contrastive_temperature)
+
+    def forward(self, embeddings, teacher_embeddings, modality, singles, single_slices, training=False, gather=False):
+        """
+        Args:
+            embeddings (`torch.Tensor` of shape `(samples, slices, dim)`):
+                What the model says at the ends of slices.
+            teacher_embeddings (`torch.Tensor` of shape `(samples, slices, teacher_dim)`), modality (`torch.LongTensor` of shape `(samples, slices)`):
+                From [`SugarCollator`].
+            singles (`torch.Tensor` of shape `(samples, singles, dim)`), single_slices (`torch.LongTensor` of shape `(samples, singles)`):
+                Embeddings of the sequences beside each row, and which slice each is; from the same.
+            training (`bool`, *optional*, defaults to `False`):
+                Whether positions are drawn at random.
+            gather (`bool`, *optional*, defaults to `False`):
+                Whether the samples are those of all processes.
+
+        Returns:
+            `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the loss, and what is logged.
+        """
+        row, column = (single_slices > NOTHING).nonzero(as_tuple=True)
+        kind = single_slices[row, column]
+        last = (modality >= 0).sum(dim=1) - 1
+        wanted = torch.zeros_like(modality, dtype=torch.bool)
+        wanted[row, torch.where(kind > 0, kind - 1, last[row])] = True
+        sample, number = draw_positions(modality, self.args.positions_per_sample, not training, wanted)
+        spans = torch.stack([sample, torch.zeros_like(number), number + 1], dim=1)
+        spans = torch.cat([spans, torch.stack([row, kind, kind + 1], dim=1)])
+        embeddings = torch.cat([embeddings[sample, number], singles[row, column]])
+        if gather:
+            samples = gather_rows(sample.new_tensor([[len(modality)]]))  # of each process
+            spans[:, 0] += samples[: dist.get_rank() if dist.is_initialized() else 0].sum()
+            embeddings, spans = gather_rows(embeddings), gather_rows(spans)
+            teacher_embeddings, modality = gather_rows(teacher_embeddings), gather_rows(modality, padding=-1)
+        samples, clamped = int((modality >= 0).any(dim=1).sum()), 0.0
+        if samples < 2 and not (samples and self.args.allow_single_sample):
+            if samples and training:
+                logger.warning_once(
+                    "A label matrix held the positions of one sample alone: no discriminative loss for it."
+                )
+            spans, embeddings = spans[:0], embeddings[:0]
+        values, loss = {}, (embeddings * 0).sum()
+        taught = spans[:, 1] >= 0  # what the user gives beside a row has no teacher embeddings
+        labels, blocks, clamped = embeddings.new_zeros(0, 0), None, 0.0
+        if taught.any():
+            labels, blocks, clamped = span_labels(spans[taught], teacher_embeddings, modality, self.args, self.split)
+        if self.structure is not None:
+            wanted_cosines = labels
+            if self.statistics is not None and len(labels):
+                wanted_cosines = calibrate(labels, blocks, self.statistics)
+            sample = spans[taught, 0]
+            wanted_cosines = wanted_cosines.masked_fill(sample[:, None] == sample, 1)
+            values["structure_loss"] = loss = self.structure(embeddings[taught], wanted_cosines)
+        if self.contrastive is not None:
+            near = torch.eye(len(spans), dtype=torch.bool, device=spans.device)
+            near[taught.nonzero(), taught.nonzero().T] |= labels >= self.args.contrastive_mask_above
+            values["contrastive_loss"] = contrastive = self._contrast(embeddings, spans, modality, near)
+            loss = loss + self.args.contrastive_weight * contrastive
+        values = {name: value.detach() for name, value in values.items()}
+        return loss, {
+            **values,
+            "labels_clamped": loss.new_tensor(clamped),
+            "samples_compared": loss.new_tensor(samples),
+        }
+
+    def _contrast(self, embeddings, spans, modality, near):
+        """A prefix and its next slice alone, or what its row gives as a positive, belong together."""
+        sample, first, end = spans.T
+        query, candidate = first == 0, first != 0
+        slices = (modality >= 0).sum(dim=1)[sample]
+        after = (end[:, None] == first) | ((end == slices)[:, None] & (first == POSITIVE))
+        positives = (after & (sample[:, None] == sample))[query][:, candidate]
+        query = query.nonzero()[positives.any(dim=1)][:, 0]
+        candidate = candidate.nonzero()[:, 0]
+        positives = positives[positives.any(dim=1)]
+        # no negatives are candidates that the teachers call nearly the same as a positive one, and queries likewise
+        ignored = (positives.float() @ near[candidate][:, candidate].float() > 0) | (
+            near[query][:, query].float() @ positives.float() > 0
+        )
+        return self.contrastive(embeddings[query], embeddings[candidate], positives, ignored & ~positives)
+
+
+def measure_labels(
+    batches: Iterable[dict[str, torch.Tensor]], args: SugarTrainingConfig, split: int | None
+) -> torch.Tensor:
+    """
+    Mean and spread of each block of the label matrix of some rows.
+
+    Args:
+        batches (`Iterable` of `dict`):
+            From [`SugarCollator`].
+        args ([`SugarTrainingConfig`]):
+            Kernel, bandwidth and normalisation.
+        split (`int`, *optional*):
+            As in [`~hf_sugar.alignment.label_matrix`].
+
+    Returns:
+        `torch.Tensor` of shape `(5, 2)`: see [`~alignment.calibration.block_statistics`].
+    """
+    rows = [[batch.get(name) for name in ROW_COLUMNS] for batch in batches]
+    embeddings = [teacher_embeddings[..., :0] for teacher_embeddings, *_ in rows]
+    _, teacher_embeddings, modality, _, single_slices = pad_rows(
+        discriminative_rows(empty, None, *columns) for empty, columns in zip(embeddings, rows)
+    )
+    sample, number = draw_positions(modality, args.positions_per_sample, spread=True)
+    row, column = (single_slices > 0).nonzero(as_tuple=True)
+    alone = single_slices[row, column]
+    spans = torch.stack([sample, torch.zeros_like(number), number + 1], dim=1)
+    spans = torch.cat([spans, torch.stack([row, alone, alone + 1], dim=1)])
+    labels, blocks, _ = span_labels(spans, teacher_embeddings, modality, args, split)
+    return block_statistics(labels, blocks, spans[:, :1] != spans[:, 0])

@@ -1,0 +1,100 @@
+"""What a model gives in training, in one call: TRL's fused LM head, slice embeddings, and those of sequences beside the batch."""
+
+import copy
+import functools
+import types
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from trl.trainer.utils import FusedCausalLMOutput
+
+from hf_sugar.models import SugarForConditionalGeneration
+
+
+@dataclass
+class FusedSugarOutput(FusedCausalLMOutput):
+    """TRL's output with the embeddings of slices and of sequences beside the batch. They are part of what forward returns, so
+    that DDP sees the projector's parameters used in it."""
+
+    embeddings: torch.Tensor | None = None
+    embedding_mask: torch.Tensor | None = None
+    single_embeddings: torch.Tensor | None = None
+
+
+def add_structure_head(model: SugarForConditionalGeneration) -> None:
+    """
+    Let a model that has TRL's fused LM head also return embeddings from the same call: with `slice_ids` those of slices, and
+    with `singles`, inputs of [`SugarForConditionalGeneration.embed`], those of other sequences. `image_index` among these
+    says which image of the batch each of their images is; the vision tower sees it once, in families whose
+    `get_image_features` gives a list of images. A copy of the model computes with its own weights.
+
+    Args:
+        model ([`SugarForConditionalGeneration`]):
+            Model patched by [`~trl.trainer.utils.add_fused_lm_head`].
+    """
+    # For anything but the fused head TRL's function goes on to the forward that this very object had, which a copy would
+    # ask for its answers (seen in TRL 1.16; nothing to be done here once it looks that forward up on `self`).
+    fused_forward = model.forward.__func__
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, slice_ids=None, singles=None, fused_lm_head=False, **kwargs):
+        if not fused_lm_head:
+            return type(self).forward(self, *args, slice_ids=slice_ids, **kwargs)
+        if slice_ids is None:
+            return fused_forward(self, *args, fused_lm_head=True, **kwargs)
+        with _observed(self) as seen:
+            output = fused_forward(self, *args, fused_lm_head=True, **kwargs)
+        embeddings, mask = self.project_slices(seen["hidden_states"], slice_ids)
+        return FusedSugarOutput(
+            **output,
+            embeddings=embeddings,
+            embedding_mask=mask,
+            single_embeddings=embed_singles(self, singles, seen.get("image_features"), kwargs.get("pixel_values")),
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def embed_rows(model: SugarForConditionalGeneration, slice_ids: torch.Tensor, singles: dict | None = None, **inputs):
+    """The embeddings that a call with the same inputs gives in training, without the LM head: `(batch, slices, dim)`, and
+    `(sequences, dim)` or `None`."""
+    with _observed(model) as seen:
+        embeddings, _ = model.embed_slices(slice_ids, **inputs)
+    return embeddings, embed_singles(model, singles, seen.get("image_features"), inputs.get("pixel_values"))
+
+
+@contextmanager
+def _observed(model: SugarForConditionalGeneration):
+    """The last hidden states and the image features that are computed meanwhile: the fused head keeps them to itself."""
+    backbone, compute, seen = model.base_model, model.base_model.get_image_features, {}
+
+    def get_image_features(*args, **kwargs):
+        seen["image_features"] = compute(*args, **kwargs)
+        return seen["image_features"]
+
+    backbone.get_image_features = get_image_features
+    hook = backbone.register_forward_hook(lambda module, inputs, output: seen.update(hidden_states=output[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+        del backbone.get_image_features
+
+
+def embed_singles(model: SugarForConditionalGeneration, singles: dict | None, image_features, pixel_values):
+    """Embeddings `(sequences, dim)` of the sequences beside a batch, from the features of the batch's images if there is an
+    entry for each of them, and not for each patch."""
+    if singles is None:
+        return None
+    inputs = {name: value for name, value in singles.items() if name != "image_index"}
+    features = getattr(image_features, "pooler_output", None)
+    if "image_index" not in singles or not isinstance(features, list | tuple) or len(features) != len(pixel_values):
+        return model.embed(**inputs)
+    known = copy.copy(image_features)
+    known.pooler_output = [features[index] for index in singles["image_index"].tolist()]
+    model.base_model.get_image_features = lambda *args, **kwargs: known
+    try:
+        return model.embed(**inputs)
+    finally:
+        del model.base_model.get_image_features
