@@ -82,8 +82,8 @@ class SugarTrainingConfig(SFTConfig):
     contrastive_temperature: float = HfArg(default=0.05, help="Temperature of the contrastive loss.")
     contrastive_mask_above: float = HfArg(
         default=0.95,
-        help="Candidates whose label, with respect to the one that is right, is at least this are no negatives: the teachers "
-        "call them nearly the same.",
+        help="Candidates that the teachers call nearly the same as the right one are no negatives: those at least so similar to "
+        "it, where 0 is the mean of such pairs and 1 is equal.",
     )
     singles_per_sample: int = HfArg(
         default=1,

@@ -22,7 +22,7 @@ class ContrastiveLoss(nn.Module):
         temperature (`float`, *optional*, defaults to `0.05`):
             What cosines are divided by.
         learn_temperature (`bool`, *optional*, defaults to `False`):
-            Whether it is a parameter, `log_temperature`.
+            Whether it is a parameter, `log_temperature`, for a training loop that optimises it.
 
     Raises:
         `ValueError`: if `temperature` is not positive; on the call, if shapes do not fit together.
@@ -67,11 +67,8 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         if not 0 < temperature < math.inf:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
-        log_temperature = torch.tensor(math.log(temperature))
-        if learn_temperature:
-            self.log_temperature = nn.Parameter(log_temperature)
-        else:
-            self.register_buffer("log_temperature", log_temperature, persistent=False)
+        self.temperature = temperature
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
 
     def forward(
         self,
@@ -101,12 +98,12 @@ class ContrastiveLoss(nn.Module):
             if queries.dtype != torch.float64:
                 queries, candidates = queries.float(), candidates.float()
             cosines = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T
-            scores = cosines / self.log_temperature.to(cosines).exp()
+            scores = cosines / (self.temperature if self.log_temperature is None else self.log_temperature.exp())
             negatives = ~positives if ignored is None else ~(positives | ignored)
             return (_info_nce(scores, positives, negatives) + _info_nce(scores.T, positives.T, negatives.T)) / 2
 
     def extra_repr(self) -> str:
-        return f"temperature={self.log_temperature.exp().item():.3g}"
+        return f"temperature={self.temperature}"
 
 
 def _info_nce(scores: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:

@@ -145,7 +145,7 @@ class DiscriminativeLoss(nn.Module):
         split (`int`, *optional*):
             As in [`~hf_sugar.alignment.label_matrix`].
         statistics (`torch.Tensor` of shape `(5, 2)`, *optional*):
-            From [`measure_labels`]. Without the labels stay as they are.
+            From [`measure_labels`]. It may be missing where the labels stay as they are and nothing is contrasted.
     """
 
     def __init__(self, args: SugarTrainingConfig, split: int | None = None, statistics: torch.Tensor | None = None):
@@ -201,14 +201,20 @@ class DiscriminativeLoss(nn.Module):
             labels, blocks, clamped = span_labels(spans[taught], teacher_embeddings, modality, self.args, self.split)
         if self.structure is not None:
             wanted_cosines = labels
-            if self.statistics is not None and len(labels):
+            if self.args.label_calibration == "blocks" and len(labels):
                 wanted_cosines = calibrate(labels, blocks, self.statistics)
             sample = spans[taught, 0]
             wanted_cosines = wanted_cosines.masked_fill(sample[:, None] == sample, 1)
             values["structure_loss"] = loss = self.structure(embeddings[taught], wanted_cosines)
         if self.contrastive is not None:
             near = torch.eye(len(spans), dtype=torch.bool, device=spans.device)
-            near[taught.nonzero(), taught.nonzero().T] |= labels >= self.args.contrastive_mask_above
+            if len(labels):
+                mean = self.statistics.to(labels)[
+                    blocks, 0
+                ]  # 0 is what pairs of this kind have on average, 1 is equal
+                near[taught.nonzero(), taught.nonzero().T] |= (labels - mean) >= self.args.contrastive_mask_above * (
+                    1 - mean
+                )
             values["contrastive_loss"] = contrastive = self._contrast(embeddings, spans, modality, near)
             loss = loss + self.args.contrastive_weight * contrastive
         values = {name: value.detach() for name, value in values.items()}
@@ -228,10 +234,10 @@ class DiscriminativeLoss(nn.Module):
         query = query.nonzero()[positives.any(dim=1)][:, 0]
         candidate = candidate.nonzero()[:, 0]
         positives = positives[positives.any(dim=1)]
-        # no negatives are candidates that the teachers call nearly the same as a positive one, and queries likewise
-        ignored = (positives.float() @ near[candidate][:, candidate].float() > 0) | (
-            near[query][:, query].float() @ positives.float() > 0
-        )
+        # No negatives are candidates that the teachers call nearly the same as a positive one, and queries likewise. The label
+        # of two prefixes of a sample says nothing of that: it is 1.
+        alike = near[query][:, query] & (sample[query][:, None] != sample[query])
+        ignored = positives.float() @ near[candidate][:, candidate].float() + alike.float() @ positives.float() > 0
         return self.contrastive(embeddings[query], embeddings[candidate], positives, ignored & ~positives)
 
 

@@ -333,7 +333,8 @@ class SugarTrainer(SFTTrainer):
     def _label_statistics(self) -> torch.Tensor | None:
         """Of the first 256 rows of a stream, or as many that are spread over a dataset: the same in every process, and when
         the training is resumed."""
-        if self.args.label_calibration == "none" or self.train_dataset is None:
+        paper = self.args.label_calibration == "none" and self.args.discriminative_loss == "structure"
+        if paper or self.train_dataset is None:
             return None
         dataset = self.train_dataset
         if isinstance(dataset, Dataset):

@@ -1,0 +1,323 @@
+"""The discriminative loss: what is compared with what, labels of one scale, and large matrices in small memory."""
+
+import copy
+import math
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from test_trainer import PAPER, backbone, caption, config, conversation, history, rows, story, teachers
+
+from hf_sugar import SugarTrainer
+from hf_sugar.alignment import IMAGE, TEXT
+from hf_sugar.alignment.calibration import BLOCKS, block_statistics, calibrate, label_blocks
+from hf_sugar.training import ContrastiveLoss
+from hf_sugar.training.cached import compare_ahead
+from hf_sugar.training.discriminative import NEGATIVE, POSITIVE, ROW_COLUMNS, discriminative_rows, pad_rows
+from hf_sugar.training.heads import embed_rows
+
+
+__all__ = ["backbone", "teachers"]  # fixtures
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class TestContrastiveLoss:
+    def test_one_positive_each_is_cross_entropy(self):
+        queries, candidates = randn(6, 8), randn(9, 8, seed=1)
+        scores = F.cosine_similarity(queries[:, None], candidates[None], dim=-1) / 0.07
+        expected = F.cross_entropy(scores, torch.arange(6)) + F.cross_entropy(scores.T[:6], torch.arange(6))
+        loss = ContrastiveLoss(0.07)(3 * queries, candidates, torch.eye(6, 9, dtype=torch.bool))
+        assert loss.item() == pytest.approx(expected.item() / 2, rel=1e-6)
+
+    @pytest.mark.extras
+    def test_equals_sentence_transformers(self):
+        losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+        queries, positives, negatives = (randn(5, 8, seed=seed) for seed in range(3))
+        pairs = torch.eye(5, 10, dtype=torch.bool)
+        theirs = losses.MultipleNegativesRankingLoss(
+            None, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+        )
+        expected = theirs.compute_loss_from_embeddings([queries, positives, negatives], None)
+        found = ContrastiveLoss(1 / 20)(queries, torch.cat([positives, negatives]), pairs)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+    def test_several_positives_and_pairs_that_are_ignored(self):
+        queries, candidates = randn(4, 8), randn(5, 8, seed=1)
+        positives = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0] * 5, [0, 0, 0, 1, 0]]).bool()
+        ignored = torch.tensor([[0, 0, 1, 0, 0], [0] * 5, [1] * 5, [0, 0, 0, 0, 1]]).bool()
+        scores = F.normalize(queries, dim=1) @ F.normalize(candidates, dim=1).T / 0.05
+
+        def one_way(scores, positives, ignored):
+            terms = []
+            for i, j in positives.nonzero().tolist():
+                others = [k for k in range(len(scores[i])) if not positives[i, k] and not ignored[i, k]]
+                if others:
+                    terms.append(-math.log(1 / (1 + sum(math.exp(scores[i, k] - scores[i, j]) for k in others))))
+            return sum(terms) / len(terms)
+
+        expected = one_way(scores, positives, ignored) + one_way(scores.T, positives.T, ignored.T)
+        loss = ContrastiveLoss()(queries, candidates, positives, ignored)
+        assert loss.item() == pytest.approx(expected / 2, rel=1e-9)
+
+    def test_temperature_can_be_learnt(self):
+        loss, pairs = ContrastiveLoss(learn_temperature=True), torch.eye(3, 4, dtype=torch.bool)
+        value = loss(randn(3, 8), randn(4, 8, seed=1), pairs)
+        assert value.item() == pytest.approx(
+            ContrastiveLoss()(randn(3, 8), randn(4, 8, seed=1), pairs).item(), rel=1e-6
+        )
+        value.backward()
+        assert loss.log_temperature.grad != 0
+
+    def test_nothing_to_tell_apart(self):
+        queries = randn(3, 8).requires_grad_()
+        for positives in (torch.zeros(3, 4).bool(), torch.ones(3, 4).bool()):
+            loss = ContrastiveLoss()(queries, randn(4, 8), positives)
+            loss.backward()
+            assert loss.item() == 0 and not queries.grad.any()
+        with pytest.raises(ValueError, match=r"`ignored` must have shape \(3, 4\)"):
+            ContrastiveLoss()(queries, randn(4, 8), torch.ones(3, 4).bool(), torch.ones(4, 3).bool())
+
+
+class TestCalibration:
+    lengths = torch.tensor([1, 1, 1, 1, 1, 1, 2, 3, 2, 3])
+    modality = torch.tensor([IMAGE, IMAGE, IMAGE, TEXT, TEXT, TEXT, IMAGE, TEXT, TEXT, IMAGE])
+
+    def kind(self, i, j):
+        singles = [k for k in (i, j) if self.lengths[k] == 1]
+        if len(singles) < 2:
+            return ("sequence-sequence", "single-sequence")[len(singles)]
+        return "-".join(sorted("image" if self.modality[k] == IMAGE else "text" for k in singles))
+
+    def test_every_block_has_one_mean_and_spread(self):
+        labels = 0.02 * randn(10, 10)
+        labels = labels + labels.T
+        blocks, different = label_blocks(self.lengths, self.modality), ~torch.eye(10, dtype=torch.bool)
+        statistics = block_statistics(labels, blocks, different)
+        result = calibrate(labels, blocks, statistics)
+        pairs = [(i, j) for i in range(10) for j in range(10) if i != j]
+        for number, name in enumerate(BLOCKS):
+            values = torch.stack([labels[i, j] for i, j in pairs if self.kind(i, j) == name])
+            assert torch.allclose(statistics[number], torch.stack([values.mean(), values.std()]))
+            values = torch.stack([result[i, j] for i, j in pairs if self.kind(i, j) == name])
+            assert values.mean().abs() < 0.03 and 0.12 < values.std() < 0.21  # within -1 and 1
+        # what a teacher of another scale says comes out the same
+        scale, shift = torch.rand(5) + 0.5, torch.rand(5)
+        other = labels * scale[blocks] + shift[blocks]
+        again = calibrate(other, blocks, block_statistics(other, blocks, different))
+        assert torch.allclose(again, result, atol=1e-6)
+
+    def test_too_little_to_measure(self):
+        labels, blocks = torch.full((2, 2), 0.5), torch.zeros(2, 2, dtype=torch.long)
+        statistics = block_statistics(labels, blocks, ~torch.eye(2, dtype=torch.bool))
+        assert torch.equal(calibrate(labels, blocks, statistics), labels)
+
+    def test_statistics_are_those_of_the_data(self, backbone, teachers, tmp_path):
+        """The same whatever the batch size, the process or the number of the run."""
+        data = rows([conversation, caption, story])
+        found = [
+            SugarTrainer(
+                backbone,
+                config(tmp_path / str(size), teachers, per_device_train_batch_size=size),
+                train_dataset=data,
+            ).discriminative_loss.statistics
+            for size in (2, 4)
+        ]
+        assert torch.equal(*found) and (found[0][:, 1] > 0).all()
+        paper = SugarTrainer(backbone, config(tmp_path / "paper", teachers, **PAPER), train_dataset=data)
+        assert paper.discriminative_loss.statistics is None
+
+
+def test_the_papers_loss_is_what_it_was(backbone, teachers, tmp_path):
+    """Values of the version before the contrastive loss, of the same seed."""
+    trainer = SugarTrainer(
+        backbone, config(tmp_path, teachers, **PAPER), train_dataset=rows([conversation, caption, story])
+    )
+    trainer.train()
+    expected = {
+        "generative_loss": [6.003761291503906, 6.0142822265625, 5.7428998947143555, 5.505940914154053],
+        "structure_loss": [1.387845516204834, 1.282015323638916, 2.1375696659088135, 0.8501686453819275],
+        "loss": [6.420114994049072, 6.398886680603027, 6.384171009063721, 5.76099157333374],
+    }
+    for name, values in expected.items():
+        assert history(trainer, name) == pytest.approx(values, rel=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def trainer(backbone, teachers, tmp_path_factory):
+    return SugarTrainer(
+        backbone,
+        config(tmp_path_factory.mktemp("trainer"), teachers, singles_per_sample=2),
+        train_dataset=rows([caption, story, conversation]),
+    )
+
+
+class TestSingles:
+    def test_they_are_embedded_as_what_they_are(self, trainer):
+        """As `embed` does, and without a second look of the vision tower at an image."""
+        data, model, processor = trainer.train_dataset, trainer.model.eval(), trainer.processing_class
+        batch = trainer.data_collator([data[i] for i in range(4)])
+        seen = []
+        hook = model.base_model.vision_tower.register_forward_hook(lambda m, inputs, _: seen.append(len(inputs[0])))
+        model_inputs = {name: value for name, value in batch.items() if name not in ROW_COLUMNS}
+        with torch.no_grad():
+            output = model(**model_inputs, fused_lm_head=True)
+        hook.remove()
+        assert seen == [sum(len(data[i]["images"]) for i in range(4))]
+        expected, numbers = [], []
+        for i in range(4):
+            images = iter([tiny.image(10 * i + k) for k in range(len(data[i]["images"]))])
+            parts = [part for message in data[i]["messages"] for part in message["content"]]
+            slices = [next(images) if part["type"] == "image" else part["text"] for part in parts]
+            chosen = [n for n in batch["single_slices"][i].tolist() if n > 0]
+            assert len(chosen) == (1, 2, 0)[i % 3]  # the caption, two slices of a story, none of a conversation
+            numbers += chosen
+            expected += [model.embed(**processor.embed_inputs([slices[n]]))[0] for n in chosen]
+        assert {isinstance(n, int) for n in numbers} == {True}
+        assert torch.allclose(output.single_embeddings, torch.stack(expected), atol=1e-5)
+
+    def test_they_change_with_the_epoch_alone(self, trainer):
+        collator, data = trainer.data_collator, trainer.train_dataset
+        first = collator([data[i] for i in range(12)])["single_slices"]
+        assert torch.equal(first, collator([data[i] for i in range(12)])["single_slices"])
+        collator.epoch.fill_(1)
+        assert not torch.equal(first, collator([data[i] for i in range(12)])["single_slices"])
+        collator.epoch.fill_(0)
+
+
+def note_pairs(trainer, examples):
+    """What the contrastive loss is asked about, with numbers in the place of embeddings. Random teachers call all texts nearly
+    the same: here each row is something else to them, unless it is the same row."""
+    batch = trainer.data_collator(examples)
+    known = {example["id"]: randn(*batch["teacher_embeddings"][0].shape, seed=i) for i, example in enumerate(examples)}
+    vectors = torch.stack([known[example["id"]] for example in examples]).tensor_split([trainer._split], dim=-1)
+    batch["teacher_embeddings"] = torch.cat([F.normalize(half, dim=-1) for half in vectors], dim=-1)
+    loss = trainer.discriminative_loss
+    given = []
+    hook = loss.contrastive.register_forward_hook(lambda module, args, output: given.append(args))
+    samples, slices = batch["slice_modality"].shape
+    # (row, slices before its end) of a prefix and (row, -1 - slice) of what stands beside it
+    prefixes = torch.stack(torch.meshgrid(torch.arange(samples), torch.arange(slices) + 1, indexing="ij"), -1).float()
+    beside = batch["single_slices"]
+    singles = torch.stack([torch.arange(samples)[:, None].expand_as(beside), -100.0 - beside], -1).float()
+    loss(prefixes, batch["teacher_embeddings"], batch["slice_modality"], singles, beside, training=True)
+    hook.remove()
+    [(queries, candidates, positives, ignored)] = given
+    name = [[(int(row), int(which)) for row, which in table] for table in (queries, candidates)]
+    return (
+        {(name[0][i], name[1][j]) for i, j in positives.nonzero().tolist()},
+        {(name[0][i], name[1][j]) for i, j in ignored.nonzero().tolist()},
+        set(name[0]),
+    )
+
+
+class TestPairs:
+    def test_a_prefix_belongs_to_its_next_slice(self, trainer):
+        data = trainer.train_dataset
+        beside = trainer.data_collator([data[i] for i in range(4)])["single_slices"]
+        positives, ignored, queries = note_pairs(trainer, [data[i] for i in range(4)])
+        expected = {((i, n), (i, -100 - n)) for i in range(4) for n in beside[i].tolist() if n > 0}
+        assert positives == expected and len(expected) == 4
+        assert not ignored and queries == {query for query, _ in expected}
+
+    def test_what_the_teachers_call_alike_is_no_negative(self, trainer):
+        data = trainer.train_dataset
+        positives, ignored, _ = note_pairs(trainer, [data[0], data[0], data[3]])
+        assert positives == {((i, 1), (i, -101)) for i in range(3)}
+        assert ignored == {((0, 1), (1, -101)), ((1, 1), (0, -101))}  # the same row twice
+
+    def test_positives_and_negatives_of_the_user(self, backbone, teachers, tmp_path):
+        columns = {"positives": [["a star", "a red star"], [], ["a square"]], "negatives": [["a moon"], ["a sun"], []]}
+        data = rows([conversation], 3)
+        for name, column in columns.items():
+            data = data.add_column(name, column)
+        trainer = SugarTrainer(backbone, config(tmp_path, teachers, singles_per_sample=0), train_dataset=data)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+        assert batch["single_slices"].tolist() == [
+            [POSITIVE, POSITIVE, NEGATIVE],
+            [NEGATIVE, -3, -3],
+            [POSITIVE, -3, -3],
+        ]
+        positives, ignored, queries = note_pairs(trainer, [trainer.train_dataset[i] for i in range(3)])
+        assert positives == {((0, 3), (0, -99)), ((2, 3), (2, -99))} and not ignored
+        trainer.train()
+        assert min(history(trainer, "contrastive_loss")) > 0
+
+
+class TestCachedGradients:
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    def test_equal_those_of_the_whole_matrix(self, trainer, dropout):
+        """In float64; with dropout against the same random numbers."""
+        model = copy.deepcopy(trainer.model).double().train()
+        for layer in model.base_model.language_model.layers:
+            layer.self_attn.attention_dropout = dropout
+        data = trainer.train_dataset
+        batches = [trainer.data_collator([data[i] for i in range(n, n + 3)]) for n in (0, 3, 6)]
+        for batch in batches:
+            batch.update({name: batch[name].double() for name in ("pixel_values", "teacher_embeddings")})
+            if "pixel_values" in batch.get("singles", {}):
+                batch["singles"]["pixel_values"] = batch["singles"]["pixel_values"].double()
+        gradients = []
+        for cached in (False, True):
+            torch.manual_seed(0)
+            model.zero_grad()
+            if cached:
+                compare_ahead(model, batches, trainer.discriminative_loss, gather=True)
+            compared, table = [batch.pop("compared", None) for batch in batches], []
+            for batch, known in zip(batches, compared):
+                inputs = {name: value for name, value in batch.items() if name not in (*ROW_COLUMNS, "labels")}
+                if known is None:
+                    embeddings = embed_rows(model, **inputs)
+                else:
+                    with known.random_numbers():
+                        embeddings = embed_rows(model, **inputs)
+                table.append(discriminative_rows(*embeddings, *(batch[name] for name in ROW_COLUMNS)))
+                if known is not None:
+                    (known(*table[-1])[0] / known.batches).backward()
+            if not cached:
+                trainer.discriminative_loss(*pad_rows(table), training=True)[0].backward()
+            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
+        for name, expected in gradients[0].items():
+            assert torch.allclose(gradients[1][name], expected, rtol=1e-9, atol=1e-12 * expected.abs().max()), name
+
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_an_update_is_that_of_the_large_batch(self, backbone, teachers, tmp_path, lora):
+        """The generative loss too; with gradient checkpointing."""
+        from peft import LoraConfig
+
+        weights = []
+        for batch, matrix in ((12, None), (4, 12)):
+            trainer = SugarTrainer(
+                backbone,
+                config(
+                    tmp_path / str(batch),
+                    teachers,
+                    per_device_train_batch_size=batch,
+                    matrix_batch_size=matrix,
+                    gradient_checkpointing=matrix is not None,
+                    optim="sgd",
+                    max_steps=2,
+                ),
+                train_dataset=rows([conversation, caption, story]),
+                peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
+            )
+            trainer.train()
+            assert history(trainer, "samples_compared") == [12, 12]
+            weights.append([history(trainer, name) for name in ("loss", "structure_loss", "contrastive_loss")])
+            weights[-1] += [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+        for first, second in zip(*weights):
+            first, second = torch.as_tensor(first), torch.as_tensor(second)
+            assert torch.allclose(first, second, rtol=1e-5, atol=1e-5)
+
+    def test_sizes_that_do_not_fit(self, tmp_path):
+        with pytest.raises(
+            ValueError, match=r"`matrix_batch_size` is 10: .* multiple of `per_device_train_batch_size`"
+        ):
+            config(tmp_path, matrix_batch_size=10)
+        with pytest.raises(ValueError, match=r"`gradient_accumulation_steps` \(3\) a multiple of their quotient"):
+            config(tmp_path, matrix_batch_size=8, gradient_accumulation_steps=3)
+        assert config(tmp_path, matrix_batch_size=8).gradient_accumulation_steps == 2
