@@ -32,7 +32,7 @@ demo: $(VENV)/.installed
 	$(BIN)/hf-sugar demo
 
 demo-seeds: $(VENV)/.installed
-	$(BIN)/hf-sugar demo --output_dir runs/demo-seeds --seeds 0 1 2
+	$(BIN)/hf-sugar demo --output_dir runs/demo-seeds --seeds 0 1 2 --ablations
 
 demo-clipart: $(VENV)/.installed
 	$(BIN)/python examples/clipart/train_teachers.py --data examples/clipart --output runs/clipart/teachers
