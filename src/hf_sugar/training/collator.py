@@ -41,8 +41,9 @@ class SugarCollator:
             Whether image-caption rows are put into the other order with probability one half. What happens to a row
             depends on its text, `seed` and `epoch` alone, so that a run that is resumed sees the same.
         singles (`int`, *optional*):
-            How many of the later slices of a caption row or document stand beside it as sequences of their own, besides the
-            items of its columns `positives` and `negatives` (texts and images). Which ones depends on the same.
+            How many of the later slices of a caption row or document, images before texts, stand beside it as sequences of
+            their own, besides the items of its columns `positives` and `negatives` (texts and images). Which ones depends on
+            the same.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the flips and of that choice.
 
@@ -114,9 +115,13 @@ class SugarCollator:
         for example, messages, loss, use, name in zip(examples, conversations, loss_on, structure, names):
             parts = list(iter_slices(messages))
             later = list(range(1, len(parts))) if use and loss in ("captions", "text") else []
-            if len(later) > self.singles:
+            if (
+                len(later) > self.singles
+            ):  # images first: there are few sequences that end with an image and have no text
                 text = "".join(part["text"] for part in parts if part["type"] == "text")
-                later = sorted(random.Random(f"{self.seed} {int(self.epoch)} {text}").sample(later, self.singles))
+                random.Random(f"{self.seed} {int(self.epoch)} {text}").shuffle(later)
+                later.sort(key=lambda number: parts[number]["type"] != "image")
+                later = sorted(later[: self.singles])
             for number in later:
                 items.append(parts[number])
                 item_names.append(name)

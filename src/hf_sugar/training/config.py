@@ -87,8 +87,8 @@ class SugarTrainingConfig(SFTConfig):
     )
     singles_per_sample: int = HfArg(
         default=1,
-        help="How many of the later slices of a document stand beside it as sequences of their own; of an image-caption row "
-        "it is its caption.",
+        help="How many of the later slices of a document, images before texts, stand beside it as sequences of their own; of an "
+        "image-caption row it is its caption.",
     )
     label_calibration: str = HfArg(
         default="blocks",

@@ -121,8 +121,9 @@ class SugarTrainer(SFTTrainer):
       tower unless `exclude_modules` of the PEFT configuration says otherwise.
     - Nothing is ever truncated.
 
-    Logged are `generative_loss`, `structure_loss`, `labels_clamped` (the share of labels above 1) and `samples_compared`
-    (samples in a label matrix). An evaluation has them as `eval_...`, the same however rows are batched and divided among
+    Logged are `generative_loss`, `structure_loss`, `contrastive_loss`, `labels_clamped` (the share of labels above 1),
+    `samples_compared` (samples in a label matrix) and `singles_share` (tokens of the sequences beside the rows, as a share of
+    the rows' tokens). An evaluation has them as `eval_...`, the same however rows are batched and divided among
     processes (`per_device_train_batch_size` rows that follow one another share a label matrix), and
     `eval_image_to_text_recall@1` and `eval_text_to_image_recall@1`.
 
@@ -334,9 +335,12 @@ class SugarTrainer(SFTTrainer):
         """Of the first 256 rows of a stream, or as many that are spread over a dataset: the same in every process, and when
         the training is resumed."""
         paper = self.args.label_calibration == "none" and self.args.discriminative_loss == "structure"
-        if paper or self.train_dataset is None:
+        evaluated = (
+            next(iter(self.eval_dataset.values()), None) if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        )
+        dataset = evaluated if self.train_dataset is None else self.train_dataset
+        if paper or dataset is None:
             return None
-        dataset = self.train_dataset
         if isinstance(dataset, Dataset):
             chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), 256)).long().tolist()
             rows = list(self._remove_unused_columns(dataset).select(chosen))
@@ -419,6 +423,7 @@ class SugarTrainer(SFTTrainer):
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         rows = [inputs.pop(name, None) for name in ROW_COLUMNS]
         compared = inputs.pop("compared", None)
+        tokens_beside = inputs.get("singles", {}).get("attention_mask", torch.zeros(1)).sum()
         if not self.model.training:
             inputs["labels"][self._eval_losses.new_rows(len(inputs["labels"])) :] = -100
         outputs = []
@@ -442,7 +447,7 @@ class SugarTrainer(SFTTrainer):
             )
             discriminative_loss, found = compare(*rows)
             loss = generative_loss + self.args.structure_weight * discriminative_loss / steps
-            values.update(found)
+            values |= {**found, "singles_share": tokens_beside.to(loss) / inputs["attention_mask"].sum()}
         for name, value in values.items():
             self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
         return (loss, result[1]) if return_outputs else loss
