@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -10,11 +11,18 @@ import torch.nn.functional as F
 from test_trainer import PAPER, backbone, caption, config, conversation, history, rows, story, teachers
 
 from hf_sugar import SugarTrainer
-from hf_sugar.alignment import IMAGE, TEXT
+from hf_sugar.alignment import IMAGE, TEXT, label_matrix
 from hf_sugar.alignment.calibration import BLOCKS, block_statistics, calibrate, label_blocks
 from hf_sugar.training import ContrastiveLoss
 from hf_sugar.training.cached import compare_ahead
-from hf_sugar.training.discriminative import NEGATIVE, POSITIVE, ROW_COLUMNS, discriminative_rows, pad_rows
+from hf_sugar.training.discriminative import (
+    NEGATIVE,
+    POSITIVE,
+    ROW_COLUMNS,
+    DiscriminativeLoss,
+    discriminative_rows,
+    pad_rows,
+)
 from hf_sugar.training.heads import embed_rows
 
 
@@ -245,6 +253,52 @@ class TestPairs:
         assert positives == {((0, 3), (0, -99)), ((2, 3), (2, -99))} and not ignored
         trainer.train()
         assert min(history(trainer, "contrastive_loss")) > 0
+
+
+def test_structure_loss_of_rows_and_singles(trainer):
+    """Every label by itself: the kernel of two sequences of teacher embeddings, brought to the scale of its kind of pair."""
+    data, loss = trainer.train_dataset, trainer.discriminative_loss
+    batch = trainer.data_collator([data[i] for i in range(4)])
+    modality, beside, known = (batch[name] for name in ("slice_modality", "single_slices", "teacher_embeddings"))
+    spans = [(i, 0, n + 1) for i, row in enumerate(modality) for n in range((row >= 0).sum())]
+    spans += [(i, n, n + 1) for i, row in enumerate(beside.tolist()) for n in row if n > 0]
+    vectors = F.normalize(randn(len(spans), 8), dim=1)
+    prefixes, singles = torch.zeros(*modality.shape, 8).double(), torch.zeros(*beside.shape, 8).double()
+    for vector, (i, first, end) in zip(vectors, spans):
+        if first == 0:
+            prefixes[i, end - 1] = vector
+        else:
+            singles[i, beside[i].tolist().index(first)] = vector
+
+    def label(a, b):
+        (i, first, end), (j, other, last) = a, b
+        if i == j and (a == b or first == other == 0):
+            return 1.0
+        if i == j and first * other == 0 and (end == last or (end if first == 0 else last) == max(first, other)):
+            return 1.0  # a slice, and the prefix that ends with it or before it
+        sequences = torch.cat([known[i, first:end], known[j, other:last]])
+        sizes = (end - first, last - other)
+        table, _ = label_matrix(
+            sequences,
+            torch.tensor([0, sizes[0], sum(sizes)]),
+            torch.tensor([[0, sizes[0]], [1, sizes[1]]]),
+            modality=torch.cat([modality[i, first:end], modality[j, other:last]]),
+            split=trainer._split,
+        )
+        kinds = [("text", "image")[modality[i, end - 1]], ("text", "image")[modality[j, last - 1]]]
+        several = sum(size > 1 for size in sizes)
+        name = ("-".join(sorted(kinds)), "single-sequence", "sequence-sequence")[several]
+        mean, spread = loss.statistics[BLOCKS.index(name)].tolist()
+        return max(-1.0, min(1.0, 0.2 * (table[0, 1].item() - mean) / spread))
+
+    expected = sum(
+        (vectors[m] @ vectors[n] - label(a, b)).item() ** 2 for m, a in enumerate(spans) for n, b in enumerate(spans)
+    )
+    settings = replace(trainer.args, positions_per_sample=99)
+    found = DiscriminativeLoss(settings, trainer._split, loss.statistics)(prefixes, known, modality, singles, beside)[
+        1
+    ]
+    assert found["structure_loss"].item() == pytest.approx(expected / len(spans), rel=1e-4)
 
 
 class TestCachedGradients:

@@ -1,9 +1,10 @@
 """The discriminative loss of a batch: which positions are compared with one another, and what is known of each pair."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
@@ -203,8 +204,7 @@ class DiscriminativeLoss(nn.Module):
             wanted_cosines = labels
             if self.args.label_calibration == "blocks" and len(labels):
                 wanted_cosines = calibrate(labels, blocks, self.statistics)
-            sample = spans[taught, 0]
-            wanted_cosines = wanted_cosines.masked_fill(sample[:, None] == sample, 1)
+            wanted_cosines = wanted_cosines.masked_fill(_same(spans[taught]), 1)
             values["structure_loss"] = loss = self.structure(embeddings[taught], wanted_cosines)
         if self.contrastive is not None:
             near = torch.eye(len(spans), dtype=torch.bool, device=spans.device)
@@ -241,23 +241,47 @@ class DiscriminativeLoss(nn.Module):
         return self.contrastive(embeddings[query], embeddings[candidate], positives, ignored & ~positives)
 
 
+def _same(spans: torch.Tensor) -> torch.Tensor:
+    """Pairs of positions of one sample whose label is 1: two prefixes; and a slice alone with the prefix that ends with it or
+    before it. Two slices alone, or one that lies further back, are as similar as the teachers say."""
+    sample, first, end = spans.T
+    prefix = first == 0
+    beside = prefix[:, None] & ((end[:, None] == end) | (end[:, None] == first))
+    equal = (first[:, None] == first) & (end[:, None] == end)
+    return (sample[:, None] == sample) & ((prefix[:, None] & prefix) | beside | beside.T | equal)
+
+
 def measure_labels(
-    batches: Iterable[dict[str, torch.Tensor]], args: SugarTrainingConfig, split: int | None
+    dataset: Dataset | IterableDataset,
+    collator: Callable,
+    args: SugarTrainingConfig,
+    split: int | None,
+    count: int = 256,
 ) -> torch.Tensor:
     """
     Mean and spread of each block of the label matrix of some rows.
 
     Args:
-        batches (`Iterable` of `dict`):
-            From [`SugarCollator`].
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows: so many that are spread over it are measured, or the first of a stream.
+        collator ([`SugarCollator`]):
+            Gives teacher embeddings.
         args ([`SugarTrainingConfig`]):
             Kernel, bandwidth and normalisation.
         split (`int`, *optional*):
             As in [`~hf_sugar.alignment.label_matrix`].
+        count (`int`, *optional*, defaults to `256`):
+            Number of rows.
 
     Returns:
         `torch.Tensor` of shape `(5, 2)`: see [`~alignment.calibration.block_statistics`].
     """
+    if isinstance(dataset, Dataset):
+        chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), count)).long()
+        examples = [dataset[int(index)] for index in chosen]
+    else:
+        examples = list(dataset.take(count))
+    batches = (collator(examples[start : start + 16]) for start in range(0, len(examples), 16))
     rows = [[batch.get(name) for name in ROW_COLUMNS] for batch in batches]
     embeddings = [teacher_embeddings[..., :0] for teacher_embeddings, *_ in rows]
     _, teacher_embeddings, modality, _, single_slices = pad_rows(

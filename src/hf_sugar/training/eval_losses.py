@@ -1,8 +1,12 @@
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from accelerate import Accelerator
+
+from hf_sugar.data.images import answer_to_image, load_image
+from hf_sugar.evaluation.tasks import image_text_retrieval
+from hf_sugar.models.rows_sugar import conversation_row, row_name
 
 from .discriminative import PADDING, pad_rows
 from .gather import gather_rows
@@ -60,3 +64,19 @@ class EvalLosses:
             self._compare()
         self.sums["generative_loss"] = self.accelerator.reduce(self.sums["generative_loss"])
         return {name: (value / weight).item() for name, (value, weight) in self.sums.items() if weight}
+
+
+def retrieval_of_rows(dataset: Iterable[dict], embed: Callable, count: int) -> dict[str, float]:
+    """Recall@1 between the images and the answers (or captions) of the first rows, at most so many, that have one of each."""
+    images, texts = [], []
+    for index, row in enumerate(map(conversation_row, dataset)):
+        text = answer_to_image(row)
+        if text is not None:
+            images.append(load_image(row["images"][0], row_name(row, index)))
+            texts.append(text)
+        if len(images) == count:
+            break
+    if len(images) < 2:
+        return {}
+    results = image_text_retrieval(embed, images, texts, ks=(1,))
+    return {name: results[name].value for name in ("image_to_text_recall@1", "text_to_image_recall@1")}

@@ -13,28 +13,20 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from hf_sugar.data.images import answer_to_image, load_image
-from hf_sugar.evaluation.tasks import image_text_retrieval
-from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id, run_facts, write_card
-from hf_sugar.hub.push import push_checkpoint
+from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id
 from hf_sugar.inference import SugarEmbedder
-from hf_sugar.models import SugarForConditionalGeneration
-from hf_sugar.models.adapter_sugar import ADAPTER_SUBFOLDER
-from hf_sugar.models.rows_sugar import conversation_row, row_name
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings, check_same_teachers, teachers_of
 
 from .cached import compare_ahead
-from .checkpoints import to_resume_from
 from .collator import SugarCollator
 from .config import SugarTrainingConfig
 from .discriminative import ROW_COLUMNS, DiscriminativeLoss, discriminative_rows, measure_labels
-from .eval_losses import EvalLosses
+from .eval_losses import EvalLosses, retrieval_of_rows
 from .heads import add_structure_head
 from .loading import (
     enter,
@@ -50,6 +42,7 @@ from .loading import (
 )
 from .rows import RowFilter, each, readable
 from .sampler import LengthGroups, row_lengths
+from .saving import SavingMixin
 
 
 logger = logging.get_logger(__name__)
@@ -107,7 +100,7 @@ def _require_what_can_work(args: SugarTrainingConfig) -> None:
         logger.warning("%s.", problem)
 
 
-class SugarTrainer(SFTTrainer):
+class SugarTrainer(SavingMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] with the structure loss of [Sugar](https://huggingface.co/papers/2411.00304):
     `loss = generative_loss + structure_weight * (structure_loss + contrastive_weight * contrastive_loss)`.
@@ -302,10 +295,6 @@ class SugarTrainer(SFTTrainer):
             self.discriminative_loss = DiscriminativeLoss(args, self._split, self._label_statistics())
         self._eval_losses = EvalLosses(self.accelerator, args.per_device_train_batch_size)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        resume_from_checkpoint = to_resume_from(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def _prepare_for_training(self, *args, **kwargs):
         # An evaluation before the training has prepared the bare model. What DDP, FSDP or DeepSpeed have wrapped stays so.
         if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -332,8 +321,7 @@ class SugarTrainer(SFTTrainer):
         return {"teachers": json.dumps(self._made_by)}
 
     def _label_statistics(self) -> torch.Tensor | None:
-        """Of the first 256 rows of a stream, or as many that are spread over a dataset: the same in every process, and when
-        the training is resumed."""
+        """The same in every process, and when the training is resumed."""
         paper = self.args.label_calibration == "none" and self.args.discriminative_loss == "structure"
         evaluated = (
             next(iter(self.eval_dataset.values()), None) if isinstance(self.eval_dataset, dict) else self.eval_dataset
@@ -341,13 +329,8 @@ class SugarTrainer(SFTTrainer):
         dataset = evaluated if self.train_dataset is None else self.train_dataset
         if paper or dataset is None:
             return None
-        if isinstance(dataset, Dataset):
-            chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), 256)).long().tolist()
-            rows = list(self._remove_unused_columns(dataset).select(chosen))
-        else:
-            rows = list(dataset.take(256))
-        batches = (self.data_collator(rows[start : start + 16]) for start in range(0, len(rows), 16))
-        return measure_labels(batches, self.args, self._split)
+        dataset = self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
+        return measure_labels(dataset, self.data_collator, self.args, self._split)
 
     @cached_property
     def _encoder(self) -> TripleEncoder:
@@ -485,116 +468,11 @@ class SugarTrainer(SFTTrainer):
         discriminative_loss += self.args.contrastive_weight * metrics.get("contrastive_loss", 0.0)
         metrics["loss"] = metrics.get("generative_loss", 0.0) + self.args.structure_weight * discriminative_loss
         if self._structure and self.args.eval_retrieval_rows:
-            rows = dataloader.dataset
-            metrics |= self._retrieval(rows.dataset if isinstance(rows, IterableDatasetShard) else rows)
+            rows, batch_size = dataloader.dataset, self.args.per_device_eval_batch_size
+            rows = rows.dataset if isinstance(rows, IterableDatasetShard) else rows
+            embed = SugarEmbedder(
+                self.accelerator.unwrap_model(self.model), self.processing_class, batch_size=batch_size
+            )
+            metrics |= retrieval_of_rows(rows, embed, self.args.eval_retrieval_rows)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
-
-    def _retrieval(self, dataset) -> dict[str, float]:
-        """Recall@1 between the images and the answers (or captions) of the rows that have one of each."""
-        images, texts = [], []
-        for index, row in enumerate(map(conversation_row, dataset)):
-            text = answer_to_image(row)
-            if text is not None:
-                images.append(load_image(row["images"][0], row_name(row, index)))
-                texts.append(text)
-            if len(images) == self.args.eval_retrieval_rows:
-                break
-        if len(images) < 2:
-            return {}
-        model = self.accelerator.unwrap_model(self.model)
-        embed = SugarEmbedder(model, self.processing_class, batch_size=self.args.per_device_eval_batch_size)
-        results = image_text_retrieval(embed, images, texts, ks=(1,))
-        return {name: results[name].value for name in ("image_to_text_recall@1", "text_to_image_recall@1")}
-
-    # Upstream restores nothing into a LLaVA resumed from full weights, because the names of the parameters in the file
-    # are those of the older layout (huggingface/transformers#43701): load through the class, which converts them.
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self._load_full_weights(resume_from_checkpoint, model):
-            return
-        model = self.model if model is None else model
-        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if self._saves_adapter(model):
-            resume_from_checkpoint = str(Path(resume_from_checkpoint) / ADAPTER_SUBFOLDER)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # PEFT turns what it loads to float32; a resumed QLoRA run goes on in bfloat16
-        for name, parameter in model.named_parameters():
-            if name in dtypes:
-                parameter.data = parameter.data.to(dtypes[name])
-
-    def _load_best_model(self):
-        checkpoint = self.state.best_model_checkpoint
-        if self._saves_adapter(self.model):
-            self.model.load_adapter(str(Path(checkpoint) / ADAPTER_SUBFOLDER), self.model.active_adapters[0])
-        elif not self._load_full_weights(checkpoint, None):
-            super()._load_best_model()
-
-    def _saves_adapter(self, model) -> bool:
-        return is_peft_model(model) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-
-    def _load_full_weights(self, checkpoint: str, model) -> bool:
-        model = self.model if model is None else model
-        if is_peft_model(model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
-        loaded = SugarForConditionalGeneration.from_pretrained(checkpoint, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())
-        return True
-
-    # Under PEFT every save, of a checkpoint too, is what `SugarForConditionalGeneration.from_pretrained` loads in one line:
-    # an adapter repository (configuration, code and processor, with the adapter and the projector in `adapter/`).
-    def _save(self, output_dir=None, state_dict=None):
-        if not is_peft_model(self.model):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            output_dir = output_dir or self.args.output_dir
-            self.model.get_base_model().save_pretrained(output_dir, state_dict=state_dict)
-            self.processing_class.save_pretrained(output_dir)
-            torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
-        if self.is_world_process_zero():
-            write_card(output_dir or self.args.output_dir, run_facts(self))
-
-    def create_model_card(self, model_name: str | None = None, dataset_name=None, tags=None):
-        """Write the model card of what has been saved in `args.output_dir`, for a repository `model_name`, trained on the
-        datasets `dataset_name` (or those of `trainer.dataset_names`), with more `tags`. Saving and pushing do it too."""
-        if dataset_name is not None:
-            self.dataset_names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
-        # TRL calls this before each checkpoint too, when there is no model in `output_dir` yet
-        if self.is_world_process_zero() and (Path(self.args.output_dir) / "config.json").is_file():
-            tags = [tags] if isinstance(tags, str) else tags
-            write_card(self.args.output_dir, run_facts(self), repo_id=model_name, tags=tags)
-
-    def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
-    ):
-        """
-        Save, and publish the result; everything else in `args.output_dir` stays where it is. Arguments are those of
-        [`~hub.push_checkpoint`], and default to what `args.hub_token`, `hub_revision` and `hub_private_repo` say.
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`], or a `Future` of it if `blocking=False`; `None` on other processes.
-        """
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        return push_checkpoint(
-            self.args.output_dir,
-            self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
-            commit_message=commit_message,
-            blocking=blocking,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            private=self.args.hub_private_repo if private is None else private,
-            **kwargs,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        # Upstream uploads all of `output_dir`, the pickled arguments with their paths and tokens among it. A checkpoint is
-        # a model that can be loaded, so it is published as such; this waits, because it may be deleted afterwards.
-        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            push_checkpoint(
-                checkpoint_folder,
-                self.hub_model_id,
-                commit_message=f"Training in progress, step {self.state.global_step}",
-                token=self.args.hub_token,
-                revision=self.args.hub_revision,
-            )

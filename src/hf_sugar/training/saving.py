@@ -1,0 +1,116 @@
+"""Saving, resuming and publishing of [`SugarTrainer`]."""
+
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+
+from hf_sugar.hub.card import run_facts, write_card
+from hf_sugar.hub.push import push_checkpoint
+from hf_sugar.models import SugarForConditionalGeneration
+from hf_sugar.models.adapter_sugar import ADAPTER_SUBFOLDER
+
+from .checkpoints import to_resume_from
+
+
+class SavingMixin:
+    """What a trainer writes and reads again: whole checkpoints, or under PEFT adapter repositories, which
+    [`SugarForConditionalGeneration.from_pretrained`] loads in one line."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        resume_from_checkpoint = to_resume_from(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # Upstream restores nothing into a LLaVA resumed from full weights, because the names of the parameters in the file
+    # are those of the older layout (huggingface/transformers#43701): load through the class, which converts them.
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._load_full_weights(resume_from_checkpoint, model):
+            return
+        model = self.model if model is None else model
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if self._saves_adapter(model):
+            resume_from_checkpoint = str(Path(resume_from_checkpoint) / ADAPTER_SUBFOLDER)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT turns what it loads to float32; a resumed QLoRA run goes on in bfloat16
+        for name, parameter in model.named_parameters():
+            if name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_best_model(self):
+        checkpoint = self.state.best_model_checkpoint
+        if self._saves_adapter(self.model):
+            self.model.load_adapter(str(Path(checkpoint) / ADAPTER_SUBFOLDER), self.model.active_adapters[0])
+        elif not self._load_full_weights(checkpoint, None):
+            super()._load_best_model()
+
+    def _saves_adapter(self, model) -> bool:
+        return is_peft_model(model) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+
+    def _load_full_weights(self, checkpoint: str, model) -> bool:
+        model = self.model if model is None else model
+        if is_peft_model(model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        loaded = SugarForConditionalGeneration.from_pretrained(checkpoint, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
+        return True
+
+    # Under PEFT every save, of a checkpoint too, is what `SugarForConditionalGeneration.from_pretrained` loads in one line:
+    # an adapter repository (configuration, code and processor, with the adapter and the projector in `adapter/`).
+    def _save(self, output_dir=None, state_dict=None):
+        if not is_peft_model(self.model):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            output_dir = output_dir or self.args.output_dir
+            self.model.get_base_model().save_pretrained(output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
+            torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+        if self.is_world_process_zero():
+            write_card(output_dir or self.args.output_dir, run_facts(self))
+
+    def create_model_card(self, model_name: str | None = None, dataset_name=None, tags=None):
+        """Write the model card of what has been saved in `args.output_dir`, for a repository `model_name`, trained on the
+        datasets `dataset_name` (or those of `trainer.dataset_names`), with more `tags`. Saving and pushing do it too."""
+        if dataset_name is not None:
+            self.dataset_names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
+        # TRL calls this before each checkpoint too, when there is no model in `output_dir` yet
+        if self.is_world_process_zero() and (Path(self.args.output_dir) / "config.json").is_file():
+            tags = [tags] if isinstance(tags, str) else tags
+            write_card(self.args.output_dir, run_facts(self), repo_id=model_name, tags=tags)
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """
+        Save, and publish the result; everything else in `args.output_dir` stays where it is. Arguments are those of
+        [`~hub.push_checkpoint`], and default to what `args.hub_token`, `hub_revision` and `hub_private_repo` say.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or a `Future` of it if `blocking=False`; `None` on other processes.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return push_checkpoint(
+            self.args.output_dir,
+            self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            commit_message=commit_message,
+            blocking=blocking,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=self.args.hub_private_repo if private is None else private,
+            **kwargs,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # Upstream uploads all of `output_dir`, the pickled arguments with their paths and tokens among it. A checkpoint is
+        # a model that can be loaded, so it is published as such; this waits, because it may be deleted afterwards.
+        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            push_checkpoint(
+                checkpoint_folder,
+                self.hub_model_id,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+            )
