@@ -174,71 +174,68 @@ class DiscriminativeLoss(nn.Module):
         Returns:
             `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the loss, and what is logged.
         """
-        row, column = (single_slices > NOTHING).nonzero(as_tuple=True)
-        kind = single_slices[row, column]
-        last = (modality >= 0).sum(dim=1) - 1
-        wanted = torch.zeros_like(modality, dtype=torch.bool)
-        wanted[row, torch.where(kind > 0, kind - 1, last[row])] = True
-        sample, number = draw_positions(modality, self.args.positions_per_sample, not training, wanted)
-        spans = torch.stack([sample, torch.zeros_like(number), number + 1], dim=1)
-        spans = torch.cat([spans, torch.stack([row, kind, kind + 1], dim=1)])
-        embeddings = torch.cat([embeddings[sample, number], singles[row, column]])
+        spans, embeddings = self._draw(embeddings, modality, singles, single_slices, training)
         if gather:
-            samples = gather_rows(sample.new_tensor([[len(modality)]]))  # of each process
+            samples = gather_rows(spans.new_tensor([[len(modality)]]))  # of each process
             spans[:, 0] += samples[: dist.get_rank() if dist.is_initialized() else 0].sum()
             embeddings, spans = gather_rows(embeddings), gather_rows(spans)
             teacher_embeddings, modality = gather_rows(teacher_embeddings), gather_rows(modality, padding=-1)
-        samples, clamped = int((modality >= 0).any(dim=1).sum()), 0.0
-        if samples < 2 and not (samples and self.args.allow_single_sample):
-            if samples and training:
-                logger.warning_once(
-                    "A label matrix held the positions of one sample alone: no discriminative loss for it."
-                )
+        samples = int((modality >= 0).any(dim=1).sum())
+        if samples == 1 and training and not self.args.allow_single_sample:
+            logger.warning_once(
+                "A label matrix held the positions of one sample alone: no discriminative loss for it."
+            )
+        if samples < 2 and not self.args.allow_single_sample:
             spans, embeddings = spans[:0], embeddings[:0]
-        values, loss = {}, (embeddings * 0).sum()
+
+        values, loss = {"samples_compared": embeddings.new_tensor(samples)}, (embeddings * 0).sum()
         taught = spans[:, 1] >= 0  # what the user gives beside a row has no teacher embeddings
-        labels, blocks, clamped = embeddings.new_zeros(0, 0), None, 0.0
+        labels, blocks, clamped = embeddings.new_zeros(0, 0), modality.new_zeros(0, 0), 0.0
         if taught.any():
             labels, blocks, clamped = span_labels(spans[taught], teacher_embeddings, modality, self.args, self.split)
+        values["labels_clamped"] = embeddings.new_tensor(clamped)
         if self.structure is not None:
-            wanted_cosines = labels
-            if self.args.label_calibration == "blocks" and len(labels):
-                wanted_cosines = calibrate(labels, blocks, self.statistics)
-            wanted_cosines = wanted_cosines.masked_fill(_same(spans[taught]), 1)
-            values["structure_loss"] = loss = self.structure(embeddings[taught], wanted_cosines)
+            calibrated = self.args.label_calibration == "blocks"
+            targets = calibrate(labels, blocks, self.statistics) if calibrated else labels
+            loss = self.structure(embeddings[taught], targets.masked_fill(_same(spans[taught]), 1))
+            values["structure_loss"] = loss.detach()
         if self.contrastive is not None:
+            mean = self.statistics.to(labels)[blocks, 0]  # of such pairs
             near = torch.eye(len(spans), dtype=torch.bool, device=spans.device)
-            if len(labels):
-                mean = self.statistics.to(labels)[
-                    blocks, 0
-                ]  # 0 is what pairs of this kind have on average, 1 is equal
-                near[taught.nonzero(), taught.nonzero().T] |= (labels - mean) >= self.args.contrastive_mask_above * (
-                    1 - mean
-                )
-            values["contrastive_loss"] = contrastive = self._contrast(embeddings, spans, modality, near)
+            near[taught.nonzero(), taught.nonzero().T] |= labels - mean >= self.args.contrastive_mask_above * (
+                1 - mean
+            )
+            contrastive = self._contrast(embeddings, spans, modality, near)
+            values["contrastive_loss"] = contrastive.detach()
             loss = loss + self.args.contrastive_weight * contrastive
-        values = {name: value.detach() for name, value in values.items()}
-        return loss, {
-            **values,
-            "labels_clamped": loss.new_tensor(clamped),
-            "samples_compared": loss.new_tensor(samples),
-        }
+        return loss, values
+
+    def _draw(self, embeddings, modality, singles, single_slices, training):
+        """The positions that are compared, first of all those before a slice that stands alone, and these slices: the span
+        of each, and its embedding."""
+        row, column = (single_slices > NOTHING).nonzero(as_tuple=True)
+        kind = single_slices[row, column]
+        before = torch.where(kind > 0, kind, (modality >= 0).sum(dim=1)[row]) - 1
+        wanted = torch.zeros_like(modality, dtype=torch.bool)
+        wanted[row, before] = True
+        sample, number = draw_positions(modality, self.args.positions_per_sample, not training, wanted)
+        prefixes = torch.stack([sample, torch.zeros_like(number), number + 1], dim=1)
+        spans = torch.cat([prefixes, torch.stack([row, kind, kind + 1], dim=1)])
+        return spans, torch.cat([embeddings[sample, number], singles[row, column]])
 
     def _contrast(self, embeddings, spans, modality, near):
         """A prefix and its next slice alone, or what its row gives as a positive, belong together."""
         sample, first, end = spans.T
-        query, candidate = first == 0, first != 0
-        slices = (modality >= 0).sum(dim=1)[sample]
-        after = (end[:, None] == first) | ((end == slices)[:, None] & (first == POSITIVE))
-        positives = (after & (sample[:, None] == sample))[query][:, candidate]
-        query = query.nonzero()[positives.any(dim=1)][:, 0]
-        candidate = candidate.nonzero()[:, 0]
-        positives = positives[positives.any(dim=1)]
+        prefix, beside = (first == 0).nonzero()[:, 0], (first != 0).nonzero()[:, 0]
+        whole = end == (modality >= 0).sum(dim=1)[sample]
+        belongs = (end[:, None] == first) | (whole[:, None] & (first == POSITIVE))
+        positives = (belongs & (sample[:, None] == sample))[prefix][:, beside]
+        prefix, positives = prefix[positives.any(dim=1)], positives[positives.any(dim=1)]
         # No negatives are candidates that the teachers call nearly the same as a positive one, and queries likewise. The label
         # of two prefixes of a sample says nothing of that: it is 1.
-        alike = near[query][:, query] & (sample[query][:, None] != sample[query])
-        ignored = positives.float() @ near[candidate][:, candidate].float() + alike.float() @ positives.float() > 0
-        return self.contrastive(embeddings[query], embeddings[candidate], positives, ignored & ~positives)
+        alike = near[prefix][:, prefix] & (sample[prefix][:, None] != sample[prefix])
+        ignored = positives.float() @ near[beside][:, beside].float() + alike.float() @ positives.float() > 0
+        return self.contrastive(embeddings[prefix], embeddings[beside], positives, ignored & ~positives)
 
 
 def _same(spans: torch.Tensor) -> torch.Tensor:
