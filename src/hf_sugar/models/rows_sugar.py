@@ -1,7 +1,6 @@
 """The rules of a row and its images, for training and embedding alike. It travels to the Hub with the model, so it imports
 nothing of the package; nor torch, which reading data does not need."""
 
-import datetime
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -67,103 +66,87 @@ def row_problems(row: dict[str, Any], num_images: int, loss: bool = True) -> lis
     What is wrong with a row. Images are not looked at.
 
     Args:
-        row (`dict`):
-            Row in the conversational vision format; `images` is not read.
-        num_images (`int`):
-            Number of images that belong to the row.
-        loss (`bool`, *optional*, defaults to `True`):
-            Whether some text has to carry the generative loss.
+        row (`dict`): Row in the conversational vision format; `images` is not read.
+        num_images (`int`): Number of images that belong to the row.
+        loss (`bool`, *optional*, defaults to `True`): Whether some text has to carry the generative loss.
 
     Returns:
         `list[tuple[str, str, str]]`: kind (`"image"`, `"count"`, `"empty"` or `"malformed"`), field, and what is wrong
         there with the remedy; empty for a good row.
     """
+    problems: list[tuple[str, str, str]] = []
+
+    def add(field: str, problem: str, kind: str = "malformed"):
+        problems.append((kind, field, problem))
+
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
-        problem = "is not a list with at least one message. Give the row its messages or drop it."
-        return [("malformed", "messages", problem)]
-    problems = []
-    image_parts, texts = 0, dict.fromkeys(LOSS_ON, 0)
+        add("messages", "is not a list with at least one message. Give the row its messages or drop it.")
+        return problems
     for m, message in enumerate(messages):
         if not isinstance(message, dict):
-            problem = "is not a mapping. Write it as {'role': ..., 'content': [...]}."
-            return [*problems, ("malformed", f"messages[{m}]", problem)]
+            add(f"messages[{m}]", "is not a mapping. Write it as {'role': ..., 'content': [...]}.")
+            return problems
+    image_parts, texts = 0, dict.fromkeys(LOSS_ON, 0)
     for m, (role, content) in enumerate(_contents(messages, num_images)):
-        field = f"messages[{m}]"
+        field = f"messages[{m}].content"
         if role not in ROLES:
-            problems.append(("malformed", f"{field}.role", f"is {role!r}. Use one of {', '.join(ROLES)}."))
+            add(f"messages[{m}].role", f"is {role!r}. Use one of {', '.join(ROLES)}.")
         if content is not None and not isinstance(content, list):
-            problems.append(("malformed", f"{field}.content", _not_a_text(content)))
+            add(field, _not_a_text(content))
             continue
         if not content:
-            problems.append(("empty", f"{field}.content", "is empty. Fill it or remove the message."))
+            add(field, "is empty. Fill it or remove the message.", "empty")
             continue
         image_seen = False
         for c, part in enumerate(content):
             part = part if isinstance(part, dict) else {}
-            kind, text, name = part.get("type"), part.get("text"), f"{field}.content[{c}]"
-            text_name = f"{name}.text"
+            kind, text = part.get("type"), part.get("text")
+            name, text_name = f"{field}[{c}]", f"{field}[{c}].text"
             if isinstance(messages[m]["content"], str):
-                name = text_name = f"{field}.content"
+                name = text_name = field
             if kind == "image" and role == "system":
-                problem = "is an image in a system message. Move it to a user message."
-                problems.append(("malformed", name, problem))
+                add(name, "is an image in a system message. Move it to a user message.")
             elif kind == "image":
                 image_parts += 1
                 image_seen = True
             elif kind != "text":
-                problem = f"is {kind!r}. Every part is of the type 'text' or 'image'."
-                problems.append(("malformed", f"{name}.type", problem))
+                add(f"{name}.type", f"is {kind!r}. Every part is of the type 'text' or 'image'.")
             elif text is not None and not isinstance(text, str):
-                problems.append(("malformed", text_name, _not_a_text(text)))
+                add(text_name, _not_a_text(text))
             elif not (text or "").strip():
-                problems.append(("empty", text_name, "is empty. Fill it or remove the part."))
+                add(text_name, "is empty. Fill it or remove the part.", "empty")
             elif _is_json_of_parts(text):
-                problem = (
-                    f"is JSON text of parts, {text[:40]!r}..., which `datasets` makes of JSON files that hold both texts "
-                    "and lists of parts. Read the files with `hf_sugar.data.load_data`."
-                )
-                problems.append(("malformed", name, problem))
+                made = "which `datasets` makes of JSON files that hold both texts and lists of parts"
+                add(name, f"is JSON text of parts, {text[:40]!r}..., {made}. Use `hf_sugar.data.load_data`.")
             elif role != "system":
                 texts["text"] += 1
                 texts["answers"] += role == "assistant"
                 texts["captions"] += image_seen
     if image_parts != num_images:
         counts = f"holds {num_images} images but `messages` has {image_parts} image parts"
-        problems.append(("count", "images", f"{counts}. Give one image for each image part, in the same order."))
+        add("images", f"{counts}. Give one image for each image part, in the same order.", "count")
     for name in UNREAD:
         if row.get(name):
-            problems.append(
-                ("malformed", name, "is not read: a row is of texts and images. Drop the column or the row.")
-            )
+            add(name, "is not read: a row is of texts and images. Drop the column or the row.")
     if row.get("structure") not in (None, 0, 1):
-        problems.append(("malformed", "structure", f"is {row['structure']!r}. Use true or false."))
+        add("structure", f"is {row['structure']!r}. Use true or false.")
     loss_on = row.get("loss_on") or "answers"
     if loss_on not in LOSS_ON:
-        problems.append(("malformed", "loss_on", f"is {loss_on!r}. Use one of {', '.join(LOSS_ON)}."))
+        add("loss_on", f"is {loss_on!r}. Use one of {', '.join(LOSS_ON)}.")
     elif loss and not problems and not texts[loss_on]:
-        problem = {
+        remedies = {
             "answers": "no answer. Add an assistant turn, or set loss_on='text' for a document.",
             "captions": "no caption. Put a text after the image, or set loss_on='text' for a document.",
             "text": "no text. Add a text part or drop the row.",
-        }[loss_on]
-        problems.append(("malformed", "messages", problem))
+        }
+        add("messages", remedies[loss_on])
     return problems
 
 
 def check_row(row: dict[str, Any], num_images: int, where: str, loss: bool = True) -> None:
-    """
-    Refuse a malformed row.
-
-    Args:
-        row (`dict`), num_images (`int`), loss (`bool`, *optional*, defaults to `True`):
-            As for [`row_problems`].
-        where (`str`):
-            What the error calls the row.
-
-    Raises:
-        `ValueError`: naming row, field and remedy of the first problem.
-    """
+    """Refuse a malformed row, see [`row_problems`]: a `ValueError` that names `where`, field and remedy of the first
+    problem."""
     for _, field, problem in row_problems(row, num_images, loss):
         raise ValueError(f"{where}, `{field}`: {problem}")
 
@@ -178,10 +161,8 @@ def fill_images(
         messages (`list[dict]`):
             Messages in the conversational vision format. Content that is a plain string becomes one text part; the
             images then stand before the first such user message, as in TRL.
-        images (`list`):
-            Images in the order of the image parts; they are put in as they are.
-        where (`str`, *optional*):
-            What errors call the row. Without it the messages are not checked again.
+        images (`list`): Images in the order of the image parts; they are put in as they are.
+        where (`str`, *optional*): What errors call the row. Without it the messages are not checked again.
 
     Returns:
         `list[dict]`: new messages that [`SugarProcessor.encode_conversations`] takes.
@@ -202,12 +183,7 @@ def fill_images(
 
 
 def iter_slices(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """
-    The slices of messages that [`fill_images`] gave, in reading order: every content part outside of system messages.
-
-    Yields:
-        `dict`: `{"type": "image", "image": ...}` or `{"type": "text", "text": ...}`.
-    """
+    """The slices of messages that [`fill_images`] gave, in reading order: every content part outside of system messages."""
     for message in messages:
         if message["role"] != "system":
             yield from message["content"]
@@ -215,17 +191,10 @@ def iter_slices(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
-    8-bit RGB of any image, upright.
+    8-bit RGB of any image, upright; an upright RGB image is returned as it is.
 
     The EXIF orientation is applied, transparent pixels are laid over white, 16-bit greyscale is scaled to 8 bits, and
     every other mode goes through Pillow's own conversion. Of an animation the first frame is taken.
-
-    Args:
-        image (`PIL.Image.Image`):
-            The image.
-
-    Returns:
-        `PIL.Image.Image`: image of mode `"RGB"`; an upright RGB image is returned as it is.
 
     Raises:
         `ValueError`: for floating-point pixels and integers beyond 16 bits, whose range is not known.
@@ -262,12 +231,8 @@ def _contents(messages: list[dict[str, Any]], num_images: int) -> Iterator[tuple
 
 
 def _not_a_text(value: Any) -> str:
-    remedy = "Write the text."
-    if isinstance(value, datetime.date | datetime.time | int | float):  # seen with `datasets` 5.2
-        remedy = (
-            "`datasets.load_dataset` reads texts of JSON files so that look like dates or numbers. Read the files with "
-            "`hf_sugar.data.load_data`, or write the text."
-        )
+    # `datasets` 5.2 reads texts of JSON files as dates or numbers where they all look like one
+    remedy = "Write the text, or read JSON files with `hf_sugar.data.load_data`."
     return f"is {value!r} of type {type(value).__name__}, not a text. {remedy}"
 
 
