@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
@@ -17,8 +17,6 @@ from .images import load_image, undecoded
 
 
 _KIND_OF = {"answers": "conversations", "captions": "captions", "text": "documents"}
-
-
 KINDS = {
     "image": "unreadable images",
     "count": "count mismatches",
@@ -33,14 +31,10 @@ class Problem(NamedTuple):
     One thing that is wrong with one row.
 
     Attributes:
-        row (`int`, *optional*):
-            Position of the row in the dataset; `None` for one that was left out when the dataset was read.
-        field (`str`):
-            Place in the row, such as `"messages[0].content[1]"`.
-        message (`str`):
-            What is wrong there, and the remedy.
-        id (`str`, *optional*):
-            The row's `id`: of what [`~data.load_data`] reads, file and number.
+        row (`int`, *optional*): Position in the dataset; `None` for one that was left out when the dataset was read.
+        field (`str`): Place in the row, such as `"messages[0].content[1]"`.
+        message (`str`): What is wrong there, and the remedy.
+        id (`str`, *optional*): The row's `id`: of what [`~data.load_data`] reads, file and number.
         kind (`str`, *optional*, defaults to `"malformed"`):
             `"image"`, `"count"` (images and image parts differ in number), `"empty"` (text), `"length"`, or
             `"malformed"` for anything else.
@@ -63,39 +57,31 @@ class CheckReport:
     What [`check_dataset`] found. `str(report)` is a summary to read.
 
     Attributes:
-        rows (`int`), images (`int`), texts (`int`):
-            Number of rows, of image slices and of text slices.
-        kinds (`dict[str, int]`):
-            Rows whose loss is on answers (`"conversations"`), on captions (`"captions"`), on all text (`"documents"`).
+        rows (`int`): Number of rows, those included that were left out when the dataset was read.
+        problems (`list[Problem]`): Everything that is wrong: what was left out in reading, then in the order of the rows.
+        max_length (`int`, *optional*): The limit that the rows were compared with.
+        images (`int`), texts (`int`): Number of image slices and of text slices in the good rows.
         text_only (`int`), no_structure (`int`):
-            Rows without an image, and rows that stay out of the structure loss.
-        slices_min (`int`), slices_mean (`float`), slices_max (`int`):
-            Slices in a row.
-        duplicates (`int`):
-            Rows that repeat an earlier one: same messages, same image files or bytes.
-        tokens_min (`int`), tokens_mean (`float`), tokens_max (`int`), *optional*:
-            Tokens in a row, image tokens included. Only with a processor.
-        max_length (`int`, *optional*):
-            The limit that the rows were held against.
-        problems (`list[Problem]`):
-            Everything that is wrong: what was left out in reading, then in the order of the rows.
+            Good rows without an image, and good rows that stay out of the structure loss.
+        duplicates (`int`): Rows that repeat an earlier one: same messages, same image files or bytes.
+        kinds (`dict[str, int]`):
+            Good rows whose loss is on answers (`"conversations"`), on captions (`"captions"`), on all text
+            (`"documents"`).
+        slices (`list[int]`): Number of slices in each good row.
+        tokens (`list[int]`): Tokens in each good row, image tokens included. Empty without a processor.
     """
 
     rows: int
-    kinds: dict[str, int]
-    images: int
-    texts: int
-    text_only: int
-    no_structure: int
-    slices_min: int
-    slices_mean: float
-    slices_max: int
-    duplicates: int
-    tokens_min: int | None
-    tokens_mean: float | None
-    tokens_max: int | None
-    max_length: int | None
     problems: list[Problem]
+    max_length: int | None = None
+    images: int = 0
+    texts: int = 0
+    text_only: int = 0
+    no_structure: int = 0
+    duplicates: int = 0
+    kinds: Counter = field(default_factory=Counter)
+    slices: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -107,21 +93,24 @@ class CheckReport:
         lines = [
             f"{self.rows} rows ({kinds}; {self.text_only} without an image)",
             f"{self.images} images and {self.texts} texts",
-            f"slices a row: {self.slices_min} to {self.slices_max}, {self.slices_mean:.1f} on average",
+            f"slices a row: {_range(self.slices)}",
             f"{self.duplicates} rows repeat an earlier one",
         ]
         if self.no_structure:
             lines.append(f"{self.no_structure} rows stay out of the structure loss")
-        if self.tokens_max is not None:
+        if self.tokens:
             limit = "no limit given" if self.max_length is None else f"the limit is {self.max_length}"
-            lines.append(
-                f"tokens a row, images included: {self.tokens_min} to {self.tokens_max}, {self.tokens_mean:.1f} on "
-                f"average; {limit}"
-            )
+            lines.append(f"tokens a row, images included: {_range(self.tokens)}; {limit}")
         counts = Counter(problem.kind for problem in self.problems)
         lines += [f"{name}: {counts[kind]}" for kind, name in KINDS.items()]
         lines.append(_listing(self.problems) if self.problems else "no problems")
         return "\n".join(lines)
+
+
+def _range(numbers: list[int]) -> str:
+    if not numbers:
+        return "none"
+    return f"{min(numbers)} to {max(numbers)}, {sum(numbers) / len(numbers):.1f} on average"
 
 
 def _listing(problems: list[Problem], shown: int = 5) -> str:
@@ -134,21 +123,8 @@ def _listing(problems: list[Problem], shown: int = 5) -> str:
 
 
 def text_rows(dataset: Dataset, name: str = "the dataset") -> Iterator[tuple[dict[str, Any], int]]:
-    """
-    Iterate over the text of a dataset's rows without reading its images.
-
-    Args:
-        dataset ([`datasets.Dataset`]):
-            Rows of any layout that [`conversation_row`] takes.
-        name (`str`, *optional*, defaults to `"the dataset"`):
-            What errors call the dataset.
-
-    Yields:
-        `tuple[dict, int]`: the row of [`conversation_row`] without its images, and their number.
-
-    Raises:
-        `ValueError`: if the dataset has a transform, or no `messages` column (nor `prompt` and `completion`).
-    """
+    """The rows of [`conversation_row`] without their images, and the number of these, which are not read. Errors call the
+    dataset `name`."""
     dataset = undecoded(dataset, name)
     columns = dataset.column_names
     if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
@@ -156,30 +132,23 @@ def text_rows(dataset: Dataset, name: str = "the dataset") -> Iterator[tuple[dic
             f"{name} has no `messages` column (it has {', '.join(columns)}). Bring it into the conversational vision "
             "format, for example with `hf_sugar.data.load_data`."
         )
-    if "images" in columns:
-        lists = dataset.select_columns("images").with_format("arrow")[:]["images"]
-        counts = [count or 0 for count in pc.list_value_length(lists).to_pylist()]
-    elif "image" in columns:
-        counts = pc.is_valid(dataset.select_columns("image").with_format("arrow")[:]["image"]).to_pylist()
-    else:
-        counts = [0] * len(dataset)
+    counts = [0] * len(dataset)
+    images = next((column for column in ("images", "image") if column in columns), None)
+    if images is not None:
+        values = dataset.select_columns(images).with_format("arrow")[:][images]
+        counts = (pc.list_value_length if images == "images" else pc.is_valid)(values).to_pylist()
     names = ("messages", "prompt", "completion", "loss_on", "structure", "id", *UNREAD)
     texts = dataset.select_columns([name for name in names if name in columns])
     for row, count in zip(texts, counts, strict=True):
         row = conversation_row(row)
         del row["images"]
-        yield row, int(count)
+        yield row, int(count or 0)
 
 
 def validate_rows(dataset: Dataset, name: str = "dataset") -> None:
     """
-    Refuse a dataset with malformed rows. No image is read, so this is quick on large datasets too.
-
-    Args:
-        dataset ([`datasets.Dataset`]):
-            Rows in the conversational vision format.
-        name (`str`, *optional*, defaults to `"dataset"`):
-            What the error calls the dataset.
+    Refuse a dataset (called `name` in the error) with malformed rows. No image is read, so this is quick on large datasets
+    too.
 
     Raises:
         `ValueError`: naming the first few malformed rows and their total, or if there is no row at all, or for what
@@ -204,13 +173,11 @@ def check_dataset(
     Check a dataset thoroughly, every image opened, and count what is in it.
 
     Args:
-        dataset ([`datasets.Dataset`]):
-            Rows in the conversational vision format.
+        dataset ([`datasets.Dataset`]): Rows in the conversational vision format.
         processor ([`SugarProcessor`], *optional*):
             Processor of the model to be trained. With it every row is tokenized, images included, to find its length,
             and rows that the processor refuses are reported.
-        max_length (`int`, *optional*):
-            Report rows of more tokens than this. Needs `processor`.
+        max_length (`int`, *optional*): Report rows of more tokens than this. Needs `processor`.
         bad_rows (`Sequence[Problem]`, *optional*):
             Problems of rows that were left out when the dataset was read, see [`load_data`]: they are reported too.
 
@@ -224,9 +191,7 @@ def check_dataset(
         raise ValueError("the dataset has no rows.")
     if max_length is not None and processor is None:
         raise ValueError("`max_length` counts tokens: give the `processor` too.")
-    problems, kinds, digests = [*bad_rows], Counter(), set()
-    images_total = texts_total = text_only = no_structure = 0
-    slices, lengths = [], []
+    report, digests = CheckReport(len(dataset) + len(bad_rows), [*bad_rows], max_length), set()
     for index, row in enumerate(tqdm(undecoded(dataset), desc="checking rows", unit=" rows")):
         row = conversation_row(row)
         found = row_problems(row, len(row["images"]))
@@ -239,47 +204,25 @@ def check_dataset(
                 images.append(load_image(image, f"images[{n}]"))
             except ValueError as error:
                 found.append(("image", f"images[{n}]", str(error).removeprefix(f"images[{n}]: ")))
+        report.duplicates += digest.digest() in digests
         digests.add(digest.digest())
         if not found:
             messages = fill_images(row["messages"], images)
             texts = sum(part["type"] == "text" for part in iter_slices(messages))
-            texts_total += texts
-            images_total += len(images)
-            text_only += not images
-            no_structure += not row["structure"]
-            slices.append(texts + len(images))
-            kinds[_KIND_OF[row["loss_on"]]] += 1
+            report.texts += texts
+            report.images += len(images)
+            report.text_only += not images
+            report.no_structure += not row["structure"]
+            report.slices.append(texts + len(images))
+            report.kinds[_KIND_OF[row["loss_on"]]] += 1
             if processor is not None:
-                found, tokens = _tokenized(messages, processor, max_length)
-                lengths += tokens
-        problems += [Problem(index, field, message, row["id"], kind) for kind, field, message in found]
-
-    return CheckReport(
-        rows=len(dataset),
-        kinds=dict(kinds),
-        images=images_total,
-        texts=texts_total,
-        text_only=text_only,
-        no_structure=no_structure,
-        slices_min=min(slices, default=0),
-        slices_mean=sum(slices) / max(len(slices), 1),
-        slices_max=max(slices, default=0),
-        duplicates=len(dataset) - len(digests),
-        tokens_min=min(lengths, default=None),
-        tokens_mean=sum(lengths) / len(lengths) if lengths else None,
-        tokens_max=max(lengths, default=None),
-        max_length=max_length,
-        problems=problems,
-    )
-
-
-def _tokenized(messages, processor, max_length) -> tuple[list[tuple[str, str, str]], list[int]]:
-    """Problems and, if the row can be tokenized, its length."""
-    try:
-        tokens = processor.encode_conversations([messages], names=["the row"])["input_ids"].shape[1]
-    except ValueError as error:
-        return [("malformed", "messages", str(error).removeprefix("the row: "))], []
-    if max_length is not None and tokens > max_length:
-        message = f"{tokens} tokens, more than max_length={max_length}. Shorten or split the row."
-        return [("length", "messages", message)], [tokens]
-    return [], [tokens]
+                try:
+                    tokens = processor.encode_conversations([messages], names=["the row"])["input_ids"].shape[1]
+                    report.tokens.append(tokens)
+                    if max_length is not None and tokens > max_length:
+                        message = f"{tokens} tokens, more than max_length={max_length}. Shorten or split the row."
+                        found.append(("length", "messages", message))
+                except ValueError as error:
+                    found.append(("malformed", "messages", str(error).removeprefix("the row: ")))
+        report.problems += [Problem(index, field, message, row["id"], kind) for kind, field, message in found]
+    return report

@@ -46,21 +46,18 @@ def add_column(
     by their content; so the shards of a source are found again where other sources or rows come before it.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows, the same in every process.
-        name (`str`): What is computed, for messages and the file `<name>.json`, which says what made the values.
-        function (`Callable[[list[dict], list[str]], pa.Table]`, *optional*):
+        dataset: Rows, the same in every process. A stream is read through once, unless there is no function.
+        name: What is computed, for messages and the file `<name>.json`, which says what made the values.
+        function:
             Gives the values of rows (with undecoded images), a table of one line a row; it gets the names of the rows too.
-            Without it nothing is computed, and a row without a value is an error.
-        cache_dir (`str` or `os.PathLike`): Where the shards are kept.
-        columns (`list[str]`): What the values depend on; the function gets those that there are, and `id`.
-        fingerprint (`str`), description (`str`): Of everything else that the values depend on, and the same in words.
-        remedy (`str`, *optional*): What an error advises where a value is missing and there is no function.
-        rows_per_shard (`int`, *optional*, defaults to `512`): Most rows in a shard; the mean is about half of it.
+            Without it nothing is computed, and a row without a value is an error, for a stream when it is met.
+        columns: What the values depend on; the function gets those that there are, and `id`.
+        fingerprint, description: Of everything else that the values depend on, and the same in words.
+        remedy: What an error advises where a value is missing and there is no function.
+        rows_per_shard: Most rows in a shard; the mean is about half of it.
 
     Returns:
-        [`~datasets.Dataset`] with the columns of the function's table, in the order of `dataset`; or
-        [`~datasets.IterableDataset`] that looks the values up: a stream is read through once before, unless there is no
-        function.
+        The dataset, in its order, with the columns of the function's table.
 
     Raises:
         `ValueError`: if `cache_dir` holds values of another fingerprint, a shard is damaged, or a row has no value and

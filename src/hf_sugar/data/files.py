@@ -19,25 +19,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import pyarrow as pa
-from datasets import (
-    Dataset,
-    DatasetDict,
-    DatasetInfo,
-    DownloadManager,
-    Features,
-    Image,
-    IterableDataset,
-    Json,
-    Value,
-    load_dataset,
-    load_dataset_builder,
-    load_from_disk,
-)
+from datasets import Dataset, DownloadManager, Features, Image, IterableDataset, Json, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from huggingface_hub import HfFileSystem
@@ -58,19 +45,12 @@ def load_table(
     parquet or WebDataset tar archives, a folder of images with metadata, or a Hub id.
 
     Args:
-        source (`str` or `os.PathLike` or `dict`):
-            Path or Hub id, or a mapping as in [`load_data`].
-        split (`str`, *optional*, defaults to `"train"`):
-            Split, where there are several.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read rows when they are asked for.
-
-    Returns:
-        [`datasets.Dataset`] or [`datasets.IterableDataset`]
+        source (`str` or `os.PathLike` or `dict`): Path or Hub id, or a mapping as in [`load_data`].
+        split (`str`, *optional*, defaults to `"train"`): Split, where there are several.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to read rows when they are asked for.
 
     Raises:
-        `FileNotFoundError`: if the path does not exist.
-        `ValueError`: if it is none of these, or damaged.
+        `FileNotFoundError`, `ValueError`: if the path does not exist, is none of these, or is damaged.
     """
     source = source if isinstance(source, dict) else {"path": source}
     split = source.get("split") or split
@@ -85,14 +65,22 @@ def load_located(kind: str, files: list[str], source: dict[str, Any], split: str
             return IterableDataset.from_generator(records, gen_kwargs={"files": files})
         return json_table(files) if kind == "json" else tar_table(files)
     if kind == "saved":
-        dataset = load_from_disk(path)
-        if isinstance(dataset, DatasetDict):
+        dataset = datasets.load_from_disk(path)
+        if isinstance(dataset, datasets.DatasetDict):
             dataset = dataset[_known_split(split, dataset, path)]
         return dataset.to_iterable_dataset() if streaming else dataset
+    how = {"path": path, "name": source.get("name"), "split": split}
     if kind == "parquet":
-        return _load_dataset(path, "parquet", data_files=files, split="train", streaming=streaming)
-    revision = {} if os.path.isdir(path) else {"revision": source.get("revision")}
-    return _load_dataset(path, path, name=source.get("name"), split=split, streaming=streaming, **revision)
+        how = {"path": "parquet", "data_files": files, "split": "train"}
+    elif not os.path.isdir(path):
+        how["revision"] = source.get("revision")
+    try:
+        return datasets.load_dataset(**how, streaming=streaming)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of pyarrow, the builders ...
+        cause = (error.__cause__ or error) if isinstance(error, DatasetGenerationError) else error
+        raise damaged(path, cause) from error
 
 
 def locate(source: dict[str, Any], split: str) -> tuple[str, list[str]]:
@@ -113,7 +101,7 @@ def locate(source: dict[str, Any], split: str) -> tuple[str, list[str]]:
 
     revision = None if is_folder else source.get("revision")
     try:
-        builder = load_dataset_builder(path, source.get("name"), revision=revision)
+        builder = datasets.load_dataset_builder(path, source.get("name"), revision=revision)
     except (ConnectionError, FileNotFoundError) as error:
         if is_folder:
             raise
@@ -123,23 +111,11 @@ def locate(source: dict[str, Any], split: str) -> tuple[str, list[str]]:
     names = {os.path.basename(file) for files in by_split.values() for file in files}
     if kind == "imagefolder" and not any(name.startswith("metadata.") for name in names):
         # perhaps images beside the files that name them
-        suffixes, by_split = JSON_SUFFIXES, load_dataset_builder("json", data_dir=path).config.data_files
+        suffixes, by_split = JSON_SUFFIXES, datasets.load_dataset_builder("json", data_dir=path).config.data_files
     if suffixes is None or not any(file.endswith(suffixes) for files in by_split.values() for file in files):
         return "other", []
     files = [file for file in by_split[_known_split(split, by_split, path)] if file.endswith(suffixes)]
     return ("tar", files) if kind == "webdataset" else ("json", DownloadManager().download(files))
-
-
-def _load_dataset(path: str, builder: str, **kwargs) -> Dataset | IterableDataset:
-    try:
-        return load_dataset(builder, **kwargs)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # of pyarrow, tarfile, the builders ...
-        cause = (error.__cause__ or error) if isinstance(error, DatasetGenerationError) else error
-        raise ValueError(
-            f"{path} cannot be read ({type(cause).__name__}: {cause}). Repair it or download it again."
-        ) from error
 
 
 def _known_split(split: str, splits: Iterable[str], path: str) -> str:
@@ -165,114 +141,103 @@ def _files(path: str) -> list[str]:
     return files
 
 
-class Line(str):
-    """A line of a file that is still to be decoded."""
-
-    def decoded(self) -> Any:
-        try:
-            return json.loads(self)
-        except json.JSONDecodeError as error:
-            raise BadRow("line", f"is not valid JSON: {error}. Write one object a line.") from error
-
-
 def file_records(
-    path: str, whole: Callable[[Any, str], Iterator[tuple[int, Any]]] | None = None
+    path: str, whole: Callable[[Any], Iterator[tuple[int, Any]]] | None = None
 ) -> Iterator[tuple[str, int | str, Any]]:
     """
-    Records of a file.
-
-    Args:
-        path (`str`):
-            JSON file, list or lines, perhaps compressed or in a zip archive, or tar shard.
-        whole (`Callable`, *optional*):
-            Gives the numbered records of a JSON file that is one object, from the object and its name.
+    Records of a file: JSON, list or lines, perhaps compressed or in a zip archive, or tar shard. `whole` gives the numbered
+    records of a JSON file that is one object.
 
     Yields:
         `tuple[str, int | str, Any]`: name of the file (of a zip archive that of the member), number from 1 (of a tar
-        shard the key), and the record; of files with one object a line a [`Line`].
-
-    Raises:
-        `ValueError`: for a file that is damaged as a whole.
+        shard the key), and the record; for a line that is not JSON a [`BadRow`].
     """
     if path.endswith(".tar"):
         yield from ((os.path.basename(path), sample["__key__"], sample) for sample in tar_records([path]))
         return
-    with open_text(path) as files:
-        for name, file in files:
-            with readable(path, name):
-                first = file.readline()
-                while first.isspace():
-                    first = file.readline()
-                file.seek(0)
-                if whole is None and not first.lstrip().startswith("["):
-                    yield from ((name, n, Line(line)) for n, line in enumerate(file, 1) if not line.isspace())
-                    continue
-                try:
-                    records = json.load(file)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}: {name} is not valid JSON: {error}. Repair or re-download it."
-                    ) from error
-                numbered = enumerate(records, 1) if whole is None else whole(records, f"{path}: {name}")
-                yield from ((name, number, record) for number, record in numbered)
+    with readable(path):
+        for name, file in _text_files(path):
+            first = _first_line(file)
+            file.seek(0)
+            if whole is not None or first.lstrip().startswith("["):
+                numbered = enumerate(json.load(file), 1) if whole is None else whole(json.load(file))
+            else:
+                numbered = ((n, _decoded(line)) for n, line in enumerate(file, 1) if not line.isspace())
+            yield from ((name, number, record) for number, record in numbered)
 
 
-def first_record(path: str) -> Any:
-    """The first record of a JSON file, or the object that it is. A list is often one line of gigabytes: it is read until
-    the record is complete."""
-    with open_text(path) as files:
-        name, file = next(files)
-        text, record, size = "", None, 1 << 20
-        with readable(path, name):
-            while record is None and (more := file.read(size)):
-                text = (text + more).lstrip("\ufeff \t\r\n[")
-                size = len(text)  # twice as much every time, or one large record is parsed again and again
-                try:
-                    record, _ = json.JSONDecoder().raw_decode(text)
-                except json.JSONDecodeError:
-                    continue
+def _decoded(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return BadRow("line", f"is not valid JSON: {error}. Write one object a line.")
+
+
+def first_record(path: str) -> dict[str, Any]:
+    """The first record of a JSON file, or the object that it is."""
+    with readable(path):
+        files = _text_files(path)
+        _, file = next(files)
+        text = _first_line(file)  # a list may be one line
+        record = _first_in(text)
+        if record is None:
+            text += file.read()
+            record = _first_in(text)
+    if not text.strip("[] \t\r\n"):
+        raise ValueError(f"{path} holds no rows.")
     if not isinstance(record, dict):
         raise ValueError(f"{path}: the first record is not a JSON object. Write a list of objects, or one a line.")
     return record
 
 
-@contextmanager
-def open_text(path: str | os.PathLike) -> Iterator[Iterator[tuple[str, io.TextIOBase]]]:
+def _first_in(text: str) -> Any:
+    try:
+        return json.JSONDecoder().raw_decode(text.lstrip("[ \t\r\n"))[0]
+    except json.JSONDecodeError:
+        return None
+
+
+def _first_line(file: io.TextIOBase) -> str:
+    return next((line for line in file if not line.isspace()), "")
+
+
+def _text_files(path: str) -> Iterator[tuple[str, io.TextIOBase]]:
     """The text files behind a path with their names: one, or the members of a zip archive."""
-    path = Path(path)
-    if path.suffix == ".zip":
-        with readable(path, path.name), zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith((".json", ".jsonl"))]
-            if not names:
-                raise ValueError(f"{path}: the archive has no .json or .jsonl file.")
-            yield ((name, io.TextIOWrapper(archive.open(name), encoding="utf-8-sig")) for name in names)
-    else:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            yield iter([(path.name, file)])
+    url = f"zip://**/*.json*::{path}" if path.endswith(".zip") else [path]
+    files = fsspec.open_files(url, "rt", encoding="utf-8-sig", compression="infer")
+    if not files:
+        raise ValueError(f"{path}: the archive has no .json or .jsonl file.")
+    for file in files:
+        with file as text:
+            yield file.path if path.endswith(".zip") else os.path.basename(path), text
 
 
 @contextmanager
-def readable(path: str | os.PathLike, name: str) -> Iterator[None]:
+def readable(path: str) -> Iterator[None]:
     """Turns what the libraries say of a damaged file into an error that names it."""
-    damage = (zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, EOFError, UnicodeDecodeError)
     try:
         yield
-    except damage as error:
-        raise ValueError(
-            f"{path}: {name} is damaged ({type(error).__name__}: {error}). Repair it or download it again."
-        ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}. Repair it or download it again.") from error
+    except BadRow as bad:
+        raise ValueError(f"{path}: `{bad.field}` {bad.problem}") from None
+    except (zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, EOFError, UnicodeDecodeError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: str, error: BaseException) -> ValueError:
+    return ValueError(f"{path} cannot be read ({type(error).__name__}: {error}). Repair it or download it again.")
 
 
 def json_records(files: list[str]) -> Iterator[dict[str, Any]]:
     """All records of JSON files; a bad one is an error that names file and row."""
     for path in files:
         for name, number, record in file_records(path):
-            try:
-                record = record.decoded() if isinstance(record, Line) else record
-            except BadRow as bad:
-                raise ValueError(f"{path}: {name}, row {number}, `{bad.field}`: {bad.problem}") from None
             if not isinstance(record, dict):
-                raise ValueError(f"{path}: {name}, row {number} is a {type(record).__name__}, not an object.")
+                is_what = (
+                    record.problem if isinstance(record, BadRow) else f"is a {type(record).__name__}, not an object."
+                )
+                raise ValueError(f"{path}: {name}, row {number} {is_what}")
             yield record
 
 
@@ -289,30 +254,21 @@ def json_table(files: list[str]) -> Dataset:
             features[name] = Json()
             # as text, because `Json` takes a text that could be JSON, such as "3", for the number
             columns[name] = Json().cast_storage(pa.array([None if v is None else json.dumps(v) for v in values]))
-    return Dataset(pa.table(columns), DatasetInfo(features=Features(features)))
+    return Dataset(pa.table(columns), datasets.DatasetInfo(features=Features(features)))
 
 
-@contextmanager
-def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
-    with (
-        readable(path, os.path.basename(path)),
-        fsspec.open(path) as file,
-        tarfile.open(fileobj=file, mode="r:") as archive,
-    ):
-        yield archive
-
-
-def _tar_members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Members of a shard: key and, in lower case, field, which is all that follows the first dot."""
-    for member in archive:
-        folder, name = os.path.split(member.name)
-        key, dot, field = name.partition(".")
-        if member.isfile() and key and dot:
-            yield member, os.path.join(folder, key), field.lower()
-    # at a header that is damaged or cut short `tarfile` stops without a word
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"no header and no end of the archive at byte {archive.offset}")
+def _tar_members(path: str) -> Iterator[tuple[str, str, str, Callable[[], bytes]]]:
+    """Members of a shard: key, field (in lower case all that follows the first dot), file name, and what reads it."""
+    with readable(path), fsspec.open(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            folder, name = os.path.split(member.name)
+            key, dot, field = name.partition(".")
+            if member.isfile() and key and dot:
+                yield os.path.join(folder, key), field.lower(), name, archive.extractfile(member).read
+        # at a header that is damaged or cut short `tarfile` stops without a word
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"no header and no end of the archive at byte {archive.offset}")
 
 
 def _tar_feature(field: str) -> Any:
@@ -323,48 +279,38 @@ def _tar_feature(field: str) -> Any:
 
 
 def tar_records(files: list[str]) -> Iterator[dict[str, Any]]:
-    """Samples of tar shards, with `__key__` and `__url__`. A text that is not UTF-8 is None, a JSON member that is not
-    JSON its text."""
+    """Samples of tar shards, with `__key__` and `__url__`. A text that is not UTF-8, or JSON that is none, is None."""
     for path in files:
-        with _open_tar(path) as archive:
-            for key, members in itertools.groupby(_tar_members(archive), lambda member: member[1]):
-                sample = {"__key__": key, "__url__": path}
-                for member, _, field in members:
-                    if field in sample:
-                        raise ValueError(f"{path}: the sample {key} has two members {field}. Give one another key.")
-                    value = archive.extractfile(member).read()
-                    feature = _tar_feature(field)
+        for key, members in itertools.groupby(_tar_members(path), lambda member: member[0]):
+            sample = {"__key__": key, "__url__": path}
+            for _, field, name, read in members:
+                if field in sample:
+                    raise ValueError(f"{path}: the sample {key} has two members {field}. Give one another key.")
+                sample[field], feature = read(), _tar_feature(field)
+                try:
                     if isinstance(feature, Image):
-                        value = {"path": os.path.basename(member.name), "bytes": value}
+                        sample[field] = {"path": name, "bytes": sample[field]}
                     elif feature != Value("binary"):
-                        try:
-                            value = value.decode()
-                            value = json.loads(value) if feature == Json() else value
-                        except UnicodeDecodeError:
-                            value = None
-                        except json.JSONDecodeError:
-                            pass
-                    sample[field] = value
-                yield sample
+                        text = sample[field].decode()
+                        sample[field] = json.loads(text) if feature == Json() else text
+                except ValueError:
+                    sample[field] = None
+            yield sample
 
 
 def tar_table(files: list[str]) -> Dataset:
     """[`tar_records`] as a table in the cache of `datasets`, with a column for every field that one of them has."""
     files = DownloadManager().download(files)
-    features = {"__key__": Value("string"), "__url__": Value("string")}
-    for path in files:
-        with _open_tar(path) as archive:
-            features.update({field: _tar_feature(field) for _, _, field in _tar_members(archive)})
+    members = itertools.chain.from_iterable(map(_tar_members, files))
+    features = {field: _tar_feature(field) for _, field, *_ in members}
+    features = Features({"__key__": Value("string"), "__url__": Value("string"), **features})
     stats = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
 
     def rows(files):
-        for sample in tar_records(files):
-            # as text, because `Json` takes a text that could be JSON, such as "3", for the number
-            texts = {name: json.dumps(sample.get(name)) for name in features if features[name] == Json()}
-            yield {**dict.fromkeys(features), **sample, **texts}
+        yield from ({**dict.fromkeys(features), **sample} for sample in tar_records(files))
 
     fingerprint = Hasher.hash([stats, sorted(features)])
     try:
-        return Dataset.from_generator(rows, Features(features), gen_kwargs={"files": files}, fingerprint=fingerprint)
+        return Dataset.from_generator(rows, features, gen_kwargs={"files": files}, fingerprint=fingerprint)
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None

@@ -31,18 +31,14 @@ class Layout(NamedTuple):
     Args:
         rows (`Callable`):
             Makes rows of a record, or raises [`BadRow`]. Their `images` are pairs of the field and the value there.
-        marks (`list[set[str]]`):
-            A record that has all fields of one of these is of this layout.
-        example (`str`):
-            What errors show.
+        marks (`list[set[str]]`): A record that has all fields of one of these is of this layout.
         records (`Callable`, *optional*):
-            Gives the numbered records of a file that is one object, from the object, the split, and the file's name.
+            Gives the numbered records of a file that is one object, from the object and the split.
     """
 
     rows: Callable[[dict[str, Any]], list[dict[str, Any]]]
     marks: list[set[str]]
-    example: str
-    records: Callable[[Any, str, str], Iterator[tuple[int, Any]]] | None = None
+    records: Callable[[Any, str], Iterator[tuple[int, Any]]] | None = None
 
 
 def layout_of(fields: set[str], where: str) -> str:
@@ -51,21 +47,11 @@ def layout_of(fields: set[str], where: str) -> str:
         if any(mark <= fields for mark in layout.marks):
             return name
     hint = "Download the images that `url` names first, for example with img2dataset. " if "url" in fields else ""
-    examples = "\n  ".join(f"{name}: {layout.example}" for name, layout in LAYOUTS.items())
+    known = "; ".join(f"{name}: {', '.join(sorted(layout.marks[0]))}" for name, layout in LAYOUTS.items())
     raise ValueError(
         f"{where}: no layout is known with the fields {', '.join(sorted(fields))}. {hint}Use `rename`, or bring the data into "
-        f"one of these layouts:\n  {examples}"
+        f"one of these (docs/data.md shows a record of each): {known}."
     )
-
-
-def encodable(value: str, field: str) -> str:
-    """The text, if it has no half of a surrogate pair: JSON can say it, Arrow and files cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        problem = f"has half of a surrogate pair at character {error.start + 1}. Write the whole character."
-        raise BadRow(field, problem) from error
-    return value
 
 
 def _text(value: Any, field: str) -> str:
@@ -73,23 +59,18 @@ def _text(value: Any, field: str) -> str:
         raise BadRow(field, f"is {value!r}, not a string. Write the text.")
     if not value.strip():
         raise BadRow(field, "is empty. Write the text or remove it.", "empty")
-    return encodable(value.strip(), field)
+    return value.strip()
 
 
-def _list(record: Any, field: str, layout: str, where: str = "") -> list[Any]:
+def _list(record: Any, field: str) -> list[Any]:
     values = record.get(field) if isinstance(record, dict) else None
-    if isinstance(values, list) and values:
-        return values
-    problem = f"is missing, empty or not a list. Write {LAYOUTS[layout].example}."
-    raise ValueError(f"{where}: `{field}` {problem}") if where else BadRow(field, problem)
+    if not isinstance(values, list) or not values:
+        raise BadRow(field, "is missing, empty or not a list. Write it as docs/data.md shows.")
+    return values
 
 
-def _text_part(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
-
-
-def _image_part() -> dict[str, None]:
-    return {"type": "image", "text": None}
+def _part(text: str | None = None) -> dict[str, str | None]:
+    return {"type": "image" if text is None else "text", "text": text}
 
 
 def _document(parts: list[dict[str, Any]], images: list[tuple[str, Any]], loss_on: str) -> dict[str, Any]:
@@ -97,7 +78,7 @@ def _document(parts: list[dict[str, Any]], images: list[tuple[str, Any]], loss_o
 
 
 def _caption(image_field: str, image: Any, caption_field: str, caption: Any) -> dict[str, Any]:
-    parts = [_image_part(), _text_part(_text(caption, caption_field))]
+    parts = [_part(), _part(_text(caption, caption_field))]
     return _document(parts, [(image_field, image)], "captions")
 
 
@@ -112,21 +93,15 @@ def _conversational_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     for kind, field, problem in row_problems(record, len(images)):
         raise BadRow(field, problem, kind)
     messages = []
-    for m, message in enumerate(fill_images(record["messages"], [None] * len(images))):
-        content = [
-            _text_part(encodable(part["text"], f"messages[{m}].content[{c}].text"))
-            if part["type"] == "text"
-            else _image_part()
-            for c, part in enumerate(message["content"])
-        ]
-        messages.append({"role": message["role"], "content": content})
+    for message in fill_images(record["messages"], [None] * len(images)):
+        messages.append({"role": message["role"], "content": [_part(part.get("text")) for part in message["content"]]})
     row = {"messages": messages, "images": images, "loss_on": "answers"}
-    return [row if record.get("id") is None else {**row, "id": encodable(str(record["id"]), "id")}]
+    return [row if record.get("id") is None else {**row, "id": str(record["id"])}]
 
 
 def _llava_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     messages, placeholders = [], 0
-    for t, turn in enumerate(_list(record, "conversations", "llava")):
+    for t, turn in enumerate(_list(record, "conversations")):
         field = f"conversations[{t}]"
         if not isinstance(turn, dict) or turn.get("from") not in LLAVA_ROLES:
             speaker = turn.get("from") if isinstance(turn, dict) else None
@@ -134,37 +109,34 @@ def _llava_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
         value = _text(turn.get("value"), f"{field}.value")
         if turn["from"] == "human":
             before, *after = (piece.strip() for piece in value.split(IMAGE))
-            parts = [_text_part(before)] if before else []
+            parts = [_part(before)] if before else []
             for piece in after:
-                parts += [_image_part(), _text_part(piece)] if piece else [_image_part()]
+                parts += [_part(), _part(piece)] if piece else [_part()]
             placeholders += len(after)
         elif IMAGE in value:
             raise BadRow(f"{field}.value", f"contains {IMAGE}, which only a human turn may. Remove or move it.")
         else:
-            parts = [_text_part(value)]
+            parts = [_part(value)]
         messages.append({"role": LLAVA_ROLES[turn["from"]], "content": parts})
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("conversations", "no gpt turn, so there is no answer to learn. Add one or drop the record.")
 
     name = "images" if "images" in record else "image"
     images = record.get(name)
-    single = not isinstance(images, list)
-    images = [] if images is None else [images] if single else images
+    if isinstance(images, list):
+        images = [(f"{name}[{n}]", image) for n, image in enumerate(images)]
+    else:
+        images = [] if images is None else [(name, images)]
     if len(images) != placeholders:
-        raise BadRow(
-            name,
-            f"{len(images)} images but {placeholders} {IMAGE} placeholders in the human turns. Give one placeholder for "
-            "each image, in the same order.",
-            "count",
-        )
-    images = [(name if single else f"{name}[{n}]", image) for n, image in enumerate(images)]
+        problem = f"{len(images)} images but {placeholders} {IMAGE} placeholders in the human turns."
+        raise BadRow(name, f"{problem} Give one placeholder for each image, in the same order.", "count")
     return [{"messages": messages, "images": images, "loss_on": "answers"}]
 
 
 def _mmc4_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    sentences, infos = _list(record, "text_list", "mmc4"), record.get("image_info")
+    sentences, infos = _list(record, "text_list"), record.get("image_info")
     if not isinstance(infos, list):
-        raise BadRow("image_info", f"is missing or not a list. Write {LAYOUTS['mmc4'].example}.")
+        raise BadRow("image_info", "is missing or not a list. Write it as docs/data.md shows.")
     before: list[list[tuple[str, str]]] = [[] for _ in sentences]
     for n, info in enumerate(infos):
         field = f"image_info[{n}]"
@@ -172,35 +144,26 @@ def _mmc4_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             raise BadRow(field, "is not an object. Give it `image_name` and `matched_text_index`.")
         index = info.get("matched_text_index")
         if type(index) is not int or not 0 <= index < len(sentences):
-            raise BadRow(
-                f"{field}.matched_text_index",
-                f"is {index!r}. Every image needs the index of the sentence it belongs to, from 0 to {len(sentences) - 1}: "
-                "match the images first.",
-            )
+            remedy = f"Every image needs the index of the sentence it belongs to, from 0 to {len(sentences) - 1}."
+            raise BadRow(f"{field}.matched_text_index", f"is {index!r}. {remedy}")
         before[index].append((f"{field}.image_name", info.get("image_name")))
     parts = []
     for s, sentence in enumerate(sentences):
-        parts += [_image_part() for _ in before[s]] + [_text_part(_text(sentence, f"text_list[{s}]"))]
+        parts += [_part() for _ in before[s]] + [_part(_text(sentence, f"text_list[{s}]"))]
     return [_document(parts, [image for images in before for image in images], "text")]
 
 
 def _caption_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    if isinstance(record.get("json"), dict):  # WebDataset
+        record = {**record, "json.caption": record["json"].get("caption")}
     image = next((field for field in IMAGE_FIELDS if record.get(field) is not None), None)
     if image is None:
         raise BadRow("image", f"there is no image in {', '.join(IMAGE_FIELDS)}. Give one or drop the row.", "image")
-    caption, member = (
-        next((field for field in CAPTION_FIELDS if record.get(field) is not None), None),
-        record.get("json"),
-    )
-    if caption is not None:
-        texts = record[caption]
-    elif isinstance(member, dict) and member.get("caption") is not None:  # WebDataset
-        caption, texts = "json.caption", member["caption"]
-    elif isinstance(member, str):
-        raise BadRow("json", 'is not a JSON object. Write {"caption": ...}.')
-    else:
-        problem = f"is missing or not UTF-8. Write the text into one of {', '.join(CAPTION_FIELDS)}."
+    caption = next((field for field in (*CAPTION_FIELDS, "json.caption") if record.get(field) is not None), None)
+    if caption is None:
+        problem = f"is missing or cannot be decoded. Write the text into one of {', '.join(CAPTION_FIELDS)}."
         raise BadRow("caption", problem, "empty")
+    texts = record[caption]
     if not isinstance(texts, list):
         return [_caption(image, record[image], caption, texts)]
     if not texts:
@@ -208,15 +171,13 @@ def _caption_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [_caption(image, record[image], f"{caption}[{n}]", text) for n, text in enumerate(texts)]
 
 
-def _coco_records(data: Any, split: str, where: str) -> Iterator[tuple[int, Any]]:
-    images = _list(data, "images", "coco", where)
+def _coco_records(data: Any, split: str) -> Iterator[tuple[int, Any]]:
+    images = _list(data, "images")
     wanted = KARPATHY_SPLITS.get(split, (split,))
     splits = {image.get("split") for image in images if isinstance(image, dict)}
     if not splits & set(wanted):
-        raise ValueError(
-            f"{where}: no image is of the split {split!r}, but of {', '.join(sorted(map(str, splits)))}. Set `split` to "
-            "one of them."
-        )
+        there = ", ".join(sorted(map(str, splits)))
+        raise BadRow("images", f"no image is of the split {split!r}, but of {there}. Set `split` to one of them.")
     for number, image in enumerate(images, 1):
         # one without a split belongs to all of them: it is a bad row in each
         if not isinstance(image, dict) or not isinstance(image.get("split"), str) or image["split"] in wanted:
@@ -226,14 +187,13 @@ def _coco_records(data: Any, split: str, where: str) -> Iterator[tuple[int, Any]
 def _coco_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(record.get("split", ""), str):
         raise BadRow("split", f"is {record['split']!r}, not a string. Use train, restval, val or test.")
-    sentences = _list(record, "sentences", "coco")
     field, image = "image", record.get("image")
     if image is None:
         field, image = "filename", record.get("filename")
         if isinstance(image, str) and record.get("filepath"):
             image = os.path.join(str(record["filepath"]), image)
     rows = []
-    for n, sentence in enumerate(sentences):
+    for n, sentence in enumerate(_list(record, "sentences")):
         name = f"sentences[{n}]"
         if isinstance(sentence, dict):
             name, sentence = f"{name}.raw", sentence.get("raw")
@@ -241,9 +201,9 @@ def _coco_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _vist_records(data: Any, split: str, where: str) -> Iterator[tuple[int, Any]]:
+def _vist_records(data: Any, split: str) -> Iterator[tuple[int, Any]]:
     stories: dict[Any, list[tuple[int, Any]]] = {}
-    for n, annotation in enumerate(_list(data, "annotations", "vist", where)):
+    for n, annotation in enumerate(_list(data, "annotations")):
         step = annotation[0] if isinstance(annotation, list) and len(annotation) == 1 else annotation
         story = step.get("story_id") if isinstance(step, dict) else None
         # one that names no story is a bad row of its own
@@ -252,33 +212,23 @@ def _vist_records(data: Any, split: str, where: str) -> Iterator[tuple[int, Any]
 
 
 def _vist_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    steps: dict[int, tuple[str, dict[str, Any]]] = {}
+    steps, parts, images = {}, [], []
     for n, step in record["steps"]:
         field = f"annotations[{n}]"
         if not isinstance(step, dict) or step.get("story_id") is None:
-            raise BadRow(field, f"is not a list of one step with a `story_id`. Write {LAYOUTS['vist'].example}.")
+            raise BadRow(field, "is not a list of one step with a `story_id`. Write it as docs/data.md shows.")
         order = step.get("worker_arranged_photo_order")
         if type(order) is not int or order in steps:
-            raise BadRow(
-                f"{field}.worker_arranged_photo_order",
-                f"is {order!r}. The steps of story {step['story_id']} need different whole numbers.",
-            )
+            problem = f"is {order!r}. The steps of story {step['story_id']} need different whole numbers."
+            raise BadRow(f"{field}.worker_arranged_photo_order", problem)
         steps[order] = field, step
-    orders = sorted(steps)
-    field, step = steps[orders[0]]
-    if orders != list(range(orders[0], orders[0] + len(orders))):
-        raise BadRow(
-            f"{field}.story_id",
-            f"of the story {step['story_id']} only the steps {', '.join(map(str, orders))} are there. Restore the others or "
-            "drop the story.",
-            "count",
-        )
-    parts, images = [], []
-    for order in orders:
-        field, step = steps[order]
+    if max(steps) - min(steps) + 1 != len(steps):
+        there = f"is a story of which only the steps {', '.join(map(str, sorted(steps)))} are there."
+        raise BadRow(f"{steps[min(steps)][0]}.story_id", f"{there} Restore the others or drop the story.", "count")
+    for _, (field, step) in sorted(steps.items()):
         text = "original_text" if "original_text" in step else "text"
         images.append((f"{field}.photo_flickr_id", step.get("photo_flickr_id")))
-        parts += [_image_part(), _text_part(_text(step.get(text), f"{field}.{text}"))]
+        parts += [_part(), _part(_text(step.get(text), f"{field}.{text}"))]
     return [_document(parts, images, "text")]
 
 
@@ -289,41 +239,13 @@ def _winoground_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 LAYOUTS = {
-    "conversational": Layout(
-        _conversational_rows,
-        [{"messages"}],
-        '{"messages": [{"role", "content": [{"type", "text"}]}], "images": [...], "loss_on", "id"}',
-    ),
-    "llava": Layout(
-        _llava_rows,
-        [{"conversations"}],
-        '{"image": path or list of paths (optional), "conversations": [{"from": "human", "value": "<image>..."}, ...]}',
-    ),
-    "mmc4": Layout(
-        _mmc4_rows,
-        [{"text_list"}],
-        '{"text_list": [...], "image_info": [{"image_name", "matched_text_index"}]}',
-    ),
-    "winoground": Layout(
-        _winoground_rows,
-        [{"image_0", "image_1", "caption_0", "caption_1"}],
-        '{"image_0", "image_1", "caption_0", "caption_1"}',
-    ),
-    "vist": Layout(
-        _vist_rows,
-        [{"images", "annotations"}],
-        '{"images": [...], "annotations": [[{"story_id", "worker_arranged_photo_order", "photo_flickr_id", "text"}], ...]}',
-        _vist_records,
-    ),
-    "coco": Layout(
-        _coco_rows,
-        [{"images", "dataset"}, {"sentences"}],
-        '{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}, ...]}], "dataset": "coco"}',
-        _coco_records,
-    ),
+    "conversational": Layout(_conversational_rows, [{"messages"}]),
+    "llava": Layout(_llava_rows, [{"conversations"}]),
+    "mmc4": Layout(_mmc4_rows, [{"text_list"}]),
+    "winoground": Layout(_winoground_rows, [{"image_0", "image_1", "caption_0", "caption_1"}]),
+    "vist": Layout(_vist_rows, [{"images", "annotations"}], _vist_records),
+    "coco": Layout(_coco_rows, [{"images", "dataset"}, {"sentences"}], _coco_records),
     "captions": Layout(
-        _caption_rows,
-        [{image, caption} for image in IMAGE_FIELDS for caption in (*CAPTION_FIELDS, "json")],
-        '{"image": path or stored image, "caption": text or list of texts}',
+        _caption_rows, [{image, caption} for image in IMAGE_FIELDS for caption in (*CAPTION_FIELDS, "json")]
     ),
 }
