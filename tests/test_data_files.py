@@ -154,6 +154,10 @@ class TestFiles:
             pq.write_table(table, root / "images.parquet")  # `to_parquet` would store the images
             rows = load_data(root / "images.parquet")
             assert [shape(row) for row in rows] == [caption("red", "x"), caption("blue", "x")][: len(images)]
+        images = Dataset.from_dict({"image": [{"path": None, "bytes": None}, paths[1]], "caption": ["x"] * 2})
+        pq.write_table(images.cast(features).with_format("arrow")[:], root / "images.parquet")
+        (row,) = load_data(root / "images.parquet", on_bad_row="skip")
+        assert shape(row) == caption("blue", "x")
         Dataset.from_dict({"id": [1], "url": ["http://a/b.jpg"], "text": ["x"]}).to_parquet(root / "coyo.parquet")
         with pytest.raises(ValueError, match="Download the images that `url` names first"):
             load_data(root / "coyo.parquet")
