@@ -18,12 +18,8 @@ UNREAD = ("video", "videos", "audio", "audios")  # columns of other libraries th
 
 def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
     """
-    A row of any layout that TRL takes for vision data, with the columns that this library reads.
-
-    Args:
-        row (`dict`):
-            Row with `messages`, or with `prompt` and `completion` (lists of messages; only what the assistant says in
-            the completion is learnt then), and `images` or `image`.
+    A row of any layout that TRL takes for vision data: `messages`, or `prompt` and `completion` (lists of messages; only
+    what the assistant says in the completion is learnt then), and `images` or `image`.
 
     Returns:
         `dict`: `messages`, `images` (a list), `loss_on` (defaults to `"answers"`), `structure` (defaults to `True`),
@@ -63,12 +59,8 @@ def row_name(row: dict[str, Any], index: int) -> str:
 
 def row_problems(row: dict[str, Any], num_images: int, loss: bool = True) -> list[tuple[str, str, str]]:
     """
-    What is wrong with a row. Images are not looked at.
-
-    Args:
-        row (`dict`): Row in the conversational vision format; `images` is not read.
-        num_images (`int`): Number of images that belong to the row.
-        loss (`bool`, *optional*, defaults to `True`): Whether some text has to carry the generative loss.
+    What is wrong with a row in the conversational vision format to which `num_images` images belong. They are not looked at.
+    With `loss` some text has to carry the generative loss.
 
     Returns:
         `list[tuple[str, str, str]]`: kind (`"image"`, `"count"`, `"empty"` or `"malformed"`), field, and what is wrong
@@ -162,13 +154,12 @@ def fill_images(
             Messages in the conversational vision format. Content that is a plain string becomes one text part; the
             images then stand before the first such user message, as in TRL.
         images (`list`): Images in the order of the image parts; they are put in as they are.
-        where (`str`, *optional*): What errors call the row. Without it the messages are not checked again.
+        where (`str`, *optional*):
+            What errors call the row. Without it the messages are not checked again; with it malformed ones, or another
+            number of images, are a `ValueError`, see [`row_problems`].
 
     Returns:
         `list[dict]`: new messages that [`SugarProcessor.encode_conversations`] takes.
-
-    Raises:
-        `ValueError`: for malformed messages or another number of images, see [`row_problems`].
     """
     if where is not None:
         check_row({"messages": messages}, len(images), where, loss=False)
