@@ -873,7 +873,7 @@ def test_a_write_that_fails_leaves_nothing(encoder, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("os.replace", torn)
+        patch.setattr("hf_sugar.data.columns.os.replace", torn)
         with pytest.raises(OSError, match="disk full"):
             add(stories(0, 2), encoder, tmp_path)
     assert not list(tmp_path.iterdir())
