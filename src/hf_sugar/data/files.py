@@ -1,10 +1,10 @@
 """
 Files and tables: what a path names, and the records in it as they are written.
 
-JSON files and tar shards are read here. `datasets` guesses the types of JSON values from those that come first: contents that
-are texts in one file and lists of parts in another come as JSON text, texts that are all dates as datetimes, 3.5 as 3. Of
-samples of a tar shard whose members differ from those of the first it drops members, and it refuses a shard whose first five
-samples differ. Seen with 5.2.0; this can go when `load_dataset` gives what the files say.
+JSON files and tar shards are read here: `datasets` guesses the types of JSON values from those that come first (texts beside
+lists of parts become JSON text, texts that are all dates datetimes, 3.5 becomes 3), drops members of tar samples that the first
+sample lacks, and refuses shards whose first five samples differ. Seen with 5.2.0; this can go when `load_dataset` gives what
+the files say.
 """
 
 import glob
@@ -157,7 +157,7 @@ def file_records(
         return
     with readable(path):
         for name, file in _text_files(path):
-            first = _first_line(file)
+            first = next((line for line in file if not line.isspace()), "")
             file.seek(0)
             if whole is not None or first.lstrip().startswith("["):
                 numbered = enumerate(json.load(file), 1) if whole is None else whole(json.load(file))
@@ -175,30 +175,13 @@ def _decoded(line: str) -> Any:
 
 def first_record(path: str) -> dict[str, Any]:
     """The first record of a JSON file, or the object that it is."""
-    with readable(path):
-        files = _text_files(path)
-        _, file = next(files)
-        text = _first_line(file)  # a list may be one line
-        record = _first_in(text)
-        if record is None:
-            text += file.read()
-            record = _first_in(text)
-    if not text.strip("[] \t\r\n"):
-        raise ValueError(f"{path} holds no rows.")
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: the first record is not a JSON object. Write a list of objects, or one a line.")
-    return record
-
-
-def _first_in(text: str) -> Any:
-    try:
-        return json.JSONDecoder().raw_decode(text.lstrip("[ \t\r\n"))[0]
-    except json.JSONDecodeError:
-        return None
-
-
-def _first_line(file: io.TextIOBase) -> str:
-    return next((line for line in file if not line.isspace()), "")
+    for _, _, record in file_records(path):
+        if isinstance(record, BadRow):  # perhaps an object of several lines
+            _, _, record = next(file_records(path, lambda whole: iter([(1, whole)])))
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: the first record is not a JSON object. Write a list of objects, or one a line.")
+        return record
+    raise ValueError(f"{path} holds no rows.")
 
 
 def _text_files(path: str) -> Iterator[tuple[str, io.TextIOBase]]:
