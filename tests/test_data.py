@@ -350,7 +350,7 @@ class TestSources:
         path = str(write(root / "a.json", [llava()]))
         for sources, message in [
             ([], "is empty"),
-            ([{"image_root": path}], "source 1 has no `path`"),
+            ([{"image_root": path}], "source 1 names no `path`, but image_root"),
             ([path, {"path": path, "wieght": 1}], "a.json: a source has no key `wieght`. Did you mean `weight`"),
             ({"path": path, "file": 1}, "a.json: a source has no key `file`. There are path, image_root"),
             ([{"path": path, "weight": 1}, path], "every source a `weight`"),

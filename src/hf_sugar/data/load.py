@@ -111,7 +111,9 @@ def load_data(
             if value is not None and _SOURCE_KEYS[key] and value not in _SOURCE_KEYS[key]:
                 raise ValueError(f"{name}: `{key}` is {value!r}. Use one of {', '.join(map(str, _SOURCE_KEYS[key]))}.")
         if "path" not in source:
-            raise ValueError(f"{name} has no `path`: {source}.")
+            raise ValueError(
+                f"{name} names no `path`, but {', '.join(key for key in source if source[key] is not None)}."
+            )
         if not isinstance(source.get("rename") or {}, dict):
             raise ValueError(f"{name}: `rename` is {source['rename']!r}. Write it as {{name: new name}}.")
     weights = [source["weight"] for source in sources if source.get("weight") is not None]
