@@ -347,8 +347,7 @@ def _image_lists(table: Dataset, column: str) -> Dataset:
 
 def _in_lists(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     lists = [images if isinstance(images, list) else [images] for images in batch["images"]]
-    nothing = (None, {"bytes": None, "path": None})
-    return {"images": [[image for image in images if image not in nothing] for images in lists]}
+    return {"images": [[image for image in images if image is not None] for images in lists]}
 
 
 def _image(value: Any, root: str, field: str) -> dict[str, Any]:
