@@ -193,7 +193,7 @@ BAD = [
     ("llava", llava(gpt="  "), "conversations[1].value", "is empty"),
     ("llava", llava(gpt="see <image>"), "conversations[1].value", "only a human turn"),
     ("llava", llava(conversations=[{"from": "bot", "value": "hi"}]), "conversations[0].from", "is 'bot'. Use one of human"),
-    ("llava", llava(conversations=[{"from": "human", "value": "<image>"}]), "conversations", "no gpt turn"),
+    ("llava", llava(conversations=[{"from": "human", "value": "<image>"}]), "messages", "no answer. Add an assistant turn"),
     ("llava", llava(conversations=[]), "conversations", "is missing, empty or not a list"),
     ("llava", ["list"], "record", "is a list, not an object"),
     ("llava", llava(structure="false"), "structure", "is 'false'. Use true or false"),

@@ -62,9 +62,9 @@ def _text(value: Any, field: str) -> str:
     return value.strip()
 
 
-def _list(record: Any, field: str) -> list[Any]:
+def _list(record: Any, field: str, empty: bool = False) -> list[Any]:
     values = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(values, list) or not values:
+    if not isinstance(values, list) or not (values or empty):
         raise BadRow(field, "is missing, empty or not a list. Write it as docs/data.md shows.")
     return values
 
@@ -118,9 +118,6 @@ def _llava_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             parts = [_part(value)]
         messages.append({"role": LLAVA_ROLES[turn["from"]], "content": parts})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadRow("conversations", "no gpt turn, so there is no answer to learn. Add one or drop the record.")
-
     name = "images" if "images" in record else "image"
     images = record.get(name)
     if isinstance(images, list):
@@ -134,9 +131,7 @@ def _llava_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _mmc4_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    sentences, infos = _list(record, "text_list"), record.get("image_info")
-    if not isinstance(infos, list):
-        raise BadRow("image_info", "is missing or not a list. Write it as docs/data.md shows.")
+    sentences, infos = _list(record, "text_list"), _list(record, "image_info", empty=True)
     before: list[list[tuple[str, str]]] = [[] for _ in sentences]
     for n, info in enumerate(infos):
         field = f"image_info[{n}]"
