@@ -65,6 +65,11 @@ COMMANDS = {
         {"Model": _MODEL, "Settings": "hf_sugar.cli.search:SearchArguments"},
         positional=("model_name_or_path", "query"),
     ),
+    "mine": Command(
+        "hard negatives for a dataset: what a model finds in an index and its teachers call something else",
+        {"Model": _MODEL, "Settings": "hf_sugar.cli.mine:MineArguments"},
+        positional=("model_name_or_path", "data"),
+    ),
     "chat": Command(
         "talk with a model, with or without an index",
         {"Model": _MODEL, "Settings": "hf_sugar.cli.chat:ChatArguments"},

@@ -151,11 +151,12 @@ def _load_source(
         return reading.stream(files)
 
     table = load_located(kind, files, source, reading.split, streaming)
-    if {"messages", "teacher_embeddings"} <= set(table.column_names or ()):  # of `hf-sugar prepare`: rows already
+    added = {"teacher_embeddings", "positives", "negatives"} & set(table.column_names or ())
+    if added and "messages" in table.column_names:  # of `hf-sugar prepare` or `mine`: rows already
         if changed := {"rename", "loss_on", "structure"} & source.keys():
             raise ValueError(
-                f"{path} holds rows with teacher embeddings, which are taken as they are: `{min(changed)}` comes too late. Set "
-                "it where they are prepared."
+                f"{path} holds rows with `{min(added)}`, which are taken as they are: `{min(changed)}` comes too late. Set "
+                "it where they are made."
             )
         return table
     table = undecoded(table, path)

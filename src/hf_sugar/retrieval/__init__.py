@@ -14,6 +14,7 @@ _MODULE_OF = {
     "RAGPrompt": "rag",
     "SugarRAG": "rag",
     "find_examples": "rag",
+    "mine_negatives": "mine",
     "question_slices": "rag",
     "rag_generator": "rag",
     "rag_messages": "rag",
