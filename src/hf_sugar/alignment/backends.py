@@ -1,6 +1,7 @@
 """Which implementation of the recursion runs: a compiled one if there is one, PyTorch otherwise."""
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -21,6 +22,7 @@ BACKENDS = ("auto", "torch", "local", "hub")
 
 # src/hf_sugar/alignment/backends.py of a source checkout; an installed wheel has no such folder.
 CHECKOUT = Path(__file__).resolve().parents[3] / "hub_kernels" / "gak"
+BUILDS = "build/*/metadata.json"
 
 # Threads that come first together must not load, test and warn each for itself.
 _SELECTING = threading.RLock()
@@ -30,18 +32,12 @@ class KernelFallbackWarning(UserWarning):
     """A compiled alignment kernel that was asked for, or is there, cannot be used; PyTorch does its work."""
 
 
-class _NotBuiltError(Exception):
-    pass
-
-
 def compiled_kernel(device: str, backend: str = "auto") -> ModuleType | None:
     """
-    The compiled alignment kernel for tensors of a device.
+    The compiled alignment kernel for tensors of a device: Triton for CUDA, a build for the CPU.
 
-    On a CPU a local build is tried, then the Hub; for CUDA tensors Triton. Nothing is looked up on the network unless
-    `"hub"` is asked for. A local build must have the digests it was built with, and every candidate pass a test call;
-    what was found is kept for the life of the process, and the reason why something was not usable is given once, as a
-    [`KernelFallbackWarning`].
+    A local build must have the digests it was built with, and every candidate pass a test call; what was found is kept for
+    the life of the process, and the reason why something was not usable is given once, as a [`KernelFallbackWarning`].
 
     Args:
         device (`str`):
@@ -52,7 +48,8 @@ def compiled_kernel(device: str, backend: str = "auto") -> ModuleType | None:
             - `"torch"`: none.
             - `"local"`: a local build, in the folder named by `HF_SUGAR_KERNEL_PATH` or under `hub_kernels` of a source
               checkout.
-            - `"hub"`: a local build, or else the Hub kernel `hf-sugar/gak`, which is downloaded and run.
+            - `"hub"`: a local build, or else the Hub kernel `hf-sugar/gak`, which is downloaded and run. Nothing else
+              uses the network.
 
     Returns:
         `module` or `None`: a module with `log_kernels`, or `None` for the PyTorch path.
@@ -60,15 +57,15 @@ def compiled_kernel(device: str, backend: str = "auto") -> ModuleType | None:
     Raises:
         `ValueError`: if `backend` or `HF_SUGAR_KERNELS` is none of these.
     """
-    name, value = "`backend`", backend
-    if backend == "auto":
-        name, value = "The environment variable HF_SUGAR_KERNELS", os.environ.get("HF_SUGAR_KERNELS") or "auto"
-    if value not in BACKENDS:
-        raise ValueError(f"{name} must be one of {BACKENDS}, got {value!r}.")
-    if value == "torch":
+    asked = (os.environ.get("HF_SUGAR_KERNELS") or "auto") if backend == "auto" else backend
+    if asked not in BACKENDS:
+        raise ValueError(
+            f"`backend` (or HF_SUGAR_KERNELS in the environment) must be one of {BACKENDS}, got {asked!r}."
+        )
+    if asked == "torch":
         return None
     with _SELECTING:
-        return _select(device, value, os.environ.get("HF_SUGAR_KERNEL_PATH"))
+        return _select(device, asked, os.environ.get("HF_SUGAR_KERNEL_PATH"))
 
 
 @functools.lru_cache
@@ -76,21 +73,19 @@ def _select(device: str, mode: str, path: str | None) -> ModuleType | None:
     folder = Path(path) if path else CHECKOUT
     candidates = {}
     if device == "cpu":
-        candidates[f"local build {folder}"] = lambda: _load_local(folder)
+        # No reason to speak, unless it was asked for.
+        if mode == "local" or path or any(folder.glob(BUILDS)):
+            candidates[f"local build {folder}"] = lambda: _load_local(folder)
         if mode == "hub":
             candidates[f"Hub kernel {HUB_REPOSITORY}"] = _load_hub
     elif device == "cuda" and importlib.util.find_spec("triton"):
-        candidates["Triton kernel"] = _load_triton
+        candidates["Triton kernel"] = lambda: importlib.import_module(".triton_kernel", __package__)
     reasons, found, instead = [], None, "the PyTorch implementation is used, which gives the same values more slowly"
     for name, load in candidates.items():
         # Whatever goes wrong in a kernel that is an option must not stop the work: PyTorch does the same.
         try:
             module = load()
             _test(module, device)
-        except _NotBuiltError as error:
-            # No reason to speak, unless it was asked for.
-            if mode == "local" or path:
-                reasons.append(f"{name}: {error}")
         except Exception as error:
             reasons.append(f"{name}: {type(error).__name__}: {error}")
         else:
@@ -108,9 +103,9 @@ def _select(device: str, mode: str, path: str | None) -> ModuleType | None:
 
 
 def _load_local(folder: Path) -> ModuleType:
-    files = sorted((folder / "build").glob("*/metadata.json"))
+    files = sorted(folder.glob(BUILDS))
     if not files:
-        raise _NotBuiltError("nothing is built for cpu tensors")
+        raise FileNotFoundError("nothing is built for cpu tensors")
     # Optional, and not needed unless there is a build.
     from kernels import get_local_kernel
     from kernels._rust import Digest, DigestAlgorithm, Metadata
@@ -118,7 +113,7 @@ def _load_local(folder: Path) -> ModuleType:
     for file in files:
         digest = Metadata.read_from_file(file).digest
         if digest is None:
-            raise ValueError(f"{file} has no digest, so that a damaged library could not be told: build it again")
+            raise ValueError(f"{file} has no digest by which a damaged library could be told: build it again")
         # A library cut short kills the process when it is loaded; no exception could be caught.
         digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, file.parent))
     return get_local_kernel(folder, backend="cpu")
@@ -129,12 +124,6 @@ def _load_hub() -> ModuleType:
 
     # Asked for by name, so that this one repository is trusted and no other.
     return get_kernel(HUB_REPOSITORY, version=HUB_VERSION, backend="cpu", trust_remote_code=[HUB_REPOSITORY])
-
-
-def _load_triton() -> ModuleType:
-    from . import triton_kernel
-
-    return triton_kernel
 
 
 def _test(module: ModuleType, device: str):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import recursion
-from .backends import BACKENDS, compiled_kernel
+from .backends import compiled_kernel
 from .slices import Slices, check_integers, check_prefixes
 
 
@@ -39,17 +39,17 @@ def global_alignment_kernel(
     s = e^{-\phi / (2 \sigma^2)}, \qquad \sigma = \delta \sqrt{(n + m) / 2}$$
 
     with \\(\phi\\) the squared distance of two L2-normalised slice embeddings and \\(n, m\\) the lengths of the pair.
-    Inner products are taken in float32, or in float64 for float64 inputs, whatever the autocast state. The recursion
-    runs in float64, in log space where it could underflow. With gradients, PyTorch computes whatever `backend` says.
+    Inner products are taken in float32, or in float64 for float64 inputs, whatever the autocast state; the recursion
+    runs in float64. With gradients, PyTorch computes whatever `backend` says.
 
     Args:
         x (`Sequence[torch.Tensor]`):
-            Sequences of shape `(length_i, dim)`, at least one slice each. Slices are L2-normalised inside (with
-            `split`, each half on its own), so their scale does not matter.
+            Sequences of shape `(length_i, dim)`, at least one slice each. Slices (with `split`, each half of them) are
+            L2-normalised inside.
         y (`Sequence[torch.Tensor]`, *optional*):
             Second set of sequences. Without it the symmetric matrix of `x` with itself is computed.
         delta (`float`, *optional*, defaults to `1.0`):
-            Bandwidth. Small values tell slices apart sharply, large ones hardly at all.
+            Bandwidth, from 0.001 to 1000. Small values tell slices apart sharply, large ones hardly at all.
         normalize (`bool` or `str`, *optional*, defaults to `True`):
             What the kernel is divided by.
 
@@ -60,25 +60,20 @@ def global_alignment_kernel(
               it does not punish a difference in length; it can exceed 1 where lengths differ.
         log (`bool`, *optional*, defaults to `False`):
             Whether to return the logarithm, which cannot underflow.
-        modality_x (`Sequence`, *optional*):
-            For every sequence of `x` the modality of its slices, shape `(length_i,)`: `hf_sugar.alignment.TEXT` (0) or
-            `hf_sugar.alignment.IMAGE` (1). Together with `split` it switches on the triple kernel: slices of the same
-            modality are compared by the first half of their embeddings, slices of different modalities by the second.
-        modality_y (`Sequence`, *optional*):
-            The same for `y`.
+        modality_x, modality_y (`Sequence[torch.Tensor | Sequence[int]]`, *optional*):
+            For every sequence the modality of its slices, `hf_sugar.alignment.TEXT` (0) or `hf_sugar.alignment.IMAGE` (1).
+            With `split`, they switch on the triple kernel: slices of the same modality are compared by the first half of
+            their embeddings, slices of different modalities by the second.
         split (`int`, *optional*):
             Number of dimensions of the first half.
         backend (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`, `"torch"`, `"local"` or `"hub"`: which implementation runs, see
-            [`~hf_sugar.alignment.compiled_kernel`]. Where the compiled ones are missing, PyTorch gives the same values.
+            `"auto"`, `"torch"`, `"local"` or `"hub"`: see [`~hf_sugar.alignment.compiled_kernel`].
 
     Returns:
         `torch.Tensor`: kernel values of shape `(len(x), len(y))`, float32, or float64 for float64 inputs.
 
     Raises:
-        `ValueError`: if a sequence is empty, holds NaN or infinity or a slice of zeros; if shapes do not fit together;
-            if `delta` does not lie between 0.001 and 1000; if `split` is out of range or does not come with the
-            modalities; if `normalize` or `backend` is unknown.
+        `ValueError`: if a slice has no direction (zeros, NaN, infinity); naming the argument, for anything else.
 
     Sources: the kernel is that of [Cuturi (2011)](https://icml.cc/2011/papers/489_icmlpaper.pdf), in the form of
     Theorem 1 and Eq. 4-6 of [Sugar](https://huggingface.co/papers/2411.00304); normalisations are this library's.
@@ -95,40 +90,25 @@ def global_alignment_kernel(
             [0.1193, 1.0000]])
     ```
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {BACKENDS}, got {backend!r}.")
-    if (modality_x is None) != (split is None):
-        raise ValueError("`modality_x` and `split` go together: pass both for the triple kernel, or neither.")
-    if (modality_y is None) != (modality_x is None or y is None):
-        raise ValueError("`modality_y` must be given exactly when both `y` and `modality_x` are.")
-
-    sequences, modalities = [], []
-    for name, group, group_modality in (("x", x, modality_x), ("y", y, modality_y)):
-        if group is None:
-            continue
-        if group_modality is not None and len(group_modality) != len(group):
-            raise ValueError(f"`modality_{name}` has {len(group_modality)} entries for {len(group)} sequences.")
-        for index, sequence in enumerate(group):
-            if sequence.ndim != 2 or len(sequence) == 0:
-                raise ValueError(
-                    f"`{name}[{index}]` has shape {tuple(sequence.shape)}; expected (length, dim) with length >= 1."
-                )
-            if sequence.shape[1] != x[0].shape[1]:
-                raise ValueError(
-                    f"`{name}[{index}]` has {sequence.shape[1]} dimensions but `x[0]` has {x[0].shape[1]}."
-                )
-            sequences.append(sequence)
-            if group_modality is not None:
-                modality = torch.as_tensor(group_modality[index], device=sequence.device)
-                if modality.shape != sequence.shape[:1]:
-                    raise ValueError(
-                        f"`modality_{name}[{index}]` has shape {tuple(modality.shape)} for {len(sequence)} slices."
-                    )
-                modalities.append(modality)
     if len(x) == 0 or (y is not None and len(y) == 0):
         raise ValueError("`x` and `y` must hold at least one sequence.")
-
+    sequences = [*x, *(() if y is None else y)]
+    for i, sequence in enumerate(sequences):
+        if sequence.ndim != 2 or len(sequence) == 0 or sequence.shape[1] != x[0].shape[-1]:
+            name = f"x[{i}]" if i < len(x) else f"y[{i - len(x)}]"
+            raise ValueError(
+                f"`{name}` has shape {tuple(sequence.shape)}; expected (length, {x[0].shape[-1]}) with length >= 1."
+            )
     lengths = torch.tensor([len(sequence) for sequence in sequences])
+    modality = None
+    if modality_x is not None or modality_y is not None:
+        codes = [torch.as_tensor(c) for group in (modality_x, modality_y) if group is not None for c in group]
+        if [c.shape for c in codes] != [sequence.shape[:1] for sequence in sequences]:
+            raise ValueError(
+                f"`modality_x` and `modality_y` must say what every slice of `x` and `y` is: they have {list(map(len, codes))} "
+                f"entries for {lengths.tolist()} slices."
+            )
+        modality = torch.cat(codes)
     prefixes = torch.stack([torch.arange(len(lengths)), lengths], dim=1)
     # Autocast would refuse or convert some dtypes here.
     with torch.autocast(sequences[0].device.type, enabled=False):
@@ -137,13 +117,9 @@ def global_alignment_kernel(
         embeddings,
         F.pad(lengths.cumsum(0), (1, 0)),
         prefixes[: len(x)],
-        prefixes[len(x) :] if y is not None else None,
-        delta=delta,
-        normalize=normalize,
-        log=log,
-        modality=torch.cat(modalities) if modalities else None,
-        split=split,
-        backend=backend,
+        None if y is None else prefixes[len(x) :],
+        **{"delta": delta, "normalize": normalize, "log": log, "backend": backend},
+        **{"modality": modality, "split": split},
     )
 
 
@@ -161,11 +137,7 @@ def packed_alignment_kernel(
     backend: str = "auto",
 ) -> torch.Tensor:
     """
-    [`global_alignment_kernel`] between prefixes of packed samples.
-
-    All prefixes of a sample share its slices, so inner products are taken once for every pair of slices, and only the
-    recursion runs for every pair of prefixes. The self-kernels of a normalised kernel depend on a prefix and the length
-    of its partner alone, and are computed once for each such combination.
+    [`global_alignment_kernel`] between prefixes of packed samples, whose slices are multiplied once for all of them.
 
     Args:
         embeddings (`torch.Tensor` of shape `(total_slices, dim)`):
@@ -185,28 +157,44 @@ def packed_alignment_kernel(
         `torch.Tensor`: kernel values of shape `(P, P)` or `(P, Q)`, float32, or float64 for float64 embeddings.
 
     Raises:
-        `ValueError`: if offsets are not increasing or do not cover `embeddings`, a prefix does not lie in its sample, or
-            for any of the reasons of [`global_alignment_kernel`].
+        `ValueError`: as [`global_alignment_kernel`].
     """
     normalize = {True: "self", False: None}.get(normalize, normalize)
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"`normalize` must be a bool or one of {NORMALIZATIONS}, got {normalize!r}.")
     _check_delta(delta)
+    compiled = compiled_kernel(embeddings.device.type, backend)
     slices = Slices(embeddings, offsets, modality, split)
     rows = check_prefixes("prefixes", prefixes, slices.offsets)
     symmetric = other_prefixes is None
     columns = rows if symmetric else check_prefixes("other_prefixes", other_prefixes, slices.offsets)
-    compiled = compiled_kernel(embeddings.device.type, backend)
+    n, m = rows[:, 1], columns[:, 1]
+    # Pairs of like lengths are neighbours.
+    by_n, by_m = n.argsort(kind="stable"), m.argsort(kind="stable")
+    i, j = np.triu_indices(len(n)) if symmetric else np.indices((len(n), len(m))).reshape(2, -1)
+    i, j = by_n[i], by_m[j]
+    jobs = [(rows[i], columns[j], n[i] + m[j])]
+    if normalize in ("self", "self+count"):
+        # A self-kernel depends on a prefix and the length of its partner alone.
+        for prefixes, lengths in ((rows, m), (columns, n))[: 1 if symmetric else 2]:
+            lengths = np.unique(lengths)
+            repeated = prefixes.repeat(len(lengths), axis=0)
+            jobs.append((repeated, repeated, np.add.outer(prefixes[:, 1], lengths).ravel()))
     traced = embeddings.requires_grad and torch.is_grad_enabled()
-    log_kernels = functools.partial(
-        recursion.log_kernels if compiled is None or traced else compiled.log_kernels, delta=delta
-    )
+    op = recursion.log_kernels if compiled is None or traced else compiled.log_kernels
     with torch.autocast(embeddings.device.type, enabled=False):
-        result = _log_matrix(slices, rows, None if symmetric else columns, log_kernels)
-        n, m = rows[:, 1], columns[:, 1]
-        if normalize in ("self", "self+count"):
-            row_self = _log_self_kernels(slices, rows, m, log_kernels)
-            column_self = row_self if symmetric else _log_self_kernels(slices, columns, n, log_kernels)
+        values = _log_kernels(slices, *map(np.concatenate, zip(*jobs)), delta, op)
+        values, *self_kernels = values.split([len(total) for *_, total in jobs])
+        i, j = torch.from_numpy(i), torch.from_numpy(j)
+        result = values.new_zeros(len(n), len(m))
+        result[i, j] = values
+        if symmetric:
+            result[j, i] = values
+        if self_kernels:
+            row_self, column_self = (
+                kernels.view(len(lengths), -1)[:, torch.from_numpy(np.unique(others, return_inverse=True)[1])]
+                for kernels, lengths, others in ((self_kernels[0], n, m), (self_kernels[-1], m, n))
+            )
             result = result - (row_self + column_self.T) / 2
             if symmetric:
                 result.fill_diagonal_(0)
@@ -218,43 +206,22 @@ def packed_alignment_kernel(
         return (result if log else result.exp()).to(slices.dtype)
 
 
-def _log_matrix(
-    slices: Slices, rows: np.ndarray, columns: np.ndarray | None, log_kernels: Callable[..., torch.Tensor]
+def _log_kernels(
+    slices: Slices, first: np.ndarray, second: np.ndarray, total: np.ndarray, delta: float, op: Callable
 ) -> torch.Tensor:
-    """log K of all pairs of prefixes."""
-    blocks = slices.blocks(rows)
-    if columns is None:
-        pairs = itertools.combinations_with_replacement(blocks, 2)
-    else:
-        pairs = itertools.product(blocks, slices.blocks(columns))
-    result = slices.zeros(len(rows), len(rows if columns is None else columns))
-    for a, b in pairs:
-        if a is b:
-            i, j = torch.triu_indices(len(a.length), len(a.length)).numpy()
-        else:
-            i, j = np.divmod(np.arange(len(a.length) * len(b.length)), len(b.length))
-        n, m = a.length[i], b.length[j]
-        arguments = map(torch.from_numpy, (a.start[i], b.start[j], n, m, n + m))
-        values = log_kernels(slices.distances(a.number, b.number), *arguments)
-        row, column = torch.from_numpy(a.prefixes[i]), torch.from_numpy(b.prefixes[j])
-        result[row, column] = values
-        if columns is None:
-            result[column, row] = values
-    return result
-
-
-def _log_self_kernels(
-    slices: Slices, prefixes: np.ndarray, lengths: np.ndarray, log_kernels: Callable[..., torch.Tensor]
-) -> torch.Tensor:
-    """log K of each prefix with itself, at the bandwidths that it has with partners of some lengths."""
-    lengths, place = np.unique(lengths, return_inverse=True)
-    result = slices.zeros(len(prefixes), len(lengths))
-    for block in slices.blocks(prefixes):
-        start, n = (torch.from_numpy(part.repeat(len(lengths))) for part in (block.start, block.length))
-        total = torch.from_numpy(np.add.outer(block.length, lengths).ravel())
-        values = log_kernels(slices.distances(block.number, block.number), start, start, n, n, total)
-        result[torch.from_numpy(block.prefixes)] = values.view(len(block.length), -1)
-    return result[:, torch.from_numpy(place)]
+    """log K of pairs of prefixes, one pair of blocks of slices after the other."""
+    a, b = slices.block_of[first[:, 0]], slices.block_of[second[:, 0]]
+    swap = (a > b)[:, None]
+    first, second = np.where(swap, second, first), np.where(swap, first, second)
+    number = np.minimum(a, b) * len(slices.spans) + np.maximum(a, b)
+    chosen, values = [np.flatnonzero(number == n) for n in np.unique(number)], []
+    for pairs in chosen:
+        a, b = divmod(int(number[pairs[0]]), len(slices.spans))
+        (x, n), (y, m) = first[pairs].T, second[pairs].T
+        row, column = slices.offsets[x] - slices.spans[a].start, slices.offsets[y] - slices.spans[b].start
+        indices = (torch.tensor(index) for index in (row, column, n, m, total[pairs]))
+        values.append(op(slices.distances(a, b), *indices, delta))
+    return torch.cat(values)[torch.from_numpy(np.concatenate(chosen).argsort())]
 
 
 def expected_alignment(
@@ -267,19 +234,14 @@ def expected_alignment(
     split: int | None = None,
 ) -> torch.Tensor:
     """
-    How likely an alignment of two sequences passes through each pair of slices.
+    How likely an alignment of two sequences, weighted by its share of the kernel, passes through each pair of slices.
 
-    Alignments are weighted by their share of the kernel. The result is the gradient of `log K` with respect to the
-    logarithms of the local kernels; it makes a good heat map of what matches what.
+    It is the gradient of `log K` with respect to the logarithms of the local kernels: a heat map of what matches what.
 
     Args:
-        x (`torch.Tensor` of shape `(n, dim)`):
-            First sequence.
-        y (`torch.Tensor` of shape `(m, dim)`):
-            Second sequence.
-        modality_x, modality_y (`torch.Tensor` of shapes `(n,)` and `(m,)`, *optional*):
-            Modalities of their slices, for the triple kernel.
-        delta, split:
+        x (`torch.Tensor` of shape `(n, dim)`), y (`torch.Tensor` of shape `(m, dim)`):
+            The sequences.
+        modality_x (of shape `(n,)`), modality_y (of shape `(m,)`), delta, split:
             As for [`global_alignment_kernel`].
 
     Returns:
@@ -295,27 +257,25 @@ def expected_alignment(
     modality = None
     if modality_x is not None:
         modality = torch.cat([torch.as_tensor(codes, device=x.device) for codes in (modality_x, modality_y)])
-    with torch.autocast(x.device.type, enabled=False), torch.no_grad():
-        slices = Slices(torch.cat([x, y]), torch.tensor([0, n, n + m]), modality, split)
-        log_local = recursion.log_local_kernel(slices.distances(0, 0)[:n, n:] / (delta**2 * (n + m)))
+    with torch.autocast(x.device.type, enabled=False):
+        slices = Slices(torch.cat([x, y]).detach(), torch.tensor([0, n, n + m]), modality, split)
+        distances = slices.distances(*slices.block_of.tolist())[:n, -m:].contiguous().requires_grad_()
         with torch.enable_grad():
-            log_local.requires_grad_()
-            i, j, sizes = recursion.antidiagonals(n, m)
-            log_kernel = recursion.sum_alignments(log_local[i, j, None], sizes, torch.tensor([n]), torch.tensor([m]))
-            return torch.autograd.grad(log_kernel.sum(), log_local)[0]
+            pair = [torch.tensor([number]) for number in (0, 0, n, m, n + m)]
+            gradient = torch.autograd.grad(recursion.log_kernels(distances, *pair, delta).sum(), distances)[0]
+        # From the distance to the logarithm of the local kernel, which is that of s / (2 - s).
+        bandwidth = delta**2 * (n + m)
+        return gradient * (torch.exp(-distances.detach() / bandwidth) / 2 - 1) * bandwidth
 
 
 def log_delannoy(n: int | torch.Tensor, m: int | torch.Tensor) -> torch.Tensor:
     """
-    Logarithm of the number of monotone alignments of `n` with `m` slices.
-
-    That is the Delannoy number `D(n - 1, m - 1)`: 1 for `n = 1`, 3 for `n = m = 2`, 13 for 3 and 63 for 4.
+    Logarithm of the number of monotone alignments of `n` with `m` slices: of the Delannoy number `D(n - 1, m - 1)`, which is
+    1 for `n = 1`, 3 for `n = m = 2`, 13 for 3 and 63 for 4.
 
     Args:
-        n (`int` or `torch.Tensor`):
-            Length or lengths of the first sequence, at least 1.
-        m (`int` or `torch.Tensor`):
-            Length or lengths of the second sequence, at least 1; broadcast with `n`.
+        n, m (`int` or `torch.Tensor`):
+            Lengths, at least 1, that are broadcast.
 
     Returns:
         `torch.Tensor`: float64, of the broadcast shape, on the CPU.
