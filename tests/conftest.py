@@ -6,8 +6,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest  # noqa: E402
+import tiny  # noqa: E402
 import torch  # noqa: E402
 from hub_server import HubServer  # noqa: E402
+
+from hf_sugar import TripleEncoder  # noqa: E402
 
 
 # Tiny models spend more time handing work between threads than computing.
@@ -40,3 +43,23 @@ def hub(hub_server, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers_hub, "_hf_api", None)
     yield hub_server
     hub_server.faults.clear()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Directories of random encoders, by `clip`, `siglip`, `dinov2` and `bert`."""
+    root = tmp_path_factory.mktemp("teachers")
+    return {
+        kind: tiny.encoder(kind, root / kind, seed) for seed, kind in enumerate(("clip", "siglip", "dinov2", "bert"))
+    }
+
+
+@pytest.fixture(scope="session")
+def encoder(checkpoints):
+    paths = [checkpoints[kind] for kind in ("dinov2", "bert", "clip")]
+    return TripleEncoder(*paths, device="cpu", batch_size=3)
+
+
+@pytest.fixture(scope="session")
+def clip_only(checkpoints):
+    return TripleEncoder(None, None, checkpoints["clip"], device="cpu")

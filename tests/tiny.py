@@ -1,8 +1,9 @@
 """Random models of real architectures, small enough to build in a test."""
 
 import numpy as np
+import transformers as T
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -13,6 +14,7 @@ from transformers import (
     set_seed,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
@@ -107,39 +109,20 @@ def image(seed: int = 0, height: int = 30, width: int = 30) -> Image.Image:
 
 def teachers(path) -> dict[str, str]:
     """Random CLIP, DINOv2 and BERT in directories, as the `teachers` setting names them."""
-    import transformers as T
-
     set_seed(0)
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    clip = T.CLIPConfig(
-        text_config=dict(
-            vocab_size=384,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            eos_token_id=2,
-            pad_token_id=0,
-            bos_token_id=1,
-        ),
-        vision_config=dict(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        ),
-        projection_dim=16,
-    )
-    dinov2 = T.Dinov2Config(
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    words = dict(small, vocab_size=384)
+    text = dict(words, max_position_embeddings=64, eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    vision = dict(small, image_size=28, patch_size=14)
+    dinov2 = dict(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
     )
-    bert = T.BertConfig(
-        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
-    for name, model in (("cross", T.CLIPModel(clip)), ("image", T.Dinov2Model(dinov2)), ("text", T.BertModel(bert))):
+    for name, model in (
+        ("cross", T.CLIPModel(T.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))),
+        ("image", T.Dinov2Model(T.Dinov2Config(**dinov2))),
+        ("text", T.BertModel(T.BertConfig(**words))),
+    ):
         model.save_pretrained(path / name)
         if name != "text":
             images.save_pretrained(path / name)
@@ -148,3 +131,45 @@ def teachers(path) -> dict[str, str]:
             tokens.model_max_length = 64
             tokens.save_pretrained(path / name)
     return {name: str(path / name) for name in ("image", "text", "cross")}
+
+
+TEXTS = ["a red circle", "a small blue square left of a star", "star", "a red circle and a small star left of it"]
+
+
+def word_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """A token for each word of `TEXTS`, between [CLS] and [SEP]."""
+    words = ["[PAD]", "[CLS]", "[UNK]", "[SEP]", *sorted({word for text in TEXTS for word in text.split()})]
+    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[CLS]", 1), ("[SEP]", 3)]
+    tokens.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "unk_token": "[UNK]", "eos_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, model_max_length=max_length, **special)
+
+
+def encoder(kind: str, directory, seed: int = 0, max_length: int | None = None) -> str:
+    """A random `clip`, `siglip`, `dinov2` or `bert` that reads words, in a directory."""
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    vision, words = dict(small, image_size=16, patch_size=8), dict(small, vocab_size=32, pad_token_id=0)
+    crop = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    set_seed(seed)
+    if kind == "clip":
+        text = dict(words, max_position_embeddings=12, bos_token_id=1, eos_token_id=3, projection_dim=20)
+        vision = dict(vision, projection_dim=20)
+        config = T.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+        model, images, length = T.CLIPModel(config), crop, 12
+    elif kind == "siglip":
+        text = dict(words, max_position_embeddings=16, projection_size=32)
+        model, length = T.SiglipModel(T.SiglipConfig(text_config=text, vision_config=vision)), 10**30
+        images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    elif kind == "dinov2":
+        model, images, length = T.Dinov2Model(T.Dinov2Config(**dict(vision, hidden_size=16))), crop, None
+    else:
+        bert = dict(words, hidden_size=24, max_position_embeddings=32, initializer_range=0.5)
+        model, images, length = T.BertModel(T.BertConfig(**bert)), None, 32
+    model.save_pretrained(directory)
+    if images:
+        images.save_pretrained(directory)
+    if length:
+        word_tokenizer(max_length or length).save_pretrained(directory)
+    return str(directory)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,63 +20,52 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 
+logger = logging.getLogger(__name__)
+
 # What decides a local checkpoint's output; a model card or training state beside it does not.
 _FINGERPRINTED_FILES = (
-    "*.safetensors",
-    "config.json",
-    "*processor_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "modules.json",
-    "sentence_bert_config.json",
+    *("*.safetensors", "config.json", "*processor_config.json", "modules.json", "sentence_bert_config.json"),
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"),
     "1_Pooling/config.json",
 )
 
-# How sentence-transformers calls them in its older configurations.
-_POOLING_NAMES = {
-    "cls_token": "cls",
-    "mean_tokens": "mean",
-    "max_tokens": "max",
-    "mean_sqrt_len_tokens": "mean_sqrt_len",
+# sentence-transformers writes `pooling_mode`, and wrote a flag for each mode before.
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+# By role, the only input of a model that is not a dual encoder, and what to use.
+_KINDS = {
+    "image": ("pixel_values", "a vision model such as DINOv2, or a dual encoder such as CLIP"),
+    "text": ("input_ids", "a text encoder such as BGE, or a dual encoder such as CLIP"),
+    "cross": (None, "a dual encoder of images and texts, such as CLIP or SigLIP"),
 }
 
 
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
-
-
+@dataclass(eq=False)
 class Teacher:
     """One frozen checkpoint. Construction resolves it; the weights are read when first needed."""
 
-    def __init__(
-        self,
-        role: str,
-        path: str,
-        revision: str | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        batch_size: int,
-        long_text: str,
-    ):
-        self.role = role
-        self.path = path
-        self.device = device
-        self.dtype = dtype
-        self.batch_size = batch_size
-        self.long_text = long_text
-        self.name = f"the {role} teacher {path!r} (setting `teachers`)"
+    role: str
+    path: str
+    revision: str | None
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+    long_text: str
+
+    def __post_init__(self):
+        self.name = f"the {self.role} teacher {self.path!r} (setting `teachers`)"
+        self.has_met_long_text = False
         # The resolved commit serves every later read, so that all files come from one state of the repository.
-        self.revision = revision
         with self._loading():
-            config_file = cached_file(path, "config.json", revision=revision)
-            if not os.path.isdir(path):
+            config_file = cached_file(self.path, "config.json", revision=self.revision)
+            if not os.path.isdir(self.path):
                 self.revision = extract_commit_hash(config_file, None)
-            self.config = AutoConfig.from_pretrained(path, revision=self.revision)
-        self.pooling = self._read_pooling() if role == "text" else None
+            self.config = AutoConfig.from_pretrained(self.path, revision=self.revision)
+        self.pooling = self._read_pooling() if self.role == "text" else None
 
     def __str__(self) -> str:
         state = self.identity.removeprefix("sha256:") if os.path.isdir(self.path) else self.revision
@@ -94,27 +84,25 @@ class Teacher:
     def identity(self) -> str:
         if not os.path.isdir(self.path):
             return f"{self.path}@{self.revision}"
-        root = Path(self.path)
-        digest = hashlib.sha256()
+        root, digest = Path(self.path), hashlib.sha256()
         for file in sorted({file for pattern in _FINGERPRINTED_FILES for file in root.glob(pattern)}):
-            digest.update(f"{file.relative_to(root).as_posix()}\0{file.stat().st_size}\0".encode())
             with open(file, "rb") as stream:
-                while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"{file.relative_to(root).as_posix()}\0{content}\0".encode())
         return f"sha256:{digest.hexdigest()}"
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        # what is missing is judged below: a report that calls a pooler random would only worry
+        # What is missing is judged below: a report that calls a pooler random would only worry.
         report = logging.getLogger("transformers.modeling_utils")
-        report.addFilter(_nothing)
+        report.addFilter(silence := lambda record: False)
         try:
             with self._loading():
                 model, info = AutoModel.from_pretrained(
                     self.path, revision=self.revision, dtype=self.dtype, use_safetensors=True, output_loading_info=True
                 )
         finally:
-            report.removeFilter(_nothing)
+            report.removeFilter(silence)
         self.dual = all(hasattr(model, f"get_{modality}_features") for modality in ("image", "text"))
         # A pooler that was never trained is ignored for `image` (see `images`) and not used for `text`.
         missing = [key for key in info["missing_keys"] if self.dual or not key.startswith("pooler.")]
@@ -123,39 +111,34 @@ class Teacher:
                 f"cannot load {self.name}: it lacks {len(missing)} weights, such as {sorted(missing)[:3]}, which would be "
                 "random. Use a complete checkpoint of an architecture `AutoModel` knows."
             )
+        self.untrained_pooler = any(key.startswith("pooler.") for key in info["missing_keys"])
         kinds = {model.input_modalities} if isinstance(model.input_modalities, str) else set(model.input_modalities)
-        wanted, advice = {
-            "image": ("pixel_values", "a vision model such as DINOv2, or a dual encoder such as CLIP"),
-            "text": ("input_ids", "a text encoder such as BGE, or a dual encoder such as CLIP"),
-            "cross": (None, "a dual encoder of images and texts, such as CLIP or SigLIP"),
-        }[self.role]
-        single = model.main_input_name == wanted and len(kinds) == 1 and not model.config.is_encoder_decoder
+        only_input, advice = _KINDS[self.role]
+        single = model.main_input_name == only_input and len(kinds) == 1 and not model.config.is_encoder_decoder
         if not self.dual and not single:
             raise ValueError(
                 f"{self.name} is a {type(model).__name__}, which does not embed what this teacher has to. Use {advice}."
             )
-        self.untrained_pooler = any(key.startswith("pooler.") for key in info["missing_keys"])
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def width(self) -> int:
-        # Taken from an actual output: configurations of different architectures name it differently.
+        """Of an actual output: configurations of different architectures name it differently. What gives no definite
+        embedding is refused."""
         kind = type(self.model).__name__  # a model of a wrong kind is refused before its processor is missed
-        if self.role == "cross":
-            return self.texts(["a"])[0].shape[1]
-        if self.role == "text":
-            one, longer = (self.texts([text])[0] for text in ("a", "a a"))
-            if self.pooling == ["cls"] and not self.dual and torch.allclose(one, longer, rtol=1e-4, atol=1e-5):
+        if self.role == "image":
+            first, second = (self.images([Image.linear_gradient("L").convert("RGB")]) for _ in range(2))
+            if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
                 raise ValueError(
-                    f"{self.name}, a {kind}, is pooled by its first token, which does not see the text "
-                    "after it. Use a text encoder such as BGE, or a model whose 1_Pooling/config.json says how it pools."
+                    f"{self.name}, a {kind}, gives another embedding each time (does it mask patches at random?). Use a "
+                    "model that does not."
                 )
-            return one.shape[1]
-        first, second = (self.images([Image.linear_gradient("L").convert("RGB")]) for _ in range(2))
-        if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
+            return first.shape[1]
+        first, second = self.texts(["a"]), self.texts(["a a"])
+        if self.pooling == "cls" and not self.dual and torch.allclose(first, second, rtol=1e-4, atol=1e-5):
             raise ValueError(
-                f"{self.name}, a {kind}, gives another embedding each time (does it mask patches at "
-                "random?). Use a model that does not."
+                f"{self.name}, a {kind}, is pooled by its first token, which does not see the text after it. Use a text "
+                "encoder such as BGE, or a model whose 1_Pooling/config.json says how it pools."
             )
         return first.shape[1]
 
@@ -187,37 +170,26 @@ class Teacher:
         file = cached_file(self.path, filename, revision=self.revision, _raise_exceptions_for_missing_entries=False)
         return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
-    def _read_pooling(self) -> list[str]:
+    def _read_pooling(self) -> str:
         modules = {
             module["type"].rsplit(".", 1)[-1]: module["path"] for module in self._read_json("modules.json") or []
         }
-        if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
-            raise ValueError(
-                f"{self.name} has sentence-transformers modules that are not applied here: "
-                f"{', '.join(sorted(unknown))}. Use a model made of Transformer, Pooling and Normalize."
-            )
         file = f"{modules.get('Pooling', '1_Pooling')}/config.json"
         config = self._read_json(file)
-        if config is None:
-            return ["cls"]
-        modes = [
-            key.removeprefix("pooling_mode_")
-            for key, value in config.items()
-            if key.startswith("pooling_mode_") and value is True
+        config = {"pooling_mode": "cls"} if config is None else config
+        modes = config.get("pooling_mode") or [
+            key for key, value in config.items() if key.startswith("pooling_mode_") and value is True
         ]
-        if config.get("pooling_mode"):
-            modes = [config["pooling_mode"]] if isinstance(config["pooling_mode"], str) else config["pooling_mode"]
-        modes = [_POOLING_NAMES.get(mode, mode) for mode in modes]
-        if not modes or not set(modes) <= {"cls", "mean", "mean_sqrt_len", "max", "lasttoken"}:
+        modes = [_POOLING_FLAGS.get(mode, mode) for mode in ([modes] if isinstance(modes, str) else modes)]
+        if modes not in (["cls"], ["mean"], ["lasttoken"]) or modules.keys() - {"Transformer", "Pooling", "Normalize"}:
             raise ValueError(
-                f"{self.name} pools by {modes} ({file}). Use a model that pools by cls, mean, "
-                "mean_sqrt_len, max or lasttoken."
+                f"{self.name} pools by {modes} ({file}) and has the sentence-transformers modules {list(modules)}. Use a "
+                "model that pools by one of cls, mean and lasttoken, made of Transformer, Pooling and Normalize."
             )
-        return modes
+        return modes[0]
 
     def images(self, images: list[Image.Image]) -> torch.Tensor:
-        inputs = self.image_processor(images, return_tensors="pt")
-        inputs = inputs.to(self.device, self.dtype)
+        inputs = self.image_processor(images, return_tensors="pt").to(self.device, self.dtype)
         model = self.model
         if self.dual:
             return model.get_image_features(**inputs).pooler_output.float()
@@ -231,63 +203,57 @@ class Teacher:
             )
         return outputs.last_hidden_state[:, 0].float()
 
-    def texts(self, texts: list[str]) -> tuple[torch.Tensor, int]:
-        """Embeddings, each of length one, and how many texts are longer than the model takes."""
+    def texts(self, texts: list[str]) -> torch.Tensor:
         if self.role == "text":  # what sentence-transformers does before tokenizing
             lower = self._sentence_transformers.get("do_lower_case")
             texts = [text.strip().lower() if lower else text.strip() for text in texts]
-        long = [length > self.max_length for length in self._lengths(texts)]
-        split = self.long_text == "windows" and any(long)
-        parts = [self._windows(text) if split and over else [text] for text, over in zip(texts, long, strict=True)]
-        flat = [window for windows in parts for window in windows]
+        windows = [[text] for text in texts]
+        long = [i for i, length in enumerate(self._lengths(texts)) if length > self.max_length]
+        if long and self.long_text == "windows":
+            for i in long:
+                windows[i] = self._windows(texts[i])
+        if long and not self.has_met_long_text:
+            self.has_met_long_text = True
+            done = {
+                "windows": "split into windows, whose embeddings are averaged",
+                "truncate": "cut, and what is cut has no influence on their embeddings",
+            }[self.long_text]
+            logger.warning("Texts longer than the %d tokens of %s are %s.", self.max_length, self.name, done)
+        flat = [window for parts in windows for window in parts]
         features = [
             F.normalize(self._features(flat[start : start + self.batch_size]), dim=-1)
             for start in range(0, len(flat), self.batch_size)
         ]
-        means = [windows.mean(0) for windows in torch.cat(features).split([len(windows) for windows in parts])]
-        return F.normalize(torch.stack(means), dim=-1), sum(long)
+        means = [parts.mean(0) for parts in torch.cat(features).split([len(parts) for parts in windows])]
+        return F.normalize(torch.stack(means), dim=-1)
 
     def _lengths(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
 
     def _windows(self, text: str) -> list[str]:
         """Halves at the space nearest the middle, and halves of these, until each part fits."""
+        text = text.strip()
         if self._lengths([text])[0] <= self.max_length or len(text) < 2:
             return [text]
         middle = len(text) // 2
-        spaces = [
-            match.start() for match in re.finditer(r"\s+", text) if 0 < match.start() and match.end() < len(text)
-        ]
-        cut = min(spaces, key=lambda place: abs(place - middle), default=middle)
-        return self._windows(text[:cut].strip()) + self._windows(text[cut:].strip())
+        spaces = [match.start() for match in re.finditer(r"\s+", text)]
+        cut = min(spaces, key=lambda position: abs(position - middle), default=middle)
+        return self._windows(text[:cut]) + self._windows(text[cut:])
 
     def _features(self, texts: list[str]) -> torch.Tensor:
         # SigLIP saw every text padded to its full length, without a mask.
         siglip = self.config.model_type in ("siglip", "siglip2")
+        padding = "max_length" if siglip else True
         inputs = self.tokenizer(
-            texts,
-            padding="max_length" if siglip else True,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
+            texts, padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
-        model = self.model
         if self.dual:
-            if siglip:
-                inputs = {"input_ids": inputs["input_ids"]}
-            return model.get_text_features(**inputs).pooler_output.float()
-        hidden = model(**inputs).last_hidden_state
-        mask = inputs["attention_mask"].bool()
-        rows = torch.arange(len(texts), device=self.device)
-        pooled = []
-        for mode in self.pooling:
-            if mode == "max":
-                pooled.append(hidden.masked_fill(~mask[..., None], float("-inf")).amax(1))
-            elif mode in ("mean", "mean_sqrt_len"):
-                total = (hidden * mask[..., None]).sum(1)
-                count = mask.sum(1, keepdim=True)
-                pooled.append(total / (count if mode == "mean" else count.sqrt()))
-            else:  # the first or last token that is not padding, on whichever side the tokenizer pads
-                last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-                pooled.append(hidden[rows, mask.int().argmax(1) if mode == "cls" else last])
-        return torch.cat(pooled, dim=1).float()
+            inputs = {"input_ids": inputs["input_ids"]} if siglip else inputs
+            return self.model.get_text_features(**inputs).pooler_output.float()
+        hidden = self.model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"]
+        if self.pooling == "mean":
+            return ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).float()
+        # the first or last token that is not padding, on whichever side the tokenizer pads
+        first, last = mask.argmax(1), mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        return hidden[torch.arange(len(texts)), first if self.pooling == "cls" else last].float()

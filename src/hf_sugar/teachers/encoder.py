@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm.auto import tqdm
 
-from hf_sugar.alignment import IMAGE, TEXT
 from hf_sugar.data import load_image
 
 from .checkpoint import Teacher
-
-
-logger = logging.getLogger(__name__)
 
 
 class TripleEncoder:
@@ -38,17 +31,11 @@ class TripleEncoder:
     a sentence encoder alone texts, and a slice of the other kind is then an error. `split` is `None` and an embedding is
     that encoder's vector.
 
-    Paper: [Unified Generative and Discriminative Training for Multi-modal Large Language
-    Models](https://huggingface.co/papers/2411.00304), the triple kernel of section 3.
-
     Every checkpoint may be a Hub id or a local directory, with weights in safetensors; remote code is never run. The
-    weights are read when something is first embedded, so that `fingerprint` and `description` are cheap.
-
-    - Images go through each checkpoint's own processor with Pillow as the backend.
-    - The vision model gives its pooled output, or the first token's state where it has no trained pooler.
-    - The sentence encoder pools as its sentence-transformers configuration says (cls, mean, max, lasttoken, or several of
-      them side by side), else by the first token. No instruction is put before a text.
-    - SigLIP's texts are padded to full length without a mask, as in its training.
+    weights are read when something is first embedded. Images go through each checkpoint's own processor with Pillow as the
+    backend. The vision model gives its pooled output, or the first token's state where it has no trained pooler; the
+    sentence encoder pools as its sentence-transformers configuration says (cls, mean or lasttoken), else by the first token.
+    No instruction is put before a text.
 
     Args:
         image (`str`, *optional*, defaults to `"facebook/dinov2-base"`):
@@ -68,7 +55,7 @@ class TripleEncoder:
         long_text (`str`, *optional*, defaults to `"windows"`):
             What happens to a text with more tokens than an encoder takes (CLIP: 77, BGE: 512). `"windows"` halves it at
             the space nearest the middle until every part fits; its embedding is the mean of the parts' embeddings,
-            normalised. `"truncate"` drops what is too much. Either way such texts are counted and reported.
+            normalised. `"truncate"` drops what is too much. Either way the first such text brings a warning.
 
     Attributes:
         split (`int` or `None`): width of `a1`.
@@ -76,14 +63,15 @@ class TripleEncoder:
         checkpoints (`dict[str, str]`): Hub ids and directories by `"image"`, `"text"` and `"cross"`.
         description (`str`): the checkpoints and their versions, for messages.
         fingerprint (`str`): SHA-256 over everything that decides the embeddings: id and resolved commit of Hub
-            checkpoints, the files themselves of local ones (moving a directory changes nothing), pooling, `long_text` and
-            data type.
+            checkpoints, the files themselves of local ones, pooling, `long_text` and data type.
         record (`str`): the five above as JSON, as datasets carry it beside the embeddings.
 
     Raises:
         `ValueError`: if two of the three encoders are given, or a checkpoint lacks weights, pools in a way that is not
             known here, or is not of the kind its place needs.
         `OSError`: if a checkpoint cannot be found or has no safetensors.
+
+    Source: the triple kernel in section 3 of [Sugar](https://huggingface.co/papers/2411.00304).
 
     Example:
 
@@ -114,26 +102,22 @@ class TripleEncoder:
             raise ValueError(
                 f"The teachers are {paths}. Give all three (triple kernel), or one that does everything, such as `cross`."
             )
-        if unknown := set(revisions or {}) - {"image", "text", "cross"}:
+        revisions = revisions or {}
+        if unknown := revisions.keys() - paths:
             raise ValueError(f"Unknown teachers in `revisions`: {sorted(unknown)}. Valid are image, text and cross.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if long_text not in ("windows", "truncate"):
             raise ValueError(f"`long_text` must be 'windows' or 'truncate', got {long_text!r}.")
-        if isinstance(dtype, str):
-            if not isinstance(getattr(torch, dtype, None), torch.dtype):
-                raise ValueError(f"`dtype` is {dtype!r}. Use float32, bfloat16 or float16.")
-            dtype = getattr(torch, dtype)
-        if device is None:
-            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.batch_size = batch_size
-        self.long_text = long_text
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"`dtype` is {dtype!r}. Use float32, bfloat16 or float16.")
+        self.device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        self.dtype, self.batch_size, self.long_text = dtype, batch_size, long_text
         self._image, self._text, self._cross = (
             None
             if path is None
-            else Teacher(role, str(path), (revisions or {}).get(role), self.device, dtype, batch_size, long_text)
+            else Teacher(role, str(path), revisions.get(role), self.device, dtype, batch_size, long_text)
             for role, path in paths.items()
         )
 
@@ -150,12 +134,6 @@ class TripleEncoder:
                 `dtype`, `long_text` and `batch_size` of the constructor.
             kwargs:
                 Passed on to the constructor.
-
-        Returns:
-            [`TripleEncoder`]
-
-        Raises:
-            `ValueError`: for another name or key, or a set of checkpoints that the constructor refuses.
         """
         roles = {"image", "text", "cross"}
         if isinstance(teachers, str):
@@ -218,33 +196,8 @@ class TripleEncoder:
     def dim(self) -> int:
         return (self.split or 0) + self._teachers[-1].width
 
-    def modality(self, slices: Sequence[Any]) -> torch.Tensor:
-        """
-        Args:
-            slices (`Sequence`):
-                Texts and images, as [`~TripleEncoder.encode`] takes them.
-
-        Returns:
-            `torch.Tensor` of shape `(len(slices),)` and dtype `torch.int64`: `TEXT` or `IMAGE` for each slice.
-
-        Raises:
-            `TypeError`: for a slice of another type.
-        """
-        codes = []
-        for i, item in enumerate(slices):
-            if not isinstance(item, str | Image.Image | Path | bytes | dict):
-                raise TypeError(f"slices[{i}] is a {type(item).__name__}. A slice is a `str` or an image.")
-            codes.append(TEXT if isinstance(item, str) else IMAGE)
-        return torch.tensor(codes, dtype=torch.int64)
-
     @torch.no_grad()
-    def encode(
-        self,
-        slices: Sequence[Any],
-        progress: bool = False,
-        long_texts: Counter | None = None,
-        names: Sequence[str] | None = None,
-    ) -> torch.Tensor:
+    def encode(self, slices: Sequence[Any], *, names: Sequence[str] | None = None) -> torch.Tensor:
         """
         Embed slices.
 
@@ -252,90 +205,51 @@ class TripleEncoder:
             slices (`Sequence[str | PIL.Image.Image | pathlib.Path | bytes | dict]`):
                 Texts (`str`) and images in any order. An image is whatever else [`~hf_sugar.data.load_image`] takes, is
                 decoded when its batch comes, and brought to RGB.
-            progress (`bool`, *optional*, defaults to `False`):
-                Show a progress bar.
-            long_texts (`collections.Counter`, *optional*):
-                The number of texts that are longer than a teacher takes is logged once as a warning when the call ends;
-                given this counter, it is added to it instead, by teacher, for the caller to report.
             names (`Sequence[str]`, *optional*):
                 What errors call the slices. Defaults to `"slices[0]"` and so on.
 
         Returns:
             `torch.Tensor` of shape `(len(slices), dim)` and dtype `torch.float32`, on the CPU, in the order of `slices`.
-            Both halves have length one.
 
         Raises:
             `TypeError`: for a slice of another type.
             `ValueError`: for an empty text, an image that cannot be decoded, a slice of a kind that the only encoder does
                 not take, or one whose embedding is zero or not finite; names the slice.
         """
-        codes = self.modality(slices).tolist()
         names = [f"slices[{i}]" for i in range(len(slices))] if names is None else names
-        for name, item, code in zip(names, slices, codes, strict=True):
-            if code == TEXT and not item.strip():
+        images, texts = [], []
+        for i, (name, item) in enumerate(zip(names, slices, strict=True)):
+            if not isinstance(item, str | Image.Image | Path | bytes | dict):
+                raise TypeError(f"{name} is a {type(item).__name__}. A slice is a `str` or an image.")
+            is_text = isinstance(item, str)
+            if is_text and not item.strip():
                 raise ValueError(f"{name} is an empty text. Leave it out.")
-            if self._cross is None and (code == TEXT) != (self._image is None):
-                kind = "a text" if code == TEXT else "an image"
+            if self._cross is None and is_text != (self._image is None):
                 raise ValueError(
-                    f"{name} is {kind}, which the only teacher, {self._teachers[0]}, does not take. Name all three "
-                    "teachers, or a dual encoder as `cross`."
+                    f"{name} is {'a text' if is_text else 'an image'}, which the only teacher, {self._teachers[0]}, does not "
+                    "take. Name all three teachers, or a dual encoder as `cross`."
                 )
-        images = [i for i, code in enumerate(codes) if code == IMAGE]
-        # Texts of like length share a batch: less padding.
-        texts = sorted((i for i, code in enumerate(codes) if code == TEXT), key=lambda i: len(slices[i]))
-        counts = Counter()
+            (texts if is_text else images).append(i)
+        texts.sort(key=lambda i: len(slices[i]))  # texts of like length share a batch: less padding
         embeddings = torch.zeros(len(slices), self.dim)
-        with (
-            torch.autocast(self.device.type, enabled=False),  # labels must not depend on the trainer's precision
-            tqdm(total=len(slices), desc="Embedding slices", unit="slice", disable=not progress) as bar,
-        ):
-            for indices in (images, texts):
+        with torch.autocast(self.device.type, enabled=False):  # labels must not depend on the trainer's precision
+            for indices, first in ((images, self._image), (texts, self._text)):
+                teachers = [teacher for teacher in (first, self._cross) if teacher]
                 for start in range(0, len(indices), self.batch_size):
                     batch = indices[start : start + self.batch_size]
-                    items, batch_names = [slices[i] for i in batch], [names[i] for i in batch]
+                    batch_names = [names[i] for i in batch]
                     if indices is images:
-                        items = [load_image(image, name) for image, name in zip(items, batch_names)]
-                        halves = {t: t.images(items) for t in (self._image, self._cross) if t}
+                        items = [load_image(slices[i], name) for i, name in zip(batch, batch_names)]
+                        halves = {teacher: teacher.images(items) for teacher in teachers}
                     else:
-                        halves = {}
-                        for teacher in filter(None, (self._text, self._cross)):
-                            halves[teacher], long = teacher.texts(items)
-                            if long:
-                                counts[teacher.role] += long
+                        halves = {teacher: teacher.texts([slices[i] for i in batch]) for teacher in teachers}
                     embeddings[batch] = self._join(halves, batch_names)
-                    bar.update(len(batch))
-        if long_texts is None:
-            self.report_long_texts(counts, len(texts))
-        else:
-            long_texts.update(counts)
         return embeddings
 
     def unload(self) -> None:
         """Free the memory of the weights. They are loaded again when something is encoded."""
         for teacher in self._teachers:
             vars(teacher).pop("model", None)
-
-    def report_long_texts(self, long_texts: Counter, texts: int) -> None:
-        """
-        Log in one warning how many texts are longer than a teacher takes, if any, and what was done with them.
-
-        Args:
-            long_texts (`collections.Counter`):
-                As filled by [`~TripleEncoder.encode`].
-            texts (`int`):
-                Number of texts it was filled from.
-        """
-        if long_texts:
-            parts = [
-                f"{long_texts[t.role]} than the {t.max_length} tokens of the {t.role} teacher {t.path}"
-                for t in self._teachers
-                if long_texts[t.role]
-            ]
-            done = {
-                "windows": "They were split into windows, whose embeddings were averaged.",
-                "truncate": "They were cut, and what was cut has no influence on their embeddings.",
-            }[self.long_text]
-            logger.warning("Of %d texts some are longer: %s. %s", texts, ", ".join(parts), done)
 
     def _join(self, features: dict[Teacher, torch.Tensor], names: list[str]) -> torch.Tensor:
         """The halves side by side, each of length one, the first as wide as `split`."""

@@ -12,7 +12,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 
 from hf_sugar.data.columns import add_column
-from hf_sugar.distributed import distributed_state
 from hf_sugar.models.rows_sugar import conversation_row, fill_images
 
 from .encoder import TripleEncoder
@@ -43,16 +42,14 @@ def add_teacher_embeddings(
     pairs of 1000 random 768-dimensional unit vectors and as many near neighbours of them: 6e-5 at most; at 64 dimensions
     2e-4).
 
-    Equal slices of a block of rows are embedded once. See [`~data.columns.add_column`] for what is kept in `cache_dir`, how
-    an interrupted run goes on, and how several processes share the work.
-
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows in any layout that [`~data.rows.conversation_row`] takes. A dataset that has the columns is only checked.
         encoder ([`TripleEncoder`]):
             The teachers. Their weights are not read where nothing is left to embed.
         cache_dir (`str` or `os.PathLike`):
-            Where the embeddings are kept.
+            Where the embeddings are kept. [`~data.columns.add_column`] says how an interrupted run goes on, and how
+            several processes share the work. Equal slices of a block of rows are embedded once.
         compute (`bool`, *optional*, defaults to `True`):
             Whether to embed what is missing. Otherwise it is an error: for a stream when it is met, and the stream is not
             read through before.
@@ -60,9 +57,6 @@ def add_teacher_embeddings(
             Most rows in a block.
         counts (`collections.Counter`, *optional*):
             The number of slices embedded, by all processes, is added to its `"encoded"`.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]
 
     Raises:
         `ValueError`: if `cache_dir` or the dataset has embeddings of other teachers (names both), or a row cannot be
@@ -83,9 +77,10 @@ def add_teacher_embeddings(
     if made is not None:
         check_same_teachers(made, encoder.fingerprint, encoder.description)
         return dataset
-    totals, long_texts = Counter(), Counter()
+    encoded = 0
 
     def embed(rows: list[dict[str, Any]], names: list[str]) -> pa.Table:
+        nonlocal encoded
         sizes, slots, unique = [], [], {}
         for row, name in zip(rows, names):
             slices = list(_named_slices(row, name))
@@ -93,8 +88,8 @@ def add_teacher_embeddings(
             # pixels in two files are taken for two images
             slots += [unique.setdefault(key, (len(unique), item, where))[0] for key, item, where in slices]
         items, where = [[entry[n] for entry in unique.values()] for n in (1, 2)]
-        totals.update(encoded=len(items), texts=sum(isinstance(item, str) for item in items))
-        embeddings = encoder.encode(items, long_texts=long_texts, names=where)
+        encoded += len(items)
+        embeddings = encoder.encode(items, names=where)
         values = pa.array(embeddings.half().numpy()[slots].reshape(-1))
         ends = pa.array([0, *sizes], pa.int32())
         vectors = pa.FixedSizeListArray.from_arrays(values, encoder.dim)
@@ -116,23 +111,14 @@ def add_teacher_embeddings(
         remedy="Run `hf-sugar prepare` on the data, or set `teacher_mode='online'`.",
         rows_per_shard=rows_per_shard,
     )
-    if compute:
-        gathered = gather_object([(totals, long_texts)])
-        totals, long_texts = (sum(counters, Counter()) for counters in zip(*gathered))
-        if distributed_state().is_main_process:
-            encoder.report_long_texts(long_texts, totals["texts"])
-        if counts is not None:
-            counts["encoded"] += totals["encoded"]
+    if counts is not None:
+        counts["encoded"] += sum(gather_object([encoded]))
     return result
 
 
 def teachers_of(dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
     """
-    Which teachers the embeddings of a dataset are from.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows; of a stream the first one is looked at.
+    Which teachers the embeddings of a dataset are from; of a stream the first row is looked at.
 
     Returns:
         `dict` or `None`: what [`TripleEncoder.record`] says; `None` for a dataset without the columns.
@@ -159,16 +145,8 @@ def teachers_of(dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
 
 def check_same_teachers(made_by: dict[str, Any], fingerprint: str, description: str) -> None:
     """
-    Refuse embeddings of other teachers.
-
-    Args:
-        made_by (`dict`):
-            Teachers of a dataset, from [`teachers_of`].
-        fingerprint (`str`), description (`str`):
-            Of those that are asked for, from [`TripleEncoder`].
-
-    Raises:
-        `ValueError`: naming both.
+    Refuse embeddings of other teachers than [`TripleEncoder`] describes, with a `ValueError` that names both; `made_by` is
+    from [`teachers_of`].
     """
     if made_by["fingerprint"] != fingerprint:
         raise ValueError(
