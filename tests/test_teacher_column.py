@@ -125,6 +125,10 @@ def test_order_mixture_and_selection_change_nothing(uninterrupted, expected, enc
         (20, stories().filter(lambda row: int(row["id"][2:]) % 2)),
     ):
         assert_rows(add(dataset, nothing, directory), expected, count)
+    behind = add(
+        stories().select([0, 2]), nothing, directory, rows_per_shard=1
+    )  # a block ends, and unused rows follow
+    assert_rows(behind, expected, 2)
     probabilities = {"probabilities": [0.3, 0.7], "seed": 3, "stopping_strategy": "all_exhausted"}
     mixed = datasets.interleave_datasets([stories(0, 10), stories(10, 30)], **probabilities)
     assert len(mixed) > 40

@@ -280,16 +280,18 @@ def _stamped(value: Any) -> Any:
 
 
 def _blocks(keys: list[bytes | None], size: int) -> Iterator[tuple[int, int]]:
-    """Blocks of at most `size` rows that have a key. They end where the key says so, so that the ends stay where they are
-    when something changes before them."""
+    """Blocks of at most `size` rows that have a key, with those that have none behind them. They end where the key says so,
+    so that the ends stay where they are when something changes before them."""
     start = count = 0
-    for end, key in enumerate(keys, 1):
+    full = False
+    for row, key in enumerate(keys):
         if key is not None:
+            if full:
+                yield start, row
+                start, count = row, 0
             count += 1
-            if count == size or (count >= size // 4 and int.from_bytes(key[:4]) % size < 2):
-                yield start, end
-                start, count = end, 0
-    if start < len(keys):
+            full = count == size or (count >= size // 4 and int.from_bytes(key[:4]) % size < 2)
+    if keys:
         yield start, len(keys)
 
 
