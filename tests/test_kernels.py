@@ -1,18 +1,16 @@
 """The compiled kernels and how one is chosen. Triton by itself is tested in hub_kernels/gak-triton/tests."""
 
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from tslearn.metrics import cdist_gak
 
 from hf_sugar.alignment import (
     KernelFallbackWarning,
@@ -51,23 +49,15 @@ def built(tmp_path_factory) -> Path:
 def choose(monkeypatch):
     """Sets the environment of the selection and forgets what was chosen before."""
 
-    def set_environment(**environment):
-        for name in ("HF_SUGAR_KERNELS", "HF_SUGAR_KERNEL_PATH"):
+    def set_environment(path=None, kernels=None):
+        for name, value in (("HF_SUGAR_KERNELS", kernels), ("HF_SUGAR_KERNEL_PATH", path)):
             monkeypatch.delenv(name, raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, str(value))
+            if value is not None:
+                monkeypatch.setenv(name, str(value))
         backends._select.cache_clear()
 
     yield set_environment
     backends._select.cache_clear()
-
-
-@pytest.fixture
-def local(choose, built):
-    choose(HF_SUGAR_KERNELS="local", HF_SUGAR_KERNEL_PATH=built)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", KernelFallbackWarning)
-        assert compiled_kernel("cpu") is not None
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +127,8 @@ def test_pairs_outside_the_matrix_are_refused(gak):
 
 
 @pytest.mark.parametrize("triple", [False, True])
-def test_equals_the_pytorch_path(local, triple):
+def test_equals_the_pytorch_path(choose, built, monkeypatch, triple):
+    choose(built, "local")
     lengths = torch.randint(1, 9, (40,), generator=torch.Generator().manual_seed(0))
     x = torch.randn(int(lengths.sum()), 8, generator=torch.Generator().manual_seed(1))
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -145,31 +136,24 @@ def test_equals_the_pytorch_path(local, triple):
     options = {"modality": torch.arange(len(x)) % 2, "split": 4} if triple else {}
     for normalize in (None, "self", "count", "self+count"):
         for others in (None, prefixes[3:9]):
-            arguments = x, offsets, prefixes, others
             values = [
-                packed_alignment_kernel(*arguments, normalize=normalize, log=True, backend=backend, **options)
+                packed_alignment_kernel(
+                    x, offsets, prefixes, others, normalize=normalize, log=True, backend=backend, **options
+                )
                 for backend in ("local", "torch")
             ]
             torch.testing.assert_close(*values, rtol=1e-6, atol=1e-6)
     labels, share = label_matrix(x, offsets, prefixes, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_SUGAR_KERNELS", "torch")
-        expected, expected_share = label_matrix(x, offsets, prefixes, **options)
+    monkeypatch.setenv("HF_SUGAR_KERNELS", "torch")
+    expected, expected_share = label_matrix(x, offsets, prefixes, **options)
     torch.testing.assert_close(labels, expected, rtol=0, atol=1e-6)
     assert share == expected_share
 
 
-def test_gradients_take_the_pytorch_path(local):
+def test_gradients_take_the_pytorch_path(choose, built):
+    choose(built, "local")
     x = [torch.eye(3, dtype=torch.float64, requires_grad=True), torch.ones(2, 3, dtype=torch.float64)]
     assert torch.autograd.gradcheck(lambda a: global_alignment_kernel([a, x[1]], backend="local"), x[0])
-
-
-def test_equals_tslearn(local):
-    generator = torch.Generator().manual_seed(0)
-    x = [torch.randn(8, 5, generator=generator, dtype=torch.float64) for _ in range(5)]
-    unit = [(s / s.norm(dim=1, keepdim=True)).numpy() for s in x]
-    value = global_alignment_kernel(x, delta=0.7, backend="local").numpy()
-    np.testing.assert_allclose(value, cdist_gak(unit, sigma=0.7 * math.sqrt(8)), rtol=1e-9)
 
 
 # Selection
@@ -177,25 +161,29 @@ def test_equals_tslearn(local):
 ARGUMENTS = (torch.eye(4), torch.tensor([0, 2, 4]), torch.tensor([[0, 2], [1, 1]]))
 
 
-def test_torch_is_used_when_told(choose, built):
-    choose(HF_SUGAR_KERNELS="torch", HF_SUGAR_KERNEL_PATH=built)
-    assert compiled_kernel("cpu") is None
-    assert compiled_kernel("cpu", "local").__name__.startswith("_gak_cpu_")
-    choose(HF_SUGAR_KERNEL_PATH=built)
-    assert compiled_kernel("cpu") is compiled_kernel("cpu", "local")
-    assert compiled_kernel("cpu", "torch") is None
-
-
-def test_nothing_built_is_no_reason_to_warn(choose, built, monkeypatch, tmp_path):
-    choose(HF_SUGAR_KERNELS="")
-    monkeypatch.setattr(backends, "CHECKOUT", tmp_path)
+def test_what_is_asked_for_is_used(choose, built, monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        choose(built, "torch")
+        assert compiled_kernel("cpu") is None
+        assert compiled_kernel("cpu", "local").__name__.startswith("_gak_cpu_")
+        choose(built)
+        assert compiled_kernel("cpu") is compiled_kernel("cpu", "local")
+        assert compiled_kernel("cpu", "torch") is None
+        # nothing built, or built for another device, is no reason to warn
+        choose(kernels="")
+        monkeypatch.setattr(backends, "CHECKOUT", tmp_path)
         assert compiled_kernel("cpu") is None
         packed_alignment_kernel(*ARGUMENTS)
-        # nor is a build for another device
         monkeypatch.setattr(backends, "CHECKOUT", built)
         assert compiled_kernel("mps") is None
+    choose(kernels="fast")
+    for backend, message in (
+        ("auto", "HF_SUGAR_KERNELS in .* must be one of.*'fast'"),
+        ("quick", "`backend`.*'quick'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compiled_kernel("cpu", backend)
 
 
 FIRST_CALLS = """
@@ -219,7 +207,7 @@ def test_first_calls_from_several_threads(built):
 
 
 def test_one_warning_with_the_reason(choose, tmp_path):
-    choose(HF_SUGAR_KERNELS="local", HF_SUGAR_KERNEL_PATH=tmp_path)
+    choose(tmp_path, "local")
     with pytest.warns(KernelFallbackWarning, match=r"nothing is built for cpu tensors.*make kernels") as caught:
         value = packed_alignment_kernel(*ARGUMENTS)
         packed_alignment_kernel(*ARGUMENTS)
@@ -227,8 +215,11 @@ def test_one_warning_with_the_reason(choose, tmp_path):
     torch.testing.assert_close(value, packed_alignment_kernel(*ARGUMENTS, backend="torch"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "unknown", "no digest"])
-def test_a_damaged_build_is_never_loaded(choose, built, tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("cut", "Digest"), ("unknown", "Digest"), ("no digest", "no digest"), ("wrong", "the test call gave")],
+)
+def test_a_build_that_cannot_be_trusted_is_not_used(choose, built, monkeypatch, tmp_path, damage, message):
     shutil.copytree(built / "build", tmp_path / "build")
     variant = next(file.parent for file in (tmp_path / "build").glob("*cpu*/metadata.json"))
     if damage == "cut":
@@ -236,33 +227,16 @@ def test_a_damaged_build_is_never_loaded(choose, built, tmp_path, damage):
         library.write_bytes(library.read_bytes()[:1000])
     elif damage == "unknown":
         (variant / "extra.py").write_text("")
-    else:
+    elif damage == "no digest":
         metadata = json.loads((variant / "metadata.json").read_text())
         del metadata["digest"]
         (variant / "metadata.json").write_text(json.dumps(metadata))
-    choose(HF_SUGAR_KERNEL_PATH=tmp_path)
-    with pytest.warns(KernelFallbackWarning, match="no digest" if damage == "no digest" else "Digest"):
+    else:
+        wrong = types.SimpleNamespace(log_kernels=lambda *arguments: torch.zeros(2))
+        monkeypatch.setattr(backends, "_load_local", lambda folder: wrong)
+    choose(tmp_path)
+    with pytest.warns(KernelFallbackWarning, match=message):
         assert compiled_kernel("cpu") is None
-
-
-def test_a_kernel_that_is_wrong_is_refused(choose, monkeypatch, tmp_path):
-    class Wrong:
-        @staticmethod
-        def log_kernels(*arguments):
-            return torch.zeros(2)
-
-    choose(HF_SUGAR_KERNEL_PATH=tmp_path)
-    monkeypatch.setattr(backends, "_load_local", lambda folder: Wrong)
-    with pytest.warns(KernelFallbackWarning, match="the test call gave"):
-        assert compiled_kernel("cpu") is None
-
-
-def test_unknown_choice(choose):
-    choose(HF_SUGAR_KERNELS="fast")
-    with pytest.raises(ValueError, match="HF_SUGAR_KERNELS in .* must be one of.*'fast'"):
-        compiled_kernel("cpu")
-    with pytest.raises(ValueError, match="`backend`.* must be one of.*'fast'"):
-        global_alignment_kernel([torch.eye(2)], backend="fast")
 
 
 SPY = """
