@@ -1,11 +1,13 @@
 import itertools
 import json
 import math
+import zlib
 
 import numpy as np
 import pytest
 import tiny
-from datasets import Dataset
+import torch
+from datasets import Dataset, concatenate_datasets
 from datasets import Image as DatasetImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,10 +22,12 @@ from hf_sugar.evaluation import (
     Estimate,
     EvaluationData,
     bootstrap_interval,
+    chance,
     evaluate_tasks,
     exact_match,
     image_text_retrieval,
     interleaved_retrieval,
+    label_ceilings,
     load_tasks,
     plot_alignment,
     plot_gallery,
@@ -36,6 +40,7 @@ from hf_sugar.evaluation import (
     winoground,
 )
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
+from hf_sugar.world import load_world
 
 
 def picture(color, size=(8, 8)):
@@ -121,13 +126,14 @@ def test_figure_and_table():
     assert str(figure) == "63.1 [58.9, 67.2]"
     assert figure.to_dict() == {"value": 63.12, "low": 58.94, "high": 67.16, "n": 500}
     assert Estimate.from_hits([True, False, False, False]).value == 25
-    results = {"exact_match": figure, "misses": [{"row": "row 0"}], "duplicates": 3}
+    results = {"exact_match": figure, "misses": [{"row": "row 0"}], "duplicates": 3, "paper": 27.04}
     assert json.loads(json.dumps(to_dict(results)))["exact_match"]["n"] == 500
     assert report_table({"a": results, "b": {"exact_match": figure, "other": figure}}).splitlines() == [
         "| metric | a | b |",
         "|---|---|---|",
         "| exact_match | 63.1 [58.9, 67.2] | 63.1 [58.9, 67.2] |",
         "| duplicates | 3 |  |",
+        "| paper | 27.0 |  |",
         "| other |  | 63.1 [58.9, 67.2] |",
     ]
 
@@ -226,7 +232,7 @@ def test_interleaved_retrieval_queries_candidates_and_relevance():
             rows.append(np.eye(4)[axes.get(key, 1 if key == "two" else 0)])
         return np.array(rows, dtype=np.float32)
 
-    results = interleaved_retrieval(embed, stories, ks=(1,))
+    results = interleaved_retrieval(embed, stories, ks=(1, 2))
     assert seen[0] == ["red", "green", "blue", "yellow"]
     assert seen[1] == [
         ["one", "red", "two"],
@@ -240,6 +246,8 @@ def test_interleaved_retrieval_queries_candidates_and_relevance():
     # right: green after "two", red after "four"
     assert results["context_recall@1"].value == 50
     assert results["last_sentence_recall@1"].value == 50
+    # the others are equal to one image that is neither right nor in their context
+    assert [results[f"{name}_recall@2"].value for name in ("context", "context_unseen")] == [50, 100]
 
     seen.clear()
     assert interleaved_retrieval(embed, stories, ks=(1,), min_context=1)["context_recall@1"].n == 5
@@ -297,8 +305,8 @@ def test_winoground_chance():
         {"text_score": 100 * text, "image_score": 100 * text, "group_score": 100 * group}
     )
     # scores that share an image or a caption are not quite independent
-    for name, chance in WINOGROUND_CHANCE.items():
-        assert results[name].value == pytest.approx(chance, abs=3)
+    for name, value in WINOGROUND_CHANCE.items():
+        assert results[name].value == pytest.approx(value, abs=3)
 
 
 def test_exact_match():
@@ -328,6 +336,102 @@ def test_exact_match():
         exact_match(generate, [rows[0], conversation(["Hello"], id="x")])
 
 
+# ceilings
+
+
+class RandomTeachers:
+    """Five numbers in each half for everything that reads or looks the same."""
+
+    split = 5
+
+    def encode(self, slices):
+        content = [part.encode() if isinstance(part, str) else part.tobytes() for part in slices]
+        vectors = np.stack([np.random.default_rng(zlib.crc32(c)).normal(size=(2, 5)) for c in content])
+        return torch.from_numpy(unit(vectors).reshape(-1, 10))
+
+    def modality(self, slices):
+        return torch.tensor([0 if isinstance(part, str) else 1 for part in slices])
+
+
+def label(x, y, delta, kernel):
+    """By the definition: a cosine, or the kernel over the number of alignments and over those of x and y alone."""
+    halves = [RandomTeachers().encode(item).numpy().astype(float).reshape(-1, 2, 5) for item in (x, y)]
+
+    def cosine(a, i, b, j):
+        same = isinstance((x, y)[a][i], str) == isinstance((x, y)[b][j], str)
+        return float(halves[a][i, 1 - same] @ halves[b][j, 1 - same])
+
+    def mean(a, b, delta):
+        paths, counts = {(0, 0): 1.0}, {(0, 0): 1}
+        for i, j in itertools.product(range(1, len(halves[a]) + 1), range(1, len(halves[b]) + 1)):
+            s = math.exp(-(2 - 2 * cosine(a, i - 1, b, j - 1)) / (delta**2 * (len(x) + len(y))))
+            before = [(i - 1, j), (i, j - 1), (i - 1, j - 1)]
+            paths[i, j] = sum(paths.get(cell, 0) for cell in before) * s / (2 - s)
+            counts[i, j] = sum(counts.get(cell, 0) for cell in before)
+        return paths[i, j] / counts[i, j]
+
+    if kernel == "mean" or len(x) == len(y) == 1:
+        return np.mean([cosine(0, i, 1, j) for i in range(len(x)) for j in range(len(y))])
+    return min(1, mean(0, 1, delta) / math.sqrt(mean(0, 0, delta) * mean(1, 1, delta)))
+
+
+@pytest.mark.parametrize(("delta", "kernel"), [(0.7, "gak"), (1.0, "mean")])
+def test_labels_rank_as_their_definition_and_chance_as_all_draws(tmp_path, monkeypatch, delta, kernel):
+    monkeypatch.setattr("hf_sugar.evaluation.ceilings.BLOCK", 8)
+    rows = {"captions": load_world("captions", "test", 6), "stories": load_world("stories", "test", 5)}
+    rows["captions"] = concatenate_datasets([rows["captions"], rows["captions"].select([2])])
+    rows["winoground"] = load_world("winoground", "test", 6)
+    for kind in rows:
+        rows[kind].to_parquet(tmp_path / f"{kind}.parquet")
+    captions, stories, pairs = (str(tmp_path / f"{kind}.parquet") for kind in rows)
+    data = EvaluationData(captions, stories, None, pairs)
+    found = label_ceilings(data, RandomTeachers(), delta=delta, label_kernel=kernel)
+    by_chance = chance(data)
+    hits = {}
+
+    def search(name, queries, candidates, right, excluded=None):
+        for query, answers, out in zip(queries, right, excluded or [()] * len(right)):
+            scores = {c: label(query, [x], delta, kernel) for c, x in enumerate(candidates) if c not in out}
+            # of equal scores, which only the repeated caption has, all are right
+            best = [c in answers for c in sorted(scores, key=scores.get, reverse=True)]
+            for k in (1, 5, 10):
+                draws = itertools.combinations(best, min(k, len(best))) if len(best) < 8 else None
+                by_luck = np.mean([any(draw) for draw in draws]) if draws else min(1, k / len(best))
+                hits.setdefault(f"{name}_recall@{k}", []).append((any(best[:k]), by_luck))
+
+    images = [row["images"][0] for row in rows["captions"]]
+    texts = [row["messages"][0]["content"][1]["text"] for row in rows["captions"]]
+    right = [{0}, {1}, {2, 6}, {3}, {4}, {5}, {2, 6}]
+    search("image_to_text", [[image] for image in images], texts, right)
+    search("text_to_image", [[text] for text in texts], images, right)
+    candidates, contexts, sentences, right, seen = [], [], [], [], []
+    for row in rows["stories"]:
+        said = [part["text"] for part in row["messages"][0]["content"][::2]]
+        for n in range(1, len(said)):
+            contexts.append([part for step in zip(said, row["images"][:n]) for part in step] + [said[n]])
+            sentences.append([said[n]])
+            right.append({len(candidates) + n})
+            seen.append(range(len(candidates), len(candidates) + n))
+        candidates += row["images"]
+    search("context", contexts, candidates, right)
+    search("context_unseen", contexts, candidates, right, seen)
+    search("last_sentence", sentences, candidates, right)
+    for metric, values in hits.items():
+        reached, by_luck = np.mean(values, axis=0)
+        assert found[metric].value == pytest.approx(100 * reached), metric
+        assert by_chance[metric] == pytest.approx(100 * by_luck), metric
+    assert 0 < found["context_recall@10"].value < found["context_unseen_recall@10"].value < 100
+
+    group = []
+    for row in rows["winoground"]:
+        s = [[label([row[f"caption_{c}"]], [row[f"image_{i}"]], 1, "") for i in (0, 1)] for c in (0, 1)]
+        group.append(min(s[0][0], s[1][1]) > max(s[0][1], s[1][0]))
+    assert found["group_score"] == Estimate.from_hits(group)
+    assert {name: by_chance[name] for name in WINOGROUND_CHANCE} == WINOGROUND_CHANCE
+    assert found.keys() - by_chance.keys() == {"pairs", "duplicate_captions", "candidates", "duplicate_images"}
+    assert [note.split("_")[0] for note in by_chance["notes"]] == ["image", "interleaved", "winoground"]
+
+
 # data of tasks, and the report
 
 
@@ -354,17 +458,17 @@ def mixed(tmp_path):
 
 def test_the_data_of_a_task_say_what_they_leave_out(mixed):
     source = str(mixed / "mixed.parquet")
-    [(prefix, task, notes)] = load_tasks(EvaluationData(image_text_data={"seen": source}))
+    [task] = load_tasks(EvaluationData(image_text_data={"seen": source}))
     asked = []
 
     def embed(items):
         asked.append(list(items))
         return np.eye(len(items))
 
-    assert prefix == "seen/" and task(embed, None)["pairs"] == 3
-    assert asked[1] == ["red", "green", "blue"]
-    assert [image.getpixel((0, 0)) for image in asked[0]] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
-    assert notes == [
+    assert task.prefix == "seen/" and task.run(embed, None)["pairs"] == 3
+    assert asked[0] == ["red", "green", "blue"]
+    assert [image.getpixel((0, 0)) for image in asked[1]] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+    assert task.notes == [
         "image_text_data seen: 1 of 5 rows have more than one answer; the first one is taken.",
         "image_text_data seen: 2 of 5 rows do not have one image with an answer or a caption and are left out.",
     ]

@@ -18,6 +18,8 @@ _MODULE_OF = {
     "interleaved_retrieval": "tasks",
     "load_tasks": "tasks",
     "winoground": "tasks",
+    "chance": "ceilings",
+    "label_ceilings": "ceilings",
     "report_table": "report",
     "to_dict": "report",
     "write_report": "report",

@@ -40,6 +40,9 @@ def report_table(runs: dict[str, dict[str, Any]]) -> str:
         run: {m: v for m, v in results.items() if isinstance(v, Estimate | int | float | str)}
         for run, results in runs.items()
     }
+    shown = {
+        run: {m: f"{v:.1f}" if isinstance(v, float) else v for m, v in each.items()} for run, each in shown.items()
+    }
     longest_first = sorted(shown.values(), key=len, reverse=True)
     metrics = dict.fromkeys(metric for results in longest_first for metric in results)
     lines = [[metric, *(str(results.get(metric, "")) for results in shown.values())] for metric in metrics]

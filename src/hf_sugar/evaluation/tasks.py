@@ -2,10 +2,11 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -24,11 +25,12 @@ Slice = str | Image.Image | Path
 Item = Slice | list[Slice]
 EmbedFunction = Callable[[Sequence[Item]], np.ndarray]
 GenerateFunction = Callable[[Sequence[dict[str, Any]]], list[str]]
-Task = Callable[[EmbedFunction, GenerateFunction], dict[str, Any]]
 
+KS = (1, 5, 10)
 # Of four independent scores, in percent: each of the two comparisons is won by half, and of the 24 orders of the four
 # scores 4 have both matching pairs above both others.
 WINOGROUND_CHANCE = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
+WINOGROUND_COLUMNS = ("image_0", "image_1", "caption_0", "caption_1")
 
 
 @dataclass
@@ -55,24 +57,44 @@ class EvaluationData:
         return any(getattr(self, each.name) for each in fields(self))
 
 
-def load_tasks(
-    data: EvaluationData, split: str = "test", on_bad_row: str = "error"
-) -> list[tuple[str, Task, list[str]]]:
+@dataclass
+class Task:
+    """
+    A task with its data.
+
+    Args:
+        run (`Callable[[EmbedFunction, GenerateFunction], dict]`):
+            Gives the results by name.
+        chance (`dict[str, float]`):
+            What those of the results that have a chance level reach by chance, in percent.
+        worth (`str`):
+            What the results say, in a sentence.
+        source (`str`):
+            Field of [`EvaluationData`] and name of the source.
+        prefix (`str`):
+            Stands before the names of the results.
+        notes (`list[str]`):
+            What is to be said about the data.
+    """
+
+    run: Callable[[EmbedFunction, GenerateFunction], dict[str, Any]]
+    chance: dict[str, float]
+    worth: str
+    source: str = ""
+    prefix: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def load_tasks(data: EvaluationData, split: str = "test", on_bad_row: str = "error") -> list[Task]:
     """
     Read and check the data of every task, for which no model is needed.
 
     Args:
-        data ([`EvaluationData`]):
-            What to run on.
-        split (`str`, *optional*, defaults to `"test"`):
-            Split of datasets that have several.
+        data ([`EvaluationData`]): What to run on.
+        split (`str`, *optional*, defaults to `"test"`): Split of datasets that have several.
         on_bad_row (`str`, *optional*, defaults to `"error"`):
             `"error"` stops at the first malformed row, `"skip"` leaves malformed rows and those with unreadable images
             out and says how many.
-
-    Returns:
-        `list[tuple[str, Callable, list[str]]]`: for each source what stands before the names of its results, the task
-        as a function of an embedding and a generating function, and what is to be said about the data.
 
     Raises:
         `FileNotFoundError`, `ValueError`: as [`hf_sugar.data.load_data`]; or if no row of a source fits its task.
@@ -95,15 +117,15 @@ def load_tasks(
                     if len(source) > 1:
                         raise ValueError(f"`winoground_data` takes one source, got {len(source)}.")
                     source = source[0]
-                rows, check = load_table(source, split), _pair_images
-                require_columns(rows)
+                rows, check = load_pairs(source, split), _pair_images
             else:
                 rows, check = load_data(source, split, on_bad_row=on_bad_row, bad_rows=bad), row_slices
             if on_bad_row == "skip":
                 rows = _readable(rows, check, len(bad), notes)
             task = prepare(rows, notes)
-            where = f"{name} {label}".strip()
-            tasks.append((label and f"{label}/", task, [f"{where}: {note}" for note in notes]))
+            task.source, task.prefix = f"{name} {label}".strip(), label and f"{label}/"
+            task.notes = [f"{task.source}: {note}" for note in notes]
+            tasks.append(task)
     return tasks
 
 
@@ -118,10 +140,8 @@ def evaluate_tasks(
     Run every task that has data.
 
     Args:
-        data ([`EvaluationData`]):
-            What to run on.
-        embed (`Callable`):
-            Embedding function, such as a [`SugarEmbedder`].
+        data ([`EvaluationData`]): What to run on.
+        embed (`Callable`): Embedding function, such as a [`SugarEmbedder`].
         generate (`Callable`, *optional*):
             Generating function, such as a [`SugarGenerator`]. Left out, nothing is generated.
         split (`str`, *optional*, defaults to `"test"`), on_bad_row (`str`, *optional*, defaults to `"error"`):
@@ -136,14 +156,12 @@ def evaluate_tasks(
     return run_tasks(load_tasks(data, split, on_bad_row), embed, generate)
 
 
-def run_tasks(
-    tasks: Sequence[tuple[str, Task, list[str]]], embed: EmbedFunction, generate: GenerateFunction | None
-) -> dict[str, Any]:
+def run_tasks(tasks: Sequence[Task], embed: EmbedFunction, generate: GenerateFunction | None) -> dict[str, Any]:
     """Results of what [`load_tasks`] returned, as [`evaluate_tasks`] returns them."""
     results: dict[str, Any] = {}
-    for prefix, task, _ in tasks:
-        results |= {f"{prefix}{name}": value for name, value in task(embed, generate).items()}
-    notes = [note for *_, said in tasks for note in said]
+    for task in tasks:
+        results |= {f"{task.prefix}{name}": value for name, value in task.run(embed, generate).items()}
+    notes = [note for task in tasks for note in task.notes]
     return {**results, "notes": notes} if notes else results
 
 
@@ -186,8 +204,7 @@ def image_text_pairs(rows: Dataset, notes: list[str] | None = None) -> tuple[Seq
     conversation that begins with its only image.
 
     Args:
-        rows ([`datasets.Dataset`]):
-            Rows in the conversational vision format.
+        rows ([`datasets.Dataset`]): Rows in the conversational vision format.
         notes (`list[str]`, *optional*):
             Gets what is to be said of the rows that have no such pair, or more texts than the first.
 
@@ -235,7 +252,13 @@ def _texts(message: dict[str, Any]) -> list[str]:
 
 def _image_text_task(rows: Dataset, notes: list[str]) -> Task:
     images, texts = image_text_pairs(rows, notes)
-    return lambda embed, generate: {**image_text_retrieval(embed, images, texts), "pairs": len(texts)}
+    searches = _image_text_searches(images, texts)
+    return Task(
+        lambda embed, generate: {**image_text_retrieval(embed, images, texts), "pairs": len(texts)},
+        _chance(searches),
+        "recall falls with the number of candidates, so that it compares models on this set alone; what the labels miss, "
+        "the structure loss cannot teach.",
+    )
 
 
 def _interleaved_task(rows: Dataset, notes: list[str]) -> Task:
@@ -243,11 +266,21 @@ def _interleaved_task(rows: Dataset, notes: list[str]) -> Task:
     short = sum(all(isinstance(part, str) for part in story[2:]) for story in stories)
     if short:
         notes.append(f"{short} of {len(stories)} documents have no image after two other slices: not searched for.")
-    return lambda embed, generate: interleaved_retrieval(embed, stories)
+    return Task(
+        lambda embed, generate: interleaved_retrieval(embed, stories),
+        _chance(_interleaved_searches(stories)[0]),
+        "the label of several slices with one image knows no order, and images of the context are most like it: what is "
+        "found beyond the labels has another source than the structure loss.",
+    )
 
 
 def _winoground_task(rows: Dataset, notes: list[str]) -> Task:
-    return lambda embed, generate: winoground(embed, undecoded(rows))
+    return Task(
+        lambda embed, generate: winoground(embed, undecoded(rows)),
+        WINOGROUND_CHANCE,
+        "both captions have the same words, so that only their order tells the images apart; labels are the cosines of one "
+        "caption and one image, the most that the structure loss can teach.",
+    )
 
 
 def _generation_task(rows: Dataset, notes: list[str]) -> Task:
@@ -262,22 +295,75 @@ def _generation_task(rows: Dataset, notes: list[str]) -> Task:
     if several:
         notes.append(f"{several} of {len(rows)} rows have more than one answer; the last one is compared.")
     rows = undecoded(rows)
-    return lambda embed, generate: {"exact_match": exact_match(generate, rows)["exact_match"]}
+    return Task(
+        lambda embed, generate: {"exact_match": exact_match(generate, rows)["exact_match"]},
+        {},
+        "an answer counts if it is right word for word, so that a right answer in other words is lost; labels have no "
+        "part in it.",
+    )
 
 
-def require_columns(rows: Dataset) -> None:
-    """Refuse a dataset without the columns of Winoground."""
-    if missing := {"image_0", "image_1", "caption_0", "caption_1"} - set(rows.column_names):
+def load_pairs(source: Any, split: str = "test") -> Dataset:
+    """The dataset of a source as [`hf_sugar.data.load_table`] reads it, refused without the columns of Winoground."""
+    rows = load_table(source, split)
+    if missing := sorted(set(WINOGROUND_COLUMNS) - set(rows.column_names)):
         raise ValueError(
-            f"The dataset has no column {', '.join(sorted(missing))}, but {', '.join(rows.column_names)}. Rename them."
+            f"The dataset has no column {', '.join(missing)}, but {', '.join(rows.column_names)}. Rename them."
         )
+    return rows
+
+
+class Search(NamedTuple):
+    """
+    Queries over one list of candidates: those in `relevant` are right for a query, those in `excluded` are no candidates
+    of it. Intervals resample `groups` of queries.
+    """
+
+    queries: Sequence[Item]
+    candidates: Sequence[Item]
+    relevant: Sequence[set[int]]
+    groups: Sequence[int] | None = None
+    excluded: Sequence[set[int]] | None = None
+
+
+def recall(embed: EmbedFunction, searches: dict[str, Search], ks: Sequence[int] = KS) -> dict[str, Estimate]:
+    """`<name>_recall@<k>` of each search. A list that several searches share is embedded once."""
+    embedded, results = {}, {}
+    for name, search in searches.items():
+        for items in (search.candidates, search.queries):
+            if id(items) not in embedded:
+                embedded[id(items)] = embed(items)
+        queries, candidates = embedded[id(search.queries)], embedded[id(search.candidates)]
+        hits: dict[int, list[np.ndarray]] = {k: [] for k in ks}
+        for start in range(0, len(queries), 1024):  # the scores of a large test set would not fit in memory
+            block = slice(start, start + 1024)
+            scores = queries[block] @ candidates.T
+            for row, excluded in zip(scores, search.excluded[block] if search.excluded else ()):
+                row[list(excluded)] = -np.inf
+            for k, found in recall_at_k(scores, search.relevant[block], ks).items():
+                hits[k].append(found)
+        for k in ks:
+            results[f"{name}_recall@{k}"] = Estimate.from_hits(np.concatenate(hits[k]), groups=search.groups)
+    return results
+
+
+def _chance(searches: dict[str, Search], ks: Sequence[int] = KS) -> dict[str, float]:
+    """What [`recall`] finds in candidates in random order: one minus the share of draws of k without a relevant one."""
+    results = {}
+    for name, search in searches.items():
+        excluded = search.excluded or [()] * len(search.relevant)
+        sizes = [(len(search.candidates) - len(out), len(good)) for out, good in zip(excluded, search.relevant)]
+        for k in ks:
+            missed = [math.comb(n - good, min(k, n)) / math.comb(n, min(k, n)) for n, good in sizes]
+            results[f"{name}_recall@{k}"] = 100 * (1 - float(np.mean(missed)))
+    return results
 
 
 def image_text_retrieval(
     embed: EmbedFunction,
     images: Sequence[Image.Image],
     captions: Sequence[str] | Sequence[list[str]],
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     match_copies: bool = True,
 ) -> dict[str, Estimate | int]:
     """
@@ -286,12 +372,10 @@ def image_text_retrieval(
     Args:
         embed (`Callable`):
             Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, such as a [`SugarEmbedder`].
-        images (`Sequence[PIL.Image.Image]`):
-            Images. A lazily decoded column of a dataset will do.
+        images (`Sequence[PIL.Image.Image]`): Images. A lazily decoded column of a dataset will do.
         captions (`Sequence[str]` or `Sequence[list[str]]`):
             `captions[i]` is the caption of `images[i]`, or the list of its captions.
-        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`):
-            Cut-offs.
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs.
         match_copies (`bool`, *optional*, defaults to `True`):
             Captions that read the same cannot be told apart, so an image finds its caption in any copy of it, and a
             caption finds its image in the image of any copy. The published benchmarks do not allow for that: with
@@ -304,96 +388,104 @@ def image_text_retrieval(
     Raises:
         `ValueError`: if the numbers of images and of captions differ.
     """
+    searches = _image_text_searches(images, captions, match_copies)
+    texts = searches["image_to_text"].candidates
+    return {**recall(embed, searches, ks), "duplicate_captions": len(texts) - len(set(texts))}
+
+
+def _image_text_searches(
+    images: Sequence[Image.Image], captions: Sequence[str] | Sequence[list[str]], match_copies: bool = True
+) -> dict[str, Search]:
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions; `captions[i]` belongs to `images[i]`.")
-    texts, owners = [], []
-    for i, caption in enumerate(captions):
-        for text in [caption] if isinstance(caption, str) else caption:
-            texts.append(text)
-            owners.append(i)
+    captions = [[caption] if isinstance(caption, str) else caption for caption in captions]
+    texts = [text for several in captions for text in several]
+    owners = [i for i, several in enumerate(captions) for _ in several]
     keys: Sequence[str | int] = texts if match_copies else range(len(texts))
     texts_alike: dict[str | int, set[int]] = {}
     images_alike: dict[str | int, set[int]] = {}
-    relevant_texts: list[set[int]] = [set() for _ in images]
     for t, (key, owner) in enumerate(zip(keys, owners, strict=True)):
         texts_alike.setdefault(key, set()).add(t)
         images_alike.setdefault(key, set()).add(owner)
+    relevant_texts: list[set[int]] = [set() for _ in images]
     for key, owner in zip(keys, owners, strict=True):
         relevant_texts[owner] |= texts_alike[key]
-
-    image_embeddings, text_embeddings = embed(images), embed(texts)
-    found_texts = _recall(image_embeddings, text_embeddings, relevant_texts, ks)
-    found_images = _recall(text_embeddings, image_embeddings, [images_alike[key] for key in keys], ks)
     return {
-        **{f"image_to_text_recall@{k}": Estimate.from_hits(found_texts[k]) for k in ks},
-        **{f"text_to_image_recall@{k}": Estimate.from_hits(found_images[k], groups=owners) for k in ks},
-        "duplicate_captions": len(texts) - len(set(texts)),
+        "image_to_text": Search(images, texts, relevant_texts),
+        "text_to_image": Search(texts, images, [images_alike[key] for key in keys], groups=owners),
     }
 
 
 def interleaved_retrieval(
-    embed: EmbedFunction, stories: Sequence[list[Slice]], ks: Sequence[int] = (1, 5, 10), min_context: int = 2
+    embed: EmbedFunction, stories: Sequence[list[Slice]], ks: Sequence[int] = KS, min_context: int = 2
 ) -> dict[str, Estimate | int]:
     """
     Recall of the next image of a story, given all of the story before it, among the images of all stories.
 
     This is how visual stories (VIST) are used to test whether a model makes use of context. For reference each image
     is also searched with the last sentence before it alone: what the full context finds beyond that is what the
-    context is good for. The images of the context are among the candidates. Images with the same pixels are one
-    candidate.
+    context is good for. The images of the context are among the candidates, except where `unseen` is measured. Images
+    with the same pixels are one candidate.
 
     Args:
         embed (`Callable`):
             Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, such as a [`SugarEmbedder`].
         stories (`Sequence[list[str | PIL.Image.Image]]`):
             Stories as slices in reading order. [`hf_sugar.data.row_slices`] makes one of a row.
-        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`):
-            Cut-offs.
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs.
         min_context (`int`, *optional*, defaults to `2`):
             Slices that must precede an image for it to be searched. With 1, the first image of a story that begins with
             a sentence is searched as well, and there the two queries are the same.
 
     Returns:
-        `dict[str, Estimate | int]`: `context_recall@k` and `last_sentence_recall@k` for each k, `candidates`, and
-        `duplicate_images`, how many images repeat an earlier one. Images with no sentence before them are missing from
-        the reference, as its `n` shows. The intervals resample stories.
+        `dict[str, Estimate | int]`: `context_recall@k`, `context_unseen_recall@k` and `last_sentence_recall@k` for each
+        k, `candidates`, and `duplicate_images`, how many images repeat an earlier one. Images with no sentence before
+        them are missing from the reference, as its `n` shows. The intervals resample stories.
 
     Raises:
         `ValueError`: if `min_context` is below 1, or no image has that much context.
     """
+    searches, total = _interleaved_searches(stories, min_context)
+    if not searches:
+        raise ValueError(
+            f"No image of the {len(stories)} stories has {min_context} slices before it. Lower `min_context`, or check "
+            "that the stories hold images."
+        )
+    candidates = len(searches["context"].candidates)
+    return {**recall(embed, searches, ks), "candidates": candidates, "duplicate_images": total - candidates}
+
+
+def _interleaved_searches(stories: Sequence[list[Slice]], min_context: int = 2) -> tuple[dict[str, Search], int]:
+    """The searches, if there are any, and the number of images."""
     if min_context < 1:
         raise ValueError(f"`min_context` is {min_context}; a query needs at least 1 slice.")
-    candidates: dict[bytes, int] = {}
+    numbers: dict[bytes, int] = {}
     images, contexts, sentences = [], [], []
     total = 0
     for s, story in enumerate(stories):
-        sentence = None
+        sentence, seen = None, set()
         for position, part in enumerate(story):
             if isinstance(part, str):
                 sentence = part
                 continue
             total += 1
-            target = candidates.setdefault(_image_key(part), len(candidates))
+            target = numbers.setdefault(_image_key(part), len(numbers))
             if target == len(images):
                 images.append(part)
             if position >= min_context:
-                contexts.append((story[:position], target, s))
+                contexts.append((story[:position], {target}, s, seen - {target}))
                 if sentence is not None:
-                    sentences.append((sentence, target, s))
-    if not contexts:
-        raise ValueError(
-            f"No image of the {len(stories)} stories has {min_context} slices before it. Lower `min_context`, or check "
-            "that the stories hold images."
-        )
-
-    image_embeddings = embed(images)
-    results: dict[str, Estimate | int] = {}
-    for name, queries in (("context", contexts), ("last_sentence", sentences)):
-        if queries:
-            items, targets, groups = zip(*queries, strict=True)
-            hits = _recall(embed(list(items)), image_embeddings, targets, ks)
-            results |= {f"{name}_recall@{k}": Estimate.from_hits(hits[k], groups=groups) for k in ks}
-    return {**results, "candidates": len(images), "duplicate_images": total - len(images)}
+                    sentences.append((sentence, {target}, s))
+            seen = seen | {target}
+    searches = {}
+    if contexts:
+        queries, targets, groups, seen = zip(*contexts, strict=True)
+        searches["context"] = Search(queries, images, targets, groups)
+        searches["context_unseen"] = Search(queries, images, targets, groups, excluded=seen)
+    if sentences:
+        queries, targets, groups = zip(*sentences, strict=True)
+        searches["last_sentence"] = Search(queries, images, targets, groups)
+    return searches, total
 
 
 def winoground(embed: EmbedFunction, rows: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
@@ -421,8 +513,8 @@ def winoground(embed: EmbedFunction, rows: Sequence[dict[str, Any]]) -> dict[str
         images += _pair_images(row, f"row {n}")
     caption_embeddings, image_embeddings = embed(captions), embed(images)
     pairs = len(images) // 2
-    # s[row, caption, image]
-    s = np.einsum("rcd,rid->rci", caption_embeddings.reshape(pairs, 2, -1), image_embeddings.reshape(pairs, 2, -1))
+    blocks = [slice(2 * pair, 2 * pair + 2) for pair in range(pairs)]
+    s = np.stack([caption_embeddings[block] @ image_embeddings[block].T for block in blocks])  # [row, caption, image]
     text = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
     image = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
     return {
@@ -479,16 +571,6 @@ def exact_match(
                 miss = {"index": len(hits) - 1, "row": name, "expected": expected, "generated": generated}
                 misses.append(miss)
     return {"exact_match": Estimate.from_hits(hits), "misses": misses}
-
-
-def _recall(
-    queries: np.ndarray, candidates: np.ndarray, relevant: Sequence[set[int]] | Sequence[int], ks: Sequence[int]
-) -> dict[int, np.ndarray]:
-    blocks = [  # the full score matrix of a large test set would not fit in memory
-        recall_at_k(queries[start : start + 1024] @ candidates.T, relevant[start : start + 1024], ks)
-        for start in range(0, len(queries), 1024)
-    ]
-    return {k: np.concatenate([block[k] for block in blocks]) for k in ks}
 
 
 def _image_key(image: Image.Image | Path) -> bytes:

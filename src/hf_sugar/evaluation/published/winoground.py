@@ -1,9 +1,8 @@
 import os
 from typing import Any, ClassVar
 
-from ...data import load_table
 from ..metrics import Estimate
-from ..tasks import EmbedFunction, GenerateFunction, require_columns, winoground
+from ..tasks import EmbedFunction, GenerateFunction, load_pairs, winoground
 
 
 class Winoground:
@@ -24,8 +23,7 @@ class Winoground:
     axis: ClassVar[str] = ""
 
     def __init__(self, path: str | os.PathLike | dict[str, Any] = "facebook/winoground", split: str = "test"):
-        self.rows = load_table(path, split)
-        require_columns(self.rows)
+        self.rows = load_pairs(path, split)
 
     def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         return winoground(embed, self.rows)
