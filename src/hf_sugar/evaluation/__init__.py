@@ -4,51 +4,35 @@ are first touched: matplotlib is not loaded by what draws nothing."""
 import importlib
 
 
-_MODULE_OF = {
-    "Estimate": "metrics",
-    "bootstrap_interval": "metrics",
-    "ranks": "metrics",
-    "recall_at_k": "metrics",
-    "WINOGROUND_CHANCE": "tasks",
-    "EvaluationData": "tasks",
-    "evaluate_tasks": "tasks",
-    "exact_match": "tasks",
-    "image_text_pairs": "tasks",
-    "image_text_retrieval": "tasks",
-    "interleaved_retrieval": "tasks",
-    "load_tasks": "tasks",
-    "winoground": "tasks",
-    "chance": "ceilings",
-    "label_ceilings": "ceilings",
-    "report_table": "report",
-    "to_dict": "report",
-    "write_report": "report",
-    "plot_alignment": "plots",
-    "plot_curves": "plots",
-    "plot_gallery": "plots",
-    "plot_losses": "plots",
-    "plot_similarities": "plots",
-    "write_pictures": "plots",
-    "BENCHMARKS": "published",
-    "load_benchmarks": "published",
+_NAMES = {
+    "metrics": ("Estimate", "bootstrap_interval", "ranks", "recall_at_k"),
+    "tasks": (
+        *("WINOGROUND_CHANCE", "EvaluationData", "evaluate_tasks", "exact_match", "image_text_pairs"),
+        *("image_text_retrieval", "interleaved_retrieval", "load_tasks", "winoground"),
+    ),
+    "ceilings": ("chance", "label_ceilings"),
+    "report": ("report_table", "to_dict", "write_report"),
+    "plots": (
+        *("plot_alignment", "plot_curves", "plot_gallery", "plot_losses", "plot_similarities", "write_pictures"),
+    ),
+    "published": ("BENCHMARKS", "load_benchmarks"),
 }
+_MODULE_OF = {name: f"hf_sugar.evaluation.{module}" for module, names in _NAMES.items() for name in names}
+__all__ = list(_MODULE_OF)
+
 # former names, for one release
 _RENAMED = {
-    "Figure": ("evaluation.metrics", "Estimate"),
-    "embedder": ("inference", "SugarEmbedder"),
-    "generator": ("inference", "SugarGenerator"),
+    "Figure": ("hf_sugar.evaluation.metrics", "Estimate"),
+    "embedder": ("hf_sugar.inference", "SugarEmbedder"),
+    "generator": ("hf_sugar.inference", "SugarGenerator"),
 }
-
-__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str):
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"hf_sugar.evaluation.{_MODULE_OF[name]}"), name)
-    if name in _RENAMED:
-        module, name = _RENAMED[name]
-        return getattr(importlib.import_module(f"hf_sugar.{module}"), name)
-    raise AttributeError(f"module 'hf_sugar.evaluation' has no attribute '{name}'")
+    if name not in _MODULE_OF and name not in _RENAMED:
+        raise AttributeError(f"module 'hf_sugar.evaluation' has no attribute '{name}'")
+    module, name = _RENAMED.get(name, (_MODULE_OF.get(name), name))
+    return getattr(importlib.import_module(module), name)
 
 
 def __dir__():

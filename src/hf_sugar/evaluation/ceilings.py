@@ -8,10 +8,20 @@ import torch
 
 from ..alignment import label_matrix
 from ..teachers import TripleEncoder
-from .tasks import EvaluationData, Item, evaluate_tasks, load_tasks
+from .tasks import EvaluationData, Item, evaluate_tasks, load_tasks, run_tasks
 
 
 BLOCK = 128  # sequences in one label matrix, twice
+WORTH = {
+    "image_text_data": "recall falls with the number of candidates, so that it compares models on this set alone; what the "
+    "labels miss, the structure loss cannot teach.",
+    "interleaved_data": "the label of several slices with one image knows no order, and images of the context are most like "
+    "it: what is found beyond the labels has another source than the structure loss.",
+    "winoground_data": "both captions have the same words, so that only their order tells the images apart; labels are the "
+    "cosines of one caption and one image, the most that the structure loss can teach.",
+    "generation_data": "an answer counts if it is right word for word, so that a right one in other words is lost; labels "
+    "have no part in it.",
+}
 
 
 def label_ceilings(
@@ -29,13 +39,9 @@ def label_ceilings(
     query and a candidate have. A model that fitted its labels perfectly would reach this.
 
     Args:
-        data ([`EvaluationData`]): What to run on. Nothing is generated.
         encoder ([`TripleEncoder`]): The teachers.
-        delta (`float`, *optional*, defaults to `1.0`), normalize (`bool` or `str`, *optional*, defaults to
-            `"self+count"`), label_kernel (`str`, *optional*, defaults to `"gak"`):
-            As in [`~alignment.label_matrix`].
-        split (`str`, *optional*, defaults to `"test"`), on_bad_row (`str`, *optional*, defaults to `"error"`):
-            As in [`~evaluation.load_tasks`], which also says what is refused.
+        delta, normalize, label_kernel: As in [`~alignment.label_matrix`].
+        data, split, on_bad_row: As in [`~evaluation.load_tasks`], which also says what is refused. Nothing is generated.
 
     Returns:
         `dict[str, Any]`: as [`~evaluation.evaluate_tasks`] gives them.
@@ -46,26 +52,19 @@ def label_ceilings(
 
 def chance(data: EvaluationData, split: str = "test", on_bad_row: str = "error") -> dict[str, Any]:
     """
-    What each task gives by chance, in percent, under the names of [`~evaluation.evaluate_tasks`]: recall of candidates in
-    random order, Winoground's scores of random similarities. `"notes"` says of each task what its results are worth.
-
-    Args:
-        data ([`EvaluationData`]), split (`str`), on_bad_row (`str`): As in [`~evaluation.load_tasks`].
+    What each task gives by chance, in percent, under the names of [`~evaluation.evaluate_tasks`], which has the arguments:
+    recall of candidates in random order, Winoground's scores of random similarities. `"notes"` says what the results of
+    each task are worth.
     """
     tasks = load_tasks(data, split, on_bad_row)
-    results: dict[str, Any] = {f"{task.prefix}{name}": v for task in tasks for name, v in task.chance.items()}
-    worth = {task.source.split()[0]: task.worth for task in tasks}
-    return {**results, "notes": [f"{source}: {sentence}" for source, sentence in worth.items()]}
+    notes = {task.source: f"{task.source}: {WORTH[task.source]}" for task in tasks}
+    return {**run_tasks(tasks, None, None), "notes": list(notes.values())}
 
 
 class LabelEmbedder:
     """
-    Stands where an embedding function stands in a task: the product of the "embeddings" of some items with those of others
-    holds their labels.
-
-    Args:
-        encoder ([`TripleEncoder`]): The teachers.
-        settings: Of [`~alignment.label_matrix`].
+    Stands where an embedding function stands in a task: of what it gives for some items and for others, the product holds
+    their labels. The settings are those of [`~alignment.label_matrix`].
     """
 
     def __init__(self, encoder: TripleEncoder, **settings: Any):
@@ -77,13 +76,11 @@ class LabelEmbedder:
             window = [items[n] for n in range(start, min(start + 256, len(items)))]
             window = [item if isinstance(item, list) else [item] for item in window]
             slices = {id(part): part for item in window for part in item}  # contexts of a story share theirs
-            embeddings = dict(zip(slices, self.encoder.encode(list(slices.values())), strict=True))
-            modality = dict(zip(slices, self.encoder.modality(list(slices.values())), strict=True))
+            numbers = {key: n for n, key in enumerate(slices)}
+            embeddings, modality = (of(list(slices.values())) for of in (self.encoder.encode, self.encoder.modality))
             for item in window:
-                keys = [id(part) for part in item]
-                sequences.append(
-                    (torch.stack([embeddings[k] for k in keys]), torch.stack([modality[k] for k in keys]))
-                )
+                chosen = [numbers[id(part)] for part in item]
+                sequences.append((embeddings[chosen], modality[chosen]))
         return LabelEmbeddings(sequences, self.encoder.split, self.settings)
 
 
@@ -95,21 +92,18 @@ class LabelEmbeddings:
     ):
         self.sequences, self.split, self.settings = sequences, split, settings
 
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, chosen: slice) -> "LabelEmbeddings":
-        return LabelEmbeddings(self.sequences[chosen], self.split, self.settings)
-
     @property
     def T(self) -> "LabelEmbeddings":
         return self
 
+    def __getitem__(self, chosen: slice) -> "LabelEmbeddings":
+        return LabelEmbeddings(self.sequences[chosen], self.split, self.settings)
+
     def __matmul__(self, other: "LabelEmbeddings") -> np.ndarray:
-        result = np.empty((len(self), len(other)), np.float32)
-        for i in range(0, len(self), BLOCK):
+        result = np.empty((len(self.sequences), len(other.sequences)), np.float32)
+        for i in range(0, len(self.sequences), BLOCK):
             rows = self.sequences[i : i + BLOCK]
-            for j in range(0, len(other), BLOCK):
+            for j in range(0, len(other.sequences), BLOCK):
                 labels = self._labels(rows + other.sequences[j : j + BLOCK])
                 result[i : i + BLOCK, j : j + BLOCK] = labels[: len(rows), len(rows) :]
         return result

@@ -7,20 +7,13 @@ import numpy as np
 
 
 BOOTSTRAP = {"confidence": 0.95, "resamples": 2000, "seed": 0}
+Relevant = Sequence[set[int]] | Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
 class Estimate:
     """
-    A measured percentage with its confidence interval.
-
-    Args:
-        value (`float`):
-            Mean over the queries, in percent.
-        low (`float`), high (`float`):
-            Ends of the interval, in percent.
-        n (`int`):
-            Number of queries the mean is taken over.
+    A measured percentage with the ends of its confidence interval, and the number of queries that it is the mean of.
 
     Example:
 
@@ -53,7 +46,7 @@ class Estimate:
         return asdict(self)
 
 
-def ranks(scores: np.ndarray, relevant: Sequence[set[int]] | Sequence[int] | np.ndarray) -> np.ndarray:
+def ranks(scores: np.ndarray, relevant: Relevant) -> np.ndarray:
     """
     Rank of the best relevant candidate of each query, counted from 1.
 
@@ -62,8 +55,7 @@ def ranks(scores: np.ndarray, relevant: Sequence[set[int]] | Sequence[int] | np.
     candidates happens to give it.
 
     Args:
-        scores (`np.ndarray` of shape `(queries, candidates)`):
-            Higher is more similar.
+        scores (`np.ndarray` of shape `(queries, candidates)`): Higher is more similar.
         relevant (`Sequence[set[int]]` or `Sequence[int]` or `np.ndarray` of shape `(queries,)`):
             For each query, the index of its relevant candidate or the set of all of them.
 
@@ -94,20 +86,14 @@ def ranks(scores: np.ndarray, relevant: Sequence[set[int]] | Sequence[int] | np.
     return result
 
 
-def recall_at_k(
-    scores: np.ndarray, relevant: Sequence[set[int]] | Sequence[int] | np.ndarray, ks: Sequence[int] = (1, 5, 10)
-) -> dict[int, np.ndarray]:
+def recall_at_k(scores: np.ndarray, relevant: Relevant, ks: Sequence[int] = (1, 5, 10)) -> dict[int, np.ndarray]:
     """
     Whether each query finds a relevant candidate among its k best ones.
 
     With several relevant candidates one of them is enough, as in image-caption retrieval with five captions an image.
-    Ties are broken pessimistically, see [`ranks`], which also says what is refused.
 
     Args:
-        scores (`np.ndarray` of shape `(queries, candidates)`):
-            Higher is more similar.
-        relevant (`Sequence[set[int]]` or `Sequence[int]` or `np.ndarray` of shape `(queries,)`):
-            For each query, the index of its relevant candidate or the set of all of them.
+        scores, relevant: As for [`ranks`], which also says how ties are broken and what is refused.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`):
             Cut-offs. One that is not smaller than the number of candidates is always a hit.
 
@@ -134,37 +120,23 @@ def bootstrap_interval(
     groups: Sequence[int] | np.ndarray | None = None,
 ) -> tuple[float, float]:
     """
-    Percentile bootstrap interval of a mean.
-
-    Where all values are equal the interval is that one point, however few the values: it says nothing then.
+    Lower and upper end of the percentile bootstrap interval of a mean. Where all values are equal the interval is that one
+    point, however few the values: it says nothing then.
 
     Args:
-        values (`Sequence[float]` or `np.ndarray` of shape `(n,)`):
-            One value for each query.
-        confidence (`float`, *optional*, defaults to `0.95`):
-            Probability that the interval covers the true mean.
-        resamples (`int`, *optional*, defaults to `2000`):
-            Number of bootstrap samples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
+        values (`Sequence[float]` or `np.ndarray` of shape `(n,)`): One value for each query; none is a `ValueError`.
+        confidence (`float`, *optional*, defaults to `0.95`): Probability that the interval covers the true mean.
+        resamples (`int`, *optional*, defaults to `2000`), seed (`int`, *optional*, defaults to `0`):
+            Number of bootstrap samples, and their seed.
         groups (`Sequence[int]` or `np.ndarray` of shape `(n,)`, *optional*):
             Label of the group each value belongs to. Whole groups are resampled then. Queries from one story, or from
             one image, are not independent, and an interval that takes them for it is too narrow.
-
-    Returns:
-        `tuple[float, float]`: lower and upper end.
-
-    Raises:
-        `ValueError`: if `values` is empty.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("`values` is empty: no query was evaluated, so there is no mean to give an interval of.")
-    if groups is not None:
-        _, members = np.unique(groups, return_inverse=True)
-        sums, counts = np.bincount(members, weights=values), np.bincount(members)
-    else:
-        sums, counts = values, np.ones(len(values))
+    _, members = np.unique(np.arange(len(values)) if groups is None else groups, return_inverse=True)
+    sums, counts = np.bincount(members, weights=values), np.bincount(members)
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     for r in range(resamples):  # one at a time: (resamples, n) indices do not fit in memory for large n

@@ -19,60 +19,49 @@ from ..data import load_data, row_slices
 from ..files import replacing
 from ..inference import SugarEmbedder
 from ..models.rows_sugar import row_name
-from .tasks import EvaluationData, image_text_pairs
+from .tasks import EvaluationData, image_text_pairs, named_sources
 
 
 COLORS = ("#2f6db5", "#d9622b", "#3a9a5b", "#8a5bb0", "#c43c58", "#6b6b6b")
-CORRECT = "#2a9d4a"
-GREY = "#c8c8c8"
-EVALUATION_STYLE = {"linestyle": "", "marker": "o", "markersize": 5.5, "markeredgecolor": "white"}
-DPI = 150
+CORRECT = {"color": "#2a9d4a", "linewidth": 3}
+WRONG = {"color": "#c8c8c8", "linewidth": 0.8}
+EVALUATION = {"linestyle": "", "marker": "o", "markersize": 5.5, "markeredgecolor": "white"}
 
 
 def plot_losses(
     log_history: Sequence[dict[str, float]] | dict[str, Sequence[dict[str, float]]], path: str | os.PathLike
 ) -> None:
     """
-    Generative and structure loss over the steps of one or several runs, side by side.
-
-    Evaluation values are drawn as dots over the training curve. A run that logs only one loss, such as plain SFT, is
-    missing from the other panel.
+    Generative and structure loss over the steps of one or several runs, side by side. Evaluation values are dots. A run
+    that logs only one loss, such as plain SFT, is missing from the other panel.
 
     Args:
         log_history (`Sequence[dict]` or `dict[str, Sequence[dict]]`):
-            `trainer.state.log_history` of a run, or of several by their names.
-        path (`str` or `os.PathLike`):
-            PNG file to write.
-
-    Raises:
-        `ValueError`: if no run logs one of the two losses.
+            `trainer.state.log_history` of a run, or of several by their names. Without either loss: `ValueError`.
+        path (`str` or `os.PathLike`): PNG file to write.
     """
     runs = log_history if isinstance(log_history, dict) else {"": log_history}
-    keys = ("generative_loss", "structure_loss")
+    panels = {
+        "generative_loss": ("Generative loss $L_g$", "nats per token"),
+        "structure_loss": ("Structure loss $L_d$", "squared error per row"),
+    }
     logged = {key for run in runs.values() for entry in run for key in entry}
-    if not logged.intersection(keys):
-        raise ValueError(f"No run logs {' or '.join(keys)}, but {', '.join(sorted(logged))}.")
-
+    if not logged & panels.keys():
+        raise ValueError(f"No run logs {' or '.join(panels)}, but {', '.join(sorted(logged))}.")
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    titles, units = ("Generative loss $L_g$", "Structure loss $L_d$"), ("nats per token", "squared error per row")
-    for ax, key, title, unit in zip(figure.subplots(1, 2), keys, titles, units, strict=True):
+    for ax, (key, (title, unit)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for (label, run), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
-            for name, style in ((key, {"linewidth": 1.6, "label": label}), (f"eval_{key}", EVALUATION_STYLE)):
-                entries = [entry for entry in run if name in entry]
+            for name, style in ((key, {"linewidth": 1.6, "label": label}), (f"eval_{key}", EVALUATION)):
+                entries = [(entry["step"], entry[name]) for entry in run if name in entry]
                 if entries:
-                    steps, values = [entry["step"] for entry in entries], [entry[name] for entry in entries]
-                    ax.plot(steps, values, color=color, **style)
+                    ax.plot(*zip(*entries, strict=True), color=color, **style)
         ax.set_title(title, fontsize=11)
-        ax.set_xlabel("optimiser step")
-        ax.set_ylabel(unit)
+        ax.set(xlabel="optimiser step", ylabel=unit)
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-        if len(runs) > 1 and ax.lines:
-            ax.legend(frameon=False, fontsize=9)
         if not ax.lines:
             ax.text(0.5, 0.5, "not logged", ha="center", va="center", transform=ax.transAxes, color="grey")
+        _finish(ax, legend=len(runs) > 1 and bool(ax.lines))
     _write(figure, path)
 
 
@@ -84,16 +73,10 @@ def plot_curves(
 
     Args:
         results (`dict[str, Any]`):
-            Results by name. Those named `<curve>@<number>` are drawn, a curve for each name; the others are not.
-        path (`str` or `os.PathLike`):
-            PNG file to write.
-        axis (`str`, *optional*, defaults to `"k"`):
-            What the number counts.
-        reference (`dict[str, float]`, *optional*):
-            Published values under the same names, drawn dashed.
-
-    Raises:
-        `ValueError`: if no result has such a name.
+            Results by name. Those named `<curve>@<number>` are drawn, a curve for each name. If none is: `ValueError`.
+        path (`str` or `os.PathLike`): PNG file to write.
+        axis (`str`, *optional*, defaults to `"k"`): What the number counts.
+        reference (`dict[str, float]`, *optional*): Published values under the same names, drawn dashed.
     """
     curves: dict[str, list[tuple[int, Any]]] = {}
     for name, value in results.items():
@@ -111,14 +94,17 @@ def plot_curves(
         published = [(n, reference[f"{curve}@{n}"]) for n in numbers if f"{curve}@{n}" in (reference or {})]
         if published:
             ax.plot(*zip(*published, strict=True), color=color, linestyle="--", label=f"{curve} (paper)")
-    ax.set_xlabel(axis)
-    ax.set_ylabel("percent")
-    ax.set_ylim(0, 100)
+    ax.set(xlabel=axis, ylabel="percent", ylim=(0, 100))
     ax.set_xticks(sorted({number for points in curves.values() for number, _ in points}))
+    _finish(ax, legend=True)
+    _write(figure, path)
+
+
+def _finish(ax: Axes, legend: bool) -> None:
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=9)
-    _write(figure, path)
+    if legend:
+        ax.legend(frameon=False, fontsize=9)
 
 
 def plot_similarities(labels: np.ndarray, predicted: np.ndarray, path: str | os.PathLike) -> None:
@@ -126,23 +112,17 @@ def plot_similarities(labels: np.ndarray, predicted: np.ndarray, path: str | os.
     Label similarities and predicted cosines of one batch as two heat maps on one colour scale.
 
     Args:
-        labels (`np.ndarray` of shape `(n, n)`):
-            Label matrix M_l.
-        predicted (`np.ndarray` of shape `(n, n)`):
-            Matrix of the cosines of the embeddings, M_r.
-        path (`str` or `os.PathLike`):
-            PNG file to write.
-
-    Raises:
-        `ValueError`: if the shapes differ.
+        labels (`np.ndarray` of shape `(n, n)`), predicted (`np.ndarray` of shape `(n, n)`):
+            M_l, and M_r of the embeddings. `ValueError` if the shapes differ.
+        path (`str` or `os.PathLike`): PNG file to write.
     """
-    labels, predicted = np.asarray(labels), np.asarray(predicted)
-    if labels.shape != predicted.shape:
-        raise ValueError(f"`labels` have shape {labels.shape} but `predicted` {predicted.shape}.")
-    low, high = min(0.0, labels.min(), predicted.min()), max(1.0, labels.max(), predicted.max())
+    matrices = {"Labels $M_l$": np.asarray(labels), "Predicted cosines $M_r$": np.asarray(predicted)}
+    if len({matrix.shape for matrix in matrices.values()}) > 1:
+        raise ValueError(f"`labels` have shape {np.shape(labels)} but `predicted` {np.shape(predicted)}.")
+    low, high = min(0.0, np.min(labels), np.min(predicted)), max(1.0, np.max(labels), np.max(predicted))
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for ax, matrix, title in zip(axes, (labels, predicted), ("Labels $M_l$", "Predicted cosines $M_r$"), strict=True):
+    for ax, (title, matrix) in zip(axes, matrices.items(), strict=True):
         picture = ax.imshow(matrix, vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
         ax.set_title(title, fontsize=11)
         ax.set_xlabel("position in the batch")
@@ -165,33 +145,22 @@ def plot_alignment(
     Args:
         expected (`np.ndarray` of shape `(n, m)`):
             Probability that an alignment visits each cell, see [`hf_sugar.alignment.expected_alignment`].
-        row_slices (`Sequence[str | PIL.Image.Image]`):
-            The n slices of the first sequence, shown at the left.
-        column_slices (`Sequence[str | PIL.Image.Image]`):
-            The m slices of the second sequence, shown below.
-        path (`str` or `os.PathLike`):
-            PNG file to write.
-
-    Raises:
-        `ValueError`: if the shape of `expected` does not fit the slices.
+        row_slices, column_slices (`Sequence[str | PIL.Image.Image]`):
+            The n slices of the first sequence, shown at the left, and the m of the second, shown below. `ValueError` for
+            other numbers of slices.
+        path (`str` or `os.PathLike`): PNG file to write.
     """
     expected = np.asarray(expected)
     n, m = len(row_slices), len(column_slices)
     if expected.shape != (n, m):
         raise ValueError(f"`expected` has shape {expected.shape}; {n} row and {m} column slices need ({n}, {m}).")
     cell = min(1.0, 12 / max(n, m))
-    figure = Figure(figsize=(cell * m + 2.6, cell * n + 1.7))
+    width, height = cell * m + 2.6, cell * n + 1.7
+    figure = Figure(figsize=(width, height))
+    margins = {"left": 0.04, "right": 1 - 0.6 / width, "top": 1 - 0.5 / height, "bottom": 0.1 / height}
+    widths, heights = [1.4, *[cell] * m, 0.15], [*[cell] * n, 1.0]
     grid = figure.add_gridspec(
-        n + 1,
-        m + 2,
-        width_ratios=[1.4, *[cell] * m, 0.15],
-        height_ratios=[*[cell] * n, 1.0],
-        wspace=0.1,
-        hspace=0.1,
-        left=0.04,
-        right=1 - 0.6 / figure.get_figwidth(),
-        top=1 - 0.5 / figure.get_figheight(),
-        bottom=0.1 / figure.get_figheight(),
+        n + 1, m + 2, width_ratios=widths, height_ratios=heights, wspace=0.1, hspace=0.1, **margins
     )
     ax = figure.add_subplot(grid[:n, 1 : m + 1])
     picture = ax.imshow(expected, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
@@ -201,10 +170,9 @@ def plot_alignment(
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_title("Expected alignment", fontsize=11)
-    if cell > 0.4:
-        for i, j in np.ndindex(n, m):
-            color = "white" if expected[i, j] > 0.55 else "#333333"
-            ax.text(j, i, f"{expected[i, j]:.2f}", ha="center", va="center", fontsize=8, color=color)
+    for i, j in np.ndindex(n, m) if cell > 0.4 else ():
+        color = "white" if expected[i, j] > 0.55 else "#333333"
+        ax.text(j, i, f"{expected[i, j]:.2f}", ha="center", va="center", fontsize=8, color=color)
     colorbar = figure.colorbar(picture, cax=figure.add_subplot(grid[:n, m + 1]))
     colorbar.set_label("probability of a visit", fontsize=8)
     colorbar.ax.tick_params(labelsize=7)
@@ -223,76 +191,47 @@ def plot_gallery(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Non
         rows (`Sequence[dict]`):
             For each query a line with `query` and `truth` (each a `str`, a `PIL.Image.Image` or an interleaved list of
             those), `hits`, a list of such items, and `correct`, a list of `bool` that says which of the hits are right.
-        path (`str` or `os.PathLike`):
-            PNG file to write.
-
-    Raises:
-        `ValueError`: if there are no rows, or a row has another number of `correct` than of `hits`.
+            `ValueError` if there are none, or one has another number of `correct` than of `hits`.
+        path (`str` or `os.PathLike`): PNG file to write.
     """
     if len(rows) == 0:
         raise ValueError("`rows` is empty: there is nothing to draw.")
-    for r, row in enumerate(rows):
-        if len(row["correct"]) != len(row["hits"]):
-            raise ValueError(
-                f"`rows[{r}]` has {len(row['hits'])} hits but {len(row['correct'])} entries in `correct`."
-            )
-    columns = max(len(row["hits"]) for row in rows)
+    for r, (hits, correct) in enumerate((row["hits"], row["correct"]) for row in rows):
+        if len(correct) != len(hits):
+            raise ValueError(f"`rows[{r}]` has {len(hits)} hits but {len(correct)} entries in `correct`.")
     items = [[row["query"], row["truth"], *row["hits"]] for row in rows]
-    widths = [
-        min(4.8, max([1.3, *(1.2 * len(line[c]) for line in items if c < len(line) and isinstance(line[c], list))]))
-        for c in range(columns + 2)
-    ]
+    widths = []
+    for column in itertools.zip_longest(*items):
+        widths.append(min(4.8, max([1.3, *(1.2 * len(item) for item in column if isinstance(item, list))])))
     width, height = sum(widths) + 0.4, 1.25 * len(rows) + 0.4
     figure = Figure(figsize=(width, height))
-    grid = figure.add_gridspec(
-        len(rows),
-        columns + 3,
-        width_ratios=[*widths[:2], 0.1, *widths[2:]],
-        wspace=0.06,
-        hspace=0.08,
-        left=0.01,
-        right=0.99,
-        top=1 - 0.33 / height,
-        bottom=0.07 / height,
-    )
+    widths.insert(2, 0.1)
+    margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.33 / height, "bottom": 0.07 / height}
+    grid = figure.add_gridspec(len(rows), len(widths), width_ratios=widths, wspace=0.06, hspace=0.08, **margins)
     for r, (row, line) in enumerate(zip(rows, items, strict=True)):
         for c, item in enumerate(line):
             ax = figure.add_subplot(grid[r, c if c < 2 else c + 1])
             if r == 0:
                 ax.set_title(("query", "truth")[c] if c < 2 else f"rank {c - 1}", fontsize=10)
-            if c < 2:
-                _draw(ax, item)
-            elif row["correct"][c - 2]:
-                _draw(ax, item, frame=CORRECT, frame_width=3)
-            else:
-                _draw(ax, item, frame=GREY)
+            _draw(ax, item, frame=None if c < 2 else CORRECT if row["correct"][c - 2] else WRONG)
     _write(figure, path)
 
 
-def _draw(ax: Axes, item: Any, frame: str | None = None, frame_width: float = 0.8) -> None:
+def _draw(ax: Axes, item: Any, frame: dict[str, Any] | None = None) -> None:
     """A text, an image, or several of them side by side, in an axes of its own."""
     ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(frame is not None)
-    ax.spines[:].set(color=frame, linewidth=frame_width)
+    ax.spines[:].set(visible=frame is not None, **(frame or {}))
     ax.patch.set_visible(False)
     if isinstance(item, list):
         for p, part in enumerate(item):
             _draw(ax.inset_axes([p / len(item), 0.02, 1 / len(item), 0.96]), part)
     elif isinstance(item, str):
-        box = ax.get_window_extent()
-        inches = box.width / ax.figure.dpi, box.height / ax.figure.dpi
-        characters, lines = max(6, int(inches[0] / 0.062)), max(1, int(inches[1] / 0.135))
-        wrapped = textwrap.wrap(item, characters, max_lines=lines, placeholder=" …")
-        ax.text(
-            0.5,
-            0.5,
-            "\n".join(wrapped),
-            ha="center",
-            va="center",
-            fontsize=7,
-            transform=ax.transAxes,
-            parse_math=False,  # a caption may hold dollar signs
-        )
+        box, dpi = ax.get_window_extent(), ax.figure.dpi
+        characters, lines = max(6, int(box.width / dpi / 0.062)), max(1, int(box.height / dpi / 0.135))
+        text = "\n".join(textwrap.wrap(item, characters, max_lines=lines, placeholder=" …"))
+        # a caption may hold dollar signs
+        style = {"ha": "center", "va": "center", "fontsize": 7, "parse_math": False}
+        ax.text(0.5, 0.5, text, transform=ax.transAxes, **style)
     else:
         image = item.convert("RGB")
         image.thumbnail((256, 256))
@@ -304,7 +243,7 @@ def _draw(ax: Axes, item: Any, frame: str | None = None, frame_width: float = 0.
 
 def _write(figure: Figure, path: str | os.PathLike) -> None:
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=DPI)
+        figure.savefig(file, format="png", dpi=150)
 
 
 def write_pictures(
@@ -322,37 +261,30 @@ def write_pictures(
     The plots of a report, as far as there are data for them.
 
     Args:
-        directory (`str` or `os.PathLike`):
-            Where to write.
-        data ([`EvaluationData`]):
-            Documents and image-text rows to draw examples from.
-        embed ([`SugarEmbedder`]):
-            Of the trained model.
-        embed_teachers (`Callable`):
-            Gives the teacher embeddings of slices.
-        teacher_split (`int`, *optional*):
-            Size of the uni-modal half of the teacher embeddings.
-        logs (`dict[str, list[dict]]`):
-            Training log of each run.
+        directory (`str` or `os.PathLike`): Where to write.
+        data ([`EvaluationData`]): Documents and image-text rows to draw examples from.
+        embed ([`SugarEmbedder`]): Of the trained model.
+        embed_teachers (`Callable`), teacher_split (`int`, *optional*):
+            Gives the teacher embeddings of slices, and the size of their uni-modal half.
+        logs (`dict[str, list[dict]]`): Training log of each run.
         delta (`float`, *optional*, defaults to `1.0`), normalize (`str`, *optional*, defaults to `"self+count"`):
             Bandwidth and normalisation of the labels.
-        split (`str`, *optional*, defaults to `"test"`):
-            Split of datasets that have several.
+        split (`str`, *optional*, defaults to `"test"`): Split of datasets that have several.
 
     Returns:
         `list[tuple[str, str]]`: file names and captions.
     """
     directory = Path(directory)
-    pictures = []
     plot_losses(logs, directory / "losses.png")
-    pictures.append(("losses.png", "Generative and structure loss over the training steps."))
+    pictures = [("losses.png", "Generative and structure loss over the training steps.")]
 
-    for source in _first_source(data.interleaved_data):
+    for source in list(named_sources(data.interleaved_data).values())[:1]:
         rows = load_data(source, split)
         documents = [row_slices(rows[index], row_name(rows[index], index)) for index in range(min(8, len(rows)))]
         lengths = [len(document) for document in documents]
-        teachers = embed_teachers([item for document in documents for item in document])
-        modality = torch.tensor([int(not isinstance(item, str)) for document in documents for item in document])
+        slices = [item for document in documents for item in document]
+        teachers = embed_teachers(slices)
+        modality = torch.tensor([int(not isinstance(item, str)) for item in slices])
         offsets = torch.tensor([0, *np.cumsum(lengths)])
         prefixes = torch.tensor([(d, length) for d, n in enumerate(lengths) for length in range(1, n + 1)])
         triple = {} if teacher_split is None else {"modality": modality, "split": teacher_split}
@@ -361,38 +293,26 @@ def write_pictures(
         plot_similarities(labels.numpy(), predicted @ predicted.T, directory / "similarities.png")
         pictures.append(("similarities.png", "Labels and predicted cosines of every prefix of eight documents."))
 
-        first, second = (slice(int(offsets[d]), int(offsets[d + 1])) for d in (0, 1))
-        expected = expected_alignment(
-            teachers[first],
-            teachers[second],
-            delta=delta,
-            **({} if teacher_split is None else {"modality_x": modality[first], "modality_y": modality[second]}),
-            split=teacher_split,
-        )
-        plot_alignment(expected.numpy(), documents[0], documents[1], directory / "alignment.png")
+        first, second, *_ = documents * 2  # a single document is compared with itself
+        (x, y, *_), (modality_x, modality_y, *_) = (values.split(lengths) * 2 for values in (teachers, modality))
+        if triple:
+            triple = {"modality_x": modality_x, "modality_y": modality_y, "split": teacher_split}
+        expected = expected_alignment(x, y, delta=delta, **triple)
+        plot_alignment(expected.numpy(), first, second, directory / "alignment.png")
         pictures.append(("alignment.png", "Expected alignment of two documents under the teachers' similarity."))
 
-    for source in _first_source(data.image_text_data):
+    for source in list(named_sources(data.image_text_data).values())[:1]:
         images, texts = image_text_pairs(load_data(source, split))
-        vectors = {"image": embed(images), "text": embed(texts)}
+        of_images, of_texts = embed(images), embed(texts)
         lines = []
         for n in range(min(3, len(images))):
-            for kind, items, query, truth in (
-                ("image", images, texts[n], images[n]),
-                ("text", texts, images[n], texts[n]),
+            for items, scores, query, truth in (
+                (images, of_images @ of_texts[n], texts[n], images[n]),
+                (texts, of_texts @ of_images[n], images[n], texts[n]),
             ):
-                of_query = vectors["text" if kind == "image" else "image"][n]
-                best = np.argsort(-(vectors[kind] @ of_query), kind="stable")[:5].tolist()
-                correct = [texts[hit] == texts[n] for hit in best]
-                lines.append(
-                    {"query": query, "truth": truth, "hits": [items[hit] for hit in best], "correct": correct}
-                )
+                best = np.argsort(-scores, kind="stable")[:5].tolist()
+                hits, correct = [items[hit] for hit in best], [texts[hit] == texts[n] for hit in best]
+                lines.append({"query": query, "truth": truth, "hits": hits, "correct": correct})
         plot_gallery(lines, directory / "gallery.png")
         pictures.append(("gallery.png", "Queries, the truth, and the five best candidates of the trained model."))
     return pictures
-
-
-def _first_source(sources: Any) -> list[Any]:
-    if isinstance(sources, dict) and "path" not in sources:
-        return list(sources.values())[:1]
-    return [sources] if sources else []

@@ -30,22 +30,23 @@ def report_table(runs: dict[str, dict[str, Any]]) -> str:
     Example:
 
     ```python
-    >>> print(report_table({"SFT": {"recall@1": Estimate(20.0, 15.0, 25.0, 500)}, "Sugar": {"recall@1": Estimate(40.0, 35.0, 45.0, 500)}}))
-    | metric | SFT | Sugar |
+    >>> print(report_table({"SFT": {"recall@1": Estimate(20.0, 15.0, 25.0, 500)}, "paper": {"recall@1": 40.0}}))
+    | metric | SFT | paper |
     |---|---|---|
-    | recall@1 | 20.0 [15.0, 25.0] | 40.0 [35.0, 45.0] |
+    | recall@1 | 20.0 [15.0, 25.0] | 40.0 |
     ```
     """
     shown = {
-        run: {m: v for m, v in results.items() if isinstance(v, Estimate | int | float | str)}
+        run: {
+            metric: f"{value:.1f}" if isinstance(value, float) else str(value)
+            for metric, value in results.items()
+            if isinstance(value, Estimate | int | float | str)
+        }
         for run, results in runs.items()
-    }
-    shown = {
-        run: {m: f"{v:.1f}" if isinstance(v, float) else v for m, v in each.items()} for run, each in shown.items()
     }
     longest_first = sorted(shown.values(), key=len, reverse=True)
     metrics = dict.fromkeys(metric for results in longest_first for metric in results)
-    lines = [[metric, *(str(results.get(metric, "")) for results in shown.values())] for metric in metrics]
+    lines = [[metric, *(results.get(metric, "") for results in shown.values())] for metric in metrics]
     rows = [f"| {' | '.join(line)} |" for line in (["metric", *shown], *lines)]
     return "\n".join([rows[0], "|" + "---|" * (len(shown) + 1), *rows[1:]])
 
@@ -65,24 +66,16 @@ def write_report(
     pictures: Sequence[tuple[str, str]] = (),
 ) -> str:
     """
-    Write `report.json` and `report.md`, in place of those that are there.
+    Write `report.json` and `report.md`, in place of those that are there. Returns the table in Markdown, with the notes.
 
     Args:
-        directory (`str` or `os.PathLike`):
-            Where to write.
-        title (`str`):
-            Heading.
+        directory (`str` or `os.PathLike`): Where to write.
+        title (`str`): Heading.
         runs (`dict[str, dict[str, Any]]`):
             Results of each run, see [`report_table`]. What they say under `"notes"` is put under the table, once.
-        settings (`dict[str, Any]`):
-            What made the figures: anything that JSON can hold.
-        notes (`Sequence[str]`, *optional*):
-            Paragraphs put under the table.
-        pictures (`Sequence[tuple[str, str]]`, *optional*):
-            File names in `directory` and their captions.
-
-    Returns:
-        `str`: the table in Markdown, with the notes.
+        settings (`dict[str, Any]`): What made the figures: anything that JSON can hold.
+        notes (`Sequence[str]`, *optional*): Paragraphs put under the table.
+        pictures (`Sequence[tuple[str, str]]`, *optional*): File names in `directory` and their captions.
     """
     table = report_table(runs)
     notes = list(dict.fromkeys([*notes, *(note for results in runs.values() for note in results.get("notes", []))]))

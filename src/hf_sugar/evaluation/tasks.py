@@ -27,10 +27,10 @@ EmbedFunction = Callable[[Sequence[Item]], np.ndarray]
 GenerateFunction = Callable[[Sequence[dict[str, Any]]], list[str]]
 
 KS = (1, 5, 10)
+CHUNK = 1024  # rows or queries at a time, where all would not fit in memory
 # Of four independent scores, in percent: each of the two comparisons is won by half, and of the 24 orders of the four
 # scores 4 have both matching pairs above both others.
 WINOGROUND_CHANCE = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
-WINOGROUND_COLUMNS = ("image_0", "image_1", "caption_0", "caption_1")
 
 
 @dataclass
@@ -57,32 +57,21 @@ class EvaluationData:
         return any(getattr(self, each.name) for each in fields(self))
 
 
-@dataclass
-class Task:
-    """
-    A task with its data.
+class Task(NamedTuple):
+    """What [`load_tasks`] makes of a source. `prefix` stands before the names of the results of `run`; without functions
+    it gives what is reached by chance."""
 
-    Args:
-        run (`Callable[[EmbedFunction, GenerateFunction], dict]`):
-            Gives the results by name.
-        chance (`dict[str, float]`):
-            What those of the results that have a chance level reach by chance, in percent.
-        worth (`str`):
-            What the results say, in a sentence.
-        source (`str`):
-            Field of [`EvaluationData`] and name of the source.
-        prefix (`str`):
-            Stands before the names of the results.
-        notes (`list[str]`):
-            What is to be said about the data.
-    """
+    source: str
+    prefix: str
+    run: Callable[[EmbedFunction | None, GenerateFunction | None], dict[str, Any]]
+    notes: list[str]
 
-    run: Callable[[EmbedFunction, GenerateFunction], dict[str, Any]]
-    chance: dict[str, float]
-    worth: str
-    source: str = ""
-    prefix: str = ""
-    notes: list[str] = field(default_factory=list)
+
+def named_sources(sources: Any) -> dict[str, Any]:
+    """The sources of a field of [`EvaluationData`] by name; a source without one is named `""`."""
+    if isinstance(sources, dict) and "path" not in sources:
+        return sources
+    return {"": sources} if sources else {}
 
 
 def load_tasks(data: EvaluationData, split: str = "test", on_bad_row: str = "error") -> list[Task]:
@@ -100,32 +89,24 @@ def load_tasks(data: EvaluationData, split: str = "test", on_bad_row: str = "err
         `FileNotFoundError`, `ValueError`: as [`hf_sugar.data.load_data`]; or if no row of a source fits its task.
     """
     tasks = []
-    for name, prepare in (
+    for field_name, prepare in (
         ("image_text_data", _image_text_task),
         ("interleaved_data", _interleaved_task),
         ("winoground_data", _winoground_task),
         ("generation_data", _generation_task),
     ):
-        sources = getattr(data, name) or {}
-        if not isinstance(sources, dict) or "path" in sources:
-            sources = {"": sources}
-        for label, source in sources.items():
+        for name, source in named_sources(getattr(data, field_name)).items():
             notes: list[str] = []
             bad: list[Any] = []
-            if name == "winoground_data":
-                if isinstance(source, list):  # of the command line
-                    if len(source) > 1:
-                        raise ValueError(f"`winoground_data` takes one source, got {len(source)}.")
-                    source = source[0]
+            if field_name == "winoground_data":
                 rows, check = load_pairs(source, split), _pair_images
             else:
                 rows, check = load_data(source, split, on_bad_row=on_bad_row, bad_rows=bad), row_slices
             if on_bad_row == "skip":
                 rows = _readable(rows, check, len(bad), notes)
-            task = prepare(rows, notes)
-            task.source, task.prefix = f"{name} {label}".strip(), label and f"{label}/"
-            task.notes = [f"{task.source}: {note}" for note in notes]
-            tasks.append(task)
+            run = prepare(undecoded(rows), notes)
+            where = f"{field_name} {name}".strip()
+            tasks.append(Task(field_name, name and f"{name}/", run, [f"{where}: {note}" for note in notes]))
     return tasks
 
 
@@ -140,12 +121,9 @@ def evaluate_tasks(
     Run every task that has data.
 
     Args:
-        data ([`EvaluationData`]): What to run on.
+        data, split, on_bad_row: As in [`load_tasks`], which also says what is refused.
         embed (`Callable`): Embedding function, such as a [`SugarEmbedder`].
-        generate (`Callable`, *optional*):
-            Generating function, such as a [`SugarGenerator`]. Left out, nothing is generated.
-        split (`str`, *optional*, defaults to `"test"`), on_bad_row (`str`, *optional*, defaults to `"error"`):
-            As in [`load_tasks`], which also says what is refused.
+        generate (`Callable`, *optional*): Generating function, such as a [`SugarGenerator`]; without, nothing is generated.
 
     Returns:
         `dict[str, Any]`: results of all tasks ([`Estimate`] or `int`); a name given to a source stands before those of
@@ -156,11 +134,9 @@ def evaluate_tasks(
     return run_tasks(load_tasks(data, split, on_bad_row), embed, generate)
 
 
-def run_tasks(tasks: Sequence[Task], embed: EmbedFunction, generate: GenerateFunction | None) -> dict[str, Any]:
+def run_tasks(tasks: Sequence[Task], embed: EmbedFunction | None, generate: GenerateFunction | None) -> dict[str, Any]:
     """Results of what [`load_tasks`] returned, as [`evaluate_tasks`] returns them."""
-    results: dict[str, Any] = {}
-    for task in tasks:
-        results |= {f"{task.prefix}{name}": value for name, value in task.run(embed, generate).items()}
+    results = {f"{task.prefix}{name}": v for task in tasks for name, v in task.run(embed, generate).items()}
     notes = [note for task in tasks for note in task.notes]
     return {**results, "notes": notes} if notes else results
 
@@ -178,10 +154,6 @@ def _readable(rows: Dataset, check: Callable[[dict[str, Any], str], Any], bad: i
     if bad:
         notes.append(f"{bad} of {len(good) + bad} rows cannot be read and are left out.")
     return rows.select(good)
-
-
-def _pair_images(row: dict[str, Any], where: str) -> list[Image.Image]:
-    return [load_image(row[name], f"{where}, {name}") for name in ("image_0", "image_1")]
 
 
 class _Images(Sequence):
@@ -205,8 +177,7 @@ def image_text_pairs(rows: Dataset, notes: list[str] | None = None) -> tuple[Seq
 
     Args:
         rows ([`datasets.Dataset`]): Rows in the conversational vision format.
-        notes (`list[str]`, *optional*):
-            Gets what is to be said of the rows that have no such pair, or more texts than the first.
+        notes (`list[str]`, *optional*): Gets what is to be said of rows that have no such pair, or more texts.
 
     Returns:
         `tuple[Sequence[PIL.Image.Image], list[str]]`: images, decoded when they are asked for, and their texts.
@@ -215,33 +186,29 @@ def image_text_pairs(rows: Dataset, notes: list[str] | None = None) -> tuple[Seq
         `ValueError`: if no row has such a pair.
     """
     rows = undecoded(rows)
+    notes = [] if notes is None else notes
     indices, pairs, several = [], [], 0
     for index, row in enumerate(rows):
         row = conversation_row(row)
-        first = next((message for message in row["messages"] if message["role"] == "user"), None)
         captions = row["loss_on"] == "captions"
-        if len(row["images"]) != 1 or row["loss_on"] == "text" or first is None:
-            continue
-        if isinstance(first["content"], list) and all(part["type"] != "image" for part in first["content"]):
-            continue
+        asked = next((message["content"] for message in row["messages"] if message["role"] == "user"), [])
+        begins = isinstance(asked, str) or any(part["type"] == "image" for part in asked)
         texts = [_texts(m) for m in row["messages"] if m["role"] == ("user" if captions else "assistant")]
-        texts = [text for each in texts for text in each] if captions else [" ".join(each) for each in texts if each]
-        if not texts or captions and len(texts) > 1:
-            continue
-        several += len(texts) > 1
-        indices.append(index)
-        pairs.append(texts[0])
+        texts = sum(texts, []) if captions else [" ".join(each) for each in texts if each]
+        if len(row["images"]) == 1 and row["loss_on"] != "text" and begins and texts and not (captions and texts[1:]):
+            several += len(texts) > 1
+            indices.append(index)
+            pairs.append(texts[0])
+    left_out = len(rows) - len(indices)
     if not indices:
         raise ValueError(
-            f"None of the {len(rows)} rows has one image at its beginning and an answer or caption: nothing to retrieve."
+            f"None of the {left_out} rows has one image at its beginning and an answer or caption: nothing to retrieve."
         )
-    if notes is not None and several:
+    if several:
         notes.append(f"{several} of {len(rows)} rows have more than one answer; the first one is taken.")
-    if notes is not None and len(indices) < len(rows):
-        notes.append(
-            f"{len(rows) - len(indices)} of {len(rows)} rows do not have one image with an answer or a caption and are "
-            "left out."
-        )
+    if left_out:
+        what = "do not have one image with an answer or a caption and are left out"
+        notes.append(f"{left_out} of {len(rows)} rows {what}.")
     return _Images(rows, indices), pairs
 
 
@@ -250,74 +217,54 @@ def _texts(message: dict[str, Any]) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
-def _image_text_task(rows: Dataset, notes: list[str]) -> Task:
+def _image_text_task(rows: Dataset, notes: list[str]) -> Callable[..., dict[str, Any]]:
     images, texts = image_text_pairs(rows, notes)
-    searches = _image_text_searches(images, texts)
-    return Task(
-        lambda embed, generate: {**image_text_retrieval(embed, images, texts), "pairs": len(texts)},
-        _chance(searches),
-        "recall falls with the number of candidates, so that it compares models on this set alone; what the labels miss, "
-        "the structure loss cannot teach.",
-    )
+    return lambda embed, generate: {**image_text_retrieval(embed, images, texts), "pairs": len(texts)}
 
 
-def _interleaved_task(rows: Dataset, notes: list[str]) -> Task:
-    stories = [row_slices(row, row_name(row, index)) for index, row in enumerate(undecoded(rows))]
+def _interleaved_task(rows: Dataset, notes: list[str]) -> Callable[..., dict[str, Any]]:
+    stories = [row_slices(row, row_name(row, index)) for index, row in enumerate(rows)]
     short = sum(all(isinstance(part, str) for part in story[2:]) for story in stories)
     if short:
         notes.append(f"{short} of {len(stories)} documents have no image after two other slices: not searched for.")
-    return Task(
-        lambda embed, generate: interleaved_retrieval(embed, stories),
-        _chance(_interleaved_searches(stories)[0]),
-        "the label of several slices with one image knows no order, and images of the context are most like it: what is "
-        "found beyond the labels has another source than the structure loss.",
-    )
+    return lambda embed, generate: interleaved_retrieval(embed, stories)
 
 
-def _winoground_task(rows: Dataset, notes: list[str]) -> Task:
-    return Task(
-        lambda embed, generate: winoground(embed, undecoded(rows)),
-        WINOGROUND_CHANCE,
-        "both captions have the same words, so that only their order tells the images apart; labels are the cosines of one "
-        "caption and one image, the most that the structure loss can teach.",
-    )
+def _winoground_task(rows: Dataset, notes: list[str]) -> Callable[..., dict[str, Any]]:
+    return lambda embed, generate: winoground(embed, rows)
 
 
-def _generation_task(rows: Dataset, notes: list[str]) -> Task:
+def _generation_task(rows: Dataset, notes: list[str]) -> Callable[..., dict[str, Any]]:
     roles = [[message["role"] for message in messages] for messages in rows["messages"]]
     answered = [n for n, each in enumerate(roles) if "assistant" in each]
+    if not answered:
+        raise ValueError(f"None of the {len(rows)} rows has an answer to compare with.")
     if len(answered) < len(rows):
-        if not answered:
-            raise ValueError(f"None of the {len(rows)} rows has an answer to compare with.")
         notes.append(f"{len(rows) - len(answered)} of {len(rows)} rows have no answer and are left out.")
-        rows = rows.select(answered)
     several = sum(each.count("assistant") > 1 for each in roles)
     if several:
-        notes.append(f"{several} of {len(rows)} rows have more than one answer; the last one is compared.")
-    rows = undecoded(rows)
-    return Task(
-        lambda embed, generate: {"exact_match": exact_match(generate, rows)["exact_match"]},
-        {},
-        "an answer counts if it is right word for word, so that a right answer in other words is lost; labels have no "
-        "part in it.",
-    )
+        notes.append(f"{several} of {len(answered)} rows have more than one answer; the last one is compared.")
+    rows = rows.select(answered)
+    return lambda _, generate: {"exact_match": exact_match(generate, rows)["exact_match"]} if generate else {}
 
 
 def load_pairs(source: Any, split: str = "test") -> Dataset:
-    """The dataset of a source as [`hf_sugar.data.load_table`] reads it, refused without the columns of Winoground."""
+    """A dataset with the columns of Winoground, of a source as [`hf_sugar.data.load_table`] takes it."""
+    if isinstance(source, list):  # of the command line
+        if len(source) > 1:
+            raise ValueError(f"`winoground_data` takes one source, got {len(source)}.")
+        [source] = source
     rows = load_table(source, split)
-    if missing := sorted(set(WINOGROUND_COLUMNS) - set(rows.column_names)):
+    if missing := {"image_0", "image_1", "caption_0", "caption_1"} - set(rows.column_names):
         raise ValueError(
-            f"The dataset has no column {', '.join(missing)}, but {', '.join(rows.column_names)}. Rename them."
+            f"The dataset has no column {', '.join(sorted(missing))}, but {', '.join(rows.column_names)}. Rename them."
         )
     return rows
 
 
 class Search(NamedTuple):
-    """
-    Queries over one list of candidates: those in `relevant` are right for a query, those in `excluded` are no candidates
-    of it. Intervals resample `groups` of queries.
-    """
+    """Queries over one list of candidates: those in `relevant` are right for a query, those in `excluded` are no
+    candidates of it. Intervals resample `groups` of queries."""
 
     queries: Sequence[Item]
     candidates: Sequence[Item]
@@ -326,41 +273,45 @@ class Search(NamedTuple):
     excluded: Sequence[set[int]] | None = None
 
 
-def recall(embed: EmbedFunction, searches: dict[str, Search], ks: Sequence[int] = KS) -> dict[str, Estimate]:
-    """`<name>_recall@<k>` of each search. A list that several searches share is embedded once."""
+def recall(
+    embed: EmbedFunction | None, searches: dict[str, Search], ks: Sequence[int] = KS
+) -> dict[str, Estimate | float]:
+    """`<name>_recall@<k>` of each search, or by chance without `embed`. Items that searches share are embedded once."""
     embedded, results = {}, {}
     for name, search in searches.items():
         for items in (search.candidates, search.queries):
-            if id(items) not in embedded:
+            if embed is not None and id(items) not in embedded:
                 embedded[id(items)] = embed(items)
-        queries, candidates = embedded[id(search.queries)], embedded[id(search.candidates)]
         hits: dict[int, list[np.ndarray]] = {k: [] for k in ks}
-        for start in range(0, len(queries), 1024):  # the scores of a large test set would not fit in memory
-            block = slice(start, start + 1024)
-            scores = queries[block] @ candidates.T
-            for row, excluded in zip(scores, search.excluded[block] if search.excluded else ()):
-                row[list(excluded)] = -np.inf
-            for k, found in recall_at_k(scores, search.relevant[block], ks).items():
-                hits[k].append(found)
-        for k in ks:
-            results[f"{name}_recall@{k}"] = Estimate.from_hits(np.concatenate(hits[k]), groups=search.groups)
+        for start in range(0, len(search.queries), CHUNK):
+            block = slice(start, start + CHUNK)
+            relevant = search.relevant[block]
+            excluded = search.excluded[block] if search.excluded else [set()] * len(relevant)
+            if embed is None:
+                found = _chance(relevant, [len(search.candidates) - len(each) for each in excluded], ks)
+            else:
+                scores = embedded[id(search.queries)][block] @ embedded[id(search.candidates)].T
+                for row, each in zip(scores, excluded, strict=True):
+                    row[list(each)] = -np.inf
+                found = recall_at_k(scores, relevant, ks)
+            for k in ks:
+                hits[k].append(found[k])
+        for k, found in ((k, np.concatenate(hits[k])) for k in ks):
+            estimate = 100 * float(found.mean()) if embed is None else Estimate.from_hits(found, groups=search.groups)
+            results[f"{name}_recall@{k}"] = estimate
     return results
 
 
-def _chance(searches: dict[str, Search], ks: Sequence[int] = KS) -> dict[str, float]:
-    """What [`recall`] finds in candidates in random order: one minus the share of draws of k without a relevant one."""
-    results = {}
-    for name, search in searches.items():
-        excluded = search.excluded or [()] * len(search.relevant)
-        sizes = [(len(search.candidates) - len(out), len(good)) for out, good in zip(excluded, search.relevant)]
-        for k in ks:
-            missed = [math.comb(n - good, min(k, n)) / math.comb(n, min(k, n)) for n, good in sizes]
-            results[f"{name}_recall@{k}"] = 100 * (1 - float(np.mean(missed)))
-    return results
+def _chance(relevant: Sequence[set[int]], sizes: Sequence[int], ks: Sequence[int]) -> dict[int, np.ndarray]:
+    """For each query, one minus the share of draws of k of its candidates that miss all relevant ones."""
+    queries = [(n, n - len(answers)) for answers, n in zip(relevant, sizes, strict=True)]
+    return {
+        k: np.array([1 - math.comb(wrong, min(k, n)) / math.comb(n, min(k, n)) for n, wrong in queries]) for k in ks
+    }
 
 
 def image_text_retrieval(
-    embed: EmbedFunction,
+    embed: EmbedFunction | None,
     images: Sequence[Image.Image],
     captions: Sequence[str] | Sequence[list[str]],
     ks: Sequence[int] = KS,
@@ -371,15 +322,14 @@ def image_text_retrieval(
 
     Args:
         embed (`Callable`):
-            Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, such as a [`SugarEmbedder`].
+            Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, such as a
+            [`SugarEmbedder`]. `None` gives the recall of candidates in random order.
         images (`Sequence[PIL.Image.Image]`): Images. A lazily decoded column of a dataset will do.
-        captions (`Sequence[str]` or `Sequence[list[str]]`):
-            `captions[i]` is the caption of `images[i]`, or the list of its captions.
+        captions (`Sequence[str]` or `Sequence[list[str]]`): The caption or the captions of each image.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs.
         match_copies (`bool`, *optional*, defaults to `True`):
-            Captions that read the same cannot be told apart, so an image finds its caption in any copy of it, and a
-            caption finds its image in the image of any copy. The published benchmarks do not allow for that: with
-            `False` every caption belongs to its own image only.
+            Whether captions that read the same count as one, which belongs to all of their images. The published
+            benchmarks do not allow for that: with `False` every caption belongs to its own image only.
 
     Returns:
         `dict[str, Estimate | int]`: `image_to_text_recall@k` and `text_to_image_recall@k` for each k, and
@@ -388,14 +338,6 @@ def image_text_retrieval(
     Raises:
         `ValueError`: if the numbers of images and of captions differ.
     """
-    searches = _image_text_searches(images, captions, match_copies)
-    texts = searches["image_to_text"].candidates
-    return {**recall(embed, searches, ks), "duplicate_captions": len(texts) - len(set(texts))}
-
-
-def _image_text_searches(
-    images: Sequence[Image.Image], captions: Sequence[str] | Sequence[list[str]], match_copies: bool = True
-) -> dict[str, Search]:
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions; `captions[i]` belongs to `images[i]`.")
     captions = [[caption] if isinstance(caption, str) else caption for caption in captions]
@@ -410,32 +352,26 @@ def _image_text_searches(
     relevant_texts: list[set[int]] = [set() for _ in images]
     for key, owner in zip(keys, owners, strict=True):
         relevant_texts[owner] |= texts_alike[key]
-    return {
+    searches = {
         "image_to_text": Search(images, texts, relevant_texts),
         "text_to_image": Search(texts, images, [images_alike[key] for key in keys], groups=owners),
     }
+    return {**recall(embed, searches, ks), "duplicate_captions": len(texts) - len(set(texts))}
 
 
 def interleaved_retrieval(
-    embed: EmbedFunction, stories: Sequence[list[Slice]], ks: Sequence[int] = KS, min_context: int = 2
+    embed: EmbedFunction | None, stories: Sequence[list[Slice]], ks: Sequence[int] = KS
 ) -> dict[str, Estimate | int]:
     """
-    Recall of the next image of a story, given all of the story before it, among the images of all stories.
-
-    This is how visual stories (VIST) are used to test whether a model makes use of context. For reference each image
-    is also searched with the last sentence before it alone: what the full context finds beyond that is what the
-    context is good for. The images of the context are among the candidates, except where `unseen` is measured. Images
-    with the same pixels are one candidate.
+    Recall of the next image of a story, given all of the story before it (at least two slices), among the images of all
+    stories, as visual stories (VIST) are used to test whether a model makes use of context. For reference each image is
+    also searched with the last sentence before it alone. The images of the context are among the candidates, except where
+    `unseen` is measured. Images with the same pixels are one candidate.
 
     Args:
-        embed (`Callable`):
-            Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, such as a [`SugarEmbedder`].
-        stories (`Sequence[list[str | PIL.Image.Image]]`):
-            Stories as slices in reading order. [`hf_sugar.data.row_slices`] makes one of a row.
+        embed (`Callable`): As in [`image_text_retrieval`].
+        stories (`Sequence[list[str | PIL.Image.Image]]`): Slices in reading order, see [`hf_sugar.data.row_slices`].
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs.
-        min_context (`int`, *optional*, defaults to `2`):
-            Slices that must precede an image for it to be searched. With 1, the first image of a story that begins with
-            a sentence is searched as well, and there the two queries are the same.
 
     Returns:
         `dict[str, Estimate | int]`: `context_recall@k`, `context_unseen_recall@k` and `last_sentence_recall@k` for each
@@ -443,22 +379,8 @@ def interleaved_retrieval(
         them are missing from the reference, as its `n` shows. The intervals resample stories.
 
     Raises:
-        `ValueError`: if `min_context` is below 1, or no image has that much context.
+        `ValueError`: if no image has that much context.
     """
-    searches, total = _interleaved_searches(stories, min_context)
-    if not searches:
-        raise ValueError(
-            f"No image of the {len(stories)} stories has {min_context} slices before it. Lower `min_context`, or check "
-            "that the stories hold images."
-        )
-    candidates = len(searches["context"].candidates)
-    return {**recall(embed, searches, ks), "candidates": candidates, "duplicate_images": total - candidates}
-
-
-def _interleaved_searches(stories: Sequence[list[Slice]], min_context: int = 2) -> tuple[dict[str, Search], int]:
-    """The searches, if there are any, and the number of images."""
-    if min_context < 1:
-        raise ValueError(f"`min_context` is {min_context}; a query needs at least 1 slice.")
     numbers: dict[bytes, int] = {}
     images, contexts, sentences = [], [], []
     total = 0
@@ -472,83 +394,74 @@ def _interleaved_searches(stories: Sequence[list[Slice]], min_context: int = 2) 
             target = numbers.setdefault(_image_key(part), len(numbers))
             if target == len(images):
                 images.append(part)
-            if position >= min_context:
+            if position >= 2:
                 contexts.append((story[:position], {target}, s, seen - {target}))
                 if sentence is not None:
                     sentences.append((sentence, {target}, s))
             seen = seen | {target}
-    searches = {}
-    if contexts:
-        queries, targets, groups, seen = zip(*contexts, strict=True)
-        searches["context"] = Search(queries, images, targets, groups)
-        searches["context_unseen"] = Search(queries, images, targets, groups, excluded=seen)
+    if not contexts:
+        raise ValueError(
+            f"No image of the {len(stories)} stories has two slices before it. Check that the stories hold images."
+        )
+    queries, targets, groups, seen = zip(*contexts, strict=True)
+    searches = {
+        "context": Search(queries, images, targets, groups),
+        "context_unseen": Search(queries, images, targets, groups, excluded=seen),
+    }
     if sentences:
         queries, targets, groups = zip(*sentences, strict=True)
         searches["last_sentence"] = Search(queries, images, targets, groups)
-    return searches, total
+    return {**recall(embed, searches, ks), "candidates": len(images), "duplicate_images": total - len(images)}
 
 
-def winoground(embed: EmbedFunction, rows: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
+def _image_key(image: Image.Image | Path) -> bytes:
+    image = load_image(image)
+    return hashlib.blake2b(image.tobytes(), key=repr(image.size).encode()).digest()
+
+
+def winoground(embed: EmbedFunction | None, rows: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
     """
     Text, image and group score of pairs of captions with the same words and their two images.
 
     With `s(c, i)` the cosine of caption c and image i, a row counts for the text score if each image prefers its own
     caption (`s(c0, i0) > s(c1, i0)` and `s(c1, i1) > s(c0, i1)`), for the image score if each caption prefers its own
     image (`s(c0, i0) > s(c0, i1)` and `s(c1, i1) > s(c1, i0)`), and for the group score if both hold. Equal scores do
-    not count. [`WINOGROUND_CHANCE`] has what random scores reach: 25, 25 and 16.7. Source: [Winoground: Probing Vision
-    and Language Models for Visio-Linguistic Compositionality](https://huggingface.co/papers/2204.03162).
+    not count. Source: [Winoground](https://huggingface.co/papers/2204.03162).
 
     Args:
-        embed (`Callable`):
-            Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, such as a [`SugarEmbedder`].
-        rows (`Sequence[dict]`):
-            Rows with `image_0`, `image_1`, `caption_0` and `caption_1`, as in the published dataset.
+        embed (`Callable`): As in [`image_text_retrieval`]; `None` gives [`WINOGROUND_CHANCE`].
+        rows (`Sequence[dict]`): Rows with `image_0`, `image_1`, `caption_0` and `caption_1`.
 
     Returns:
         `dict[str, Estimate]`: `text_score`, `image_score` and `group_score`.
     """
+    if embed is None:
+        return WINOGROUND_CHANCE
     captions, images = [], []
     for n, row in enumerate(rows):
         captions += [row["caption_0"], row["caption_1"]]
         images += _pair_images(row, f"row {n}")
-    caption_embeddings, image_embeddings = embed(captions), embed(images)
-    pairs = len(images) // 2
-    blocks = [slice(2 * pair, 2 * pair + 2) for pair in range(pairs)]
-    s = np.stack([caption_embeddings[block] @ image_embeddings[block].T for block in blocks])  # [row, caption, image]
+    of_captions, of_images = embed(captions), embed(images)
+    pairs = [slice(start, start + 2) for start in range(0, len(images), 2)]
+    s = np.stack([of_captions[pair] @ of_images[pair].T for pair in pairs])  # row, caption, image
     text = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
     image = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
-    return {
-        "text_score": Estimate.from_hits(text),
-        "image_score": Estimate.from_hits(image),
-        "group_score": Estimate.from_hits(text & image),
-    }
+    hits = {"text_score": text, "image_score": image, "group_score": text & image}
+    return {name: Estimate.from_hits(each) for name, each in hits.items()}
 
 
-def normalise_answer(text: str) -> str:
-    """Lower case, with every run of white space made one space and none at the ends."""
-    return " ".join(text.lower().split())
+def _pair_images(row: dict[str, Any], where: str) -> list[Image.Image]:
+    return [load_image(row[name], f"{where}, {name}") for name in ("image_0", "image_1")]
 
 
-def exact_match(
-    generate: GenerateFunction,
-    rows: Sequence[dict[str, Any]],
-    normalise: Callable[[str], str] = normalise_answer,
-    chunk_size: int = 1024,
-) -> dict[str, Any]:
+def exact_match(generate: GenerateFunction, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
-    Share of rows whose last answer is generated word for word.
+    Share of rows whose last answer is generated word for word, upper case and runs of white space aside.
 
     Args:
-        generate (`Callable`):
-            Turns a list of conversations that end with the user's turn, each with its images, into a list of answers,
-            such as a [`SugarGenerator`].
+        generate (`Callable`): Answers conversations that end with the user's turn, such as a [`SugarGenerator`].
         rows (`Sequence[dict]`):
-            Rows in the conversational vision format. The prompt is what precedes the last assistant turn, with its
-            images.
-        normalise (`Callable`, *optional*, defaults to [`~evaluation.tasks.normalise_answer`]):
-            Applied to both the expected and the generated answer before they are compared.
-        chunk_size (`int`, *optional*, defaults to `1024`):
-            Rows handed to `generate` at a time: this many have their images in memory.
+            Rows in the conversational vision format. The prompt is what precedes the last assistant turn.
 
     Returns:
         `dict[str, Any]`: `exact_match`, an [`Estimate`], and `misses`, a list of `{"index", "row", "expected",
@@ -558,21 +471,16 @@ def exact_match(
         `ValueError`: if a row has no assistant turn.
     """
     hits, misses = [], []
-    for start in range(0, len(rows), chunk_size):
-        chunk = [rows[index] for index in range(start, min(start + chunk_size, len(rows)))]
+    for start in range(0, len(rows), CHUNK):
+        chunk = [rows[index] for index in range(start, min(start + CHUNK, len(rows)))]
         names = [row_name(row, index) for index, row in enumerate(chunk, start)]
         prompts, answers = zip(*map(split_answer, chunk), strict=True)
         if None in answers:
             name = names[answers.index(None)]
             raise ValueError(f"{name} has no assistant turn to compare with. Drop it, or add the answer.")
         for name, expected, generated in zip(names, answers, generate(prompts), strict=True):
-            hits.append(normalise(expected) == normalise(generated))
+            hits.append(expected.lower().split() == generated.lower().split())
             if not hits[-1]:
-                miss = {"index": len(hits) - 1, "row": name, "expected": expected, "generated": generated}
-                misses.append(miss)
+                index = len(hits) - 1
+                misses.append({"index": index, "row": name, "expected": expected, "generated": generated})
     return {"exact_match": Estimate.from_hits(hits), "misses": misses}
-
-
-def _image_key(image: Image.Image | Path) -> bytes:
-    image = load_image(image)
-    return hashlib.blake2b(image.tobytes(), key=repr(image.size).encode()).digest()

@@ -50,8 +50,7 @@ def load_benchmarks(settings: dict[str, dict[str, Any]], tasks: list[str] | None
     Args:
         settings (`dict[str, dict[str, Any]]`):
             For each benchmark, by its name in [`BENCHMARKS`], the arguments of its class.
-        tasks (`list[str]`, *optional*):
-            Names of those to read. By default all that have settings.
+        tasks (`list[str]`, *optional*): Names of those to read. By default all that have settings.
 
     Returns:
         `dict[str, Benchmark]`: by name, in the order of `tasks`.
@@ -68,14 +67,12 @@ def load_benchmarks(settings: dict[str, dict[str, Any]], tasks: list[str] | None
             raise ValueError(
                 f"`tasks` names {name!r}, but `benchmarks.{name}` is not set. Say there where its data are."
             )
-        parameters = inspect.signature(BENCHMARKS[name]).parameters
-        needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
-        given = settings[name]
-        if not isinstance(given, dict) or not needed <= given.keys() <= parameters.keys():
-            raise ValueError(
-                f"`benchmarks.{name}` is {given!r}. It is a mapping that needs {', '.join(sorted(needed)) or 'nothing'} "
-                f"and may have {', '.join(parameters)}."
-            )
+        given, signature = settings[name], inspect.signature(BENCHMARKS[name])
+        try:
+            signature.bind(**given)
+        except TypeError as error:
+            takes = ", ".join(map(str, signature.parameters.values()))
+            raise ValueError(f"`benchmarks.{name}` is {given!r}: {error}. It takes {takes}.") from error
         try:
             benchmarks[name] = BENCHMARKS[name](**given)
         except FileNotFoundError as error:

@@ -12,25 +12,14 @@ class Coco:
     image take part, as is usual; each finds its own image only, and an image is found by any of its five.
 
     Args:
-        path (`str` or `os.PathLike`):
-            `dataset_coco.json` of the split (or `dataset_flickr30k.json`, for Flickr30k).
-        image_root (`str` or `os.PathLike`, *optional*):
-            Folder that holds `val2014`. Defaults to the folder of the file.
-        split (`str`, *optional*, defaults to `"test"`):
-            Split of the file.
-
-    Raises:
-        `FileNotFoundError`: if the file does not exist.
-        `ValueError`: if it is malformed or an image is missing.
+        path (`str` or `os.PathLike`): `dataset_coco.json` of the split (or `dataset_flickr30k.json`, for Flickr30k).
+        image_root (`str` or `os.PathLike`, *optional*): Folder that holds `val2014`. Defaults to the folder of the file.
+        split (`str`, *optional*, defaults to `"test"`): Split of the file.
     """
 
     paper: ClassVar[dict[str, float]] = {
-        "text_to_image_recall@1": 22.0,
-        "text_to_image_recall@5": 49.1,
-        "text_to_image_recall@10": 63.1,
-        "image_to_text_recall@1": 25.6,
-        "image_to_text_recall@5": 53.6,
-        "image_to_text_recall@10": 66.7,
+        **{f"text_to_image_recall@{k}": value for k, value in ((1, 22.0), (5, 49.1), (10, 63.1))},
+        **{f"image_to_text_recall@{k}": value for k, value in ((1, 25.6), (5, 53.6), (10, 66.7))},
     }
     axis: ClassVar[str] = "candidates looked at"
 

@@ -26,10 +26,6 @@ class MMVP:
         path (`str` or `os.PathLike`):
             Folder with `Questions.csv` (number, pattern and statement; two lines in a row are a pair) and, in any folder
             below it, the images `<number>.jpg`.
-
-    Raises:
-        `FileNotFoundError`: if there is no `Questions.csv`.
-        `ValueError`: if a line is malformed or its image is missing.
     """
 
     paper: ClassVar[dict[str, float]] = {"qa_pair_accuracy": 57.8}
@@ -48,29 +44,27 @@ class MMVP:
                 )
         if not lines or len(lines) % 2:
             raise ValueError(f"{file} has {len(lines)} statements. Two lines in a row are a pair; restore the file.")
-        self.patterns = [pattern for _, pattern, _ in lines[::2]]
+        self.patterns = np.array([pattern for _, pattern, _ in lines[::2]])
         self.statements = [(first[2], second[2]) for first, second in zip(lines[::2], lines[1::2], strict=True)]
-        self.images = [images[line[0]] for line in lines]
+        self.images = [
+            (images[first[0]], images[second[0]]) for first, second in zip(lines[::2], lines[1::2], strict=True)
+        ]
 
     def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         rows, prompts = [], []
-        for n, (first, second) in enumerate(self.statements):
-            pair = self.images[2 * n : 2 * n + 2]
-            captions = {"caption_0": f"a photo of {first}", "caption_1": f"a photo of {second}"}
+        for statements, pair in zip(self.statements, self.images, strict=True):
+            captions = {f"caption_{n}": f"a photo of {statement}" for n, statement in enumerate(statements)}
             rows.append({**captions, "image_0": pair[0], "image_1": pair[1]})
-            text = {"type": "text", "text": QUESTION.format(first, second)}
+            text = {"type": "text", "text": QUESTION.format(*statements)}
             message = {"role": "user", "content": [{"type": "image", "text": None}, text]}
             prompts += [{"messages": [message], "images": [image]} for image in pair]
         letters = [re.match(r"\W*([AB])\b", answer) for answer in generate(prompts)]
         right = np.array([letter is not None and letter[1] == "AB"[n % 2] for n, letter in enumerate(letters)])
         pairs = right.reshape(-1, 2).all(axis=1)
-        patterns = np.array(self.patterns)
+        of_pattern = {p: Estimate.from_hits(pairs[self.patterns == p]) for p in dict.fromkeys(self.patterns.tolist())}
         return {
             "matching_pair_accuracy": winoground(embed, rows)["image_score"],
             "qa_pair_accuracy": Estimate.from_hits(pairs),
             "qa_accuracy": Estimate.from_hits(right, groups=np.arange(len(right)) // 2),
-            **{
-                f"qa_pair_accuracy ({pattern})": Estimate.from_hits(pairs[patterns == pattern])
-                for pattern in dict.fromkeys(self.patterns)
-            },
+            **{f"qa_pair_accuracy ({pattern})": accuracy for pattern, accuracy in of_pattern.items()},
         }

@@ -17,18 +17,10 @@ class RagGain:
     are not shown, so that a set can be its own knowledge base.
 
     Args:
-        questions (source):
-            Conversations that end with an answer, as [`hf_sugar.data.load_data`] takes them.
-        knowledge (source):
-            Answered questions to search, the same way.
-        k (`int`, *optional*, defaults to `1`):
-            Examples before a question.
-        split (`str`, *optional*, defaults to `"test"`):
-            Split of sources that have several and do not name one.
-
-    Raises:
-        `FileNotFoundError`: if a source does not exist.
-        `ValueError`: if a row is malformed, or a question has no answer.
+        questions (source): Conversations that end with an answer, as [`hf_sugar.data.load_data`] takes them.
+        knowledge (source): Answered questions to search, the same way.
+        k (`int`, *optional*, defaults to `1`): Examples before a question.
+        split (`str`, *optional*, defaults to `"test"`): Split of sources that have several and do not name one.
     """
 
     paper: ClassVar[dict[str, float]] = {}  # it reports VizWiz and ScienceQA, with their own measures

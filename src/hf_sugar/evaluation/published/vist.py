@@ -1,12 +1,10 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-
-from ..metrics import Estimate, recall_at_k
-from ..tasks import EmbedFunction, GenerateFunction
+from ..metrics import Estimate
+from ..tasks import EmbedFunction, GenerateFunction, Search, recall
 
 
 class Vist:
@@ -18,26 +16,19 @@ class Vist:
     by their number, and stories of which a photograph is missing are left out.
 
     Args:
-        path (`str` or `os.PathLike`):
-            `val.story-in-sequence.json`.
+        path (`str` or `os.PathLike`): `val.story-in-sequence.json`.
         image_root (`str` or `os.PathLike`):
             Folder of the photographs, which are named by their number (`<photo_flickr_id>.jpg`, or another suffix).
-
-    Raises:
-        `FileNotFoundError`: if the file or the folder does not exist.
-        `ValueError`: if an annotation is malformed, or no story has all of its photographs.
     """
 
     paper: ClassVar[dict[str, float]] = {
-        "5c_recall@1": 10.1,
-        "5c_recall@5": 26.3,
-        "5c_recall@10": 36.2,
-        "5c_unseen_recall@1": 11.0,
-        "5c_unseen_recall@5": 27.3,
-        "5c_unseen_recall@10": 37.0,
-        "5c+4i_unseen_recall@1": 21.9,
-        "5c+4i_unseen_recall@5": 46.7,
-        "5c+4i_unseen_recall@10": 59.2,
+        f"{name}_recall@{k}": value
+        for name, values in (
+            ("5c", (10.1, 26.3, 36.2)),
+            ("5c_unseen", (11.0, 27.3, 37.0)),
+            ("5c+4i_unseen", (21.9, 46.7, 59.2)),
+        )
+        for k, value in zip((1, 5, 10), values, strict=True)
     }
     axis: ClassVar[str] = "candidates looked at"
 
@@ -52,10 +43,8 @@ class Vist:
         for n, annotation in enumerate(annotations):
             try:
                 [step] = annotation
-                photograph = str(step["photo_flickr_id"])
-                stories.setdefault(str(step["story_id"]), []).append(
-                    (int(step["worker_arranged_photo_order"]), step["text"], photograph)
-                )
+                number, photograph = int(step["worker_arranged_photo_order"]), str(step["photo_flickr_id"])
+                stories.setdefault(str(step["story_id"]), []).append((number, step["text"], photograph))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path}: annotations[{n}] is not a list of one step with story_id, worker_arranged_photo_order, "
@@ -67,32 +56,22 @@ class Vist:
                 f"{path}: of none of the {len(stories)} stories all photographs are in {image_root}. Put them there, "
                 "named <photo_flickr_id>.jpg."
             )
-        self.captions = [[text for _, text, _ in steps] for steps in whole]
-        self.photographs = [[photo for *_, photo in steps] for steps in whole]
+        self.stories = [[(text, photo) for _, text, photo in steps] for steps in whole]
         self.left_out = len(stories) - len(whole)
         # those of the stories left out are candidates too
         used = dict.fromkeys(photo for steps in stories.values() for *_, photo in steps)
         self.candidates = {photo: photographs[photo] for photo in used if photo in photographs}
 
     def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
-        numbers = {photo: n for n, photo in enumerate(self.candidates)}
-        stories = [[numbers[photo] for photo in story] for story in self.photographs]
-        targets = [story[-1] for story in stories]
-        embeddings = embed(list(self.candidates.values()))
-        interleaved: list[list[Any]] = []
-        for captions, photos in zip(self.captions, self.photographs, strict=True):
-            parts = zip(captions, [self.candidates[photo] for photo in photos], strict=True)
-            interleaved.append([part for pair in parts for part in pair][:-1])
-        results: dict[str, Estimate | int] = {}
-        for name, queries in (("5c", self.captions), ("5c+4i", interleaved)):
-            scores = embed(queries) @ embeddings.T
-            unseen = scores.copy()
-            for row, story in zip(unseen, stories, strict=True):
-                row[story[:-1]] = -np.inf
-            for suffix, values in (("", scores), ("_unseen", unseen)):
-                # several stories are told of the same photographs
-                results |= {
-                    f"{name}{suffix}_recall@{k}": Estimate.from_hits(hits, groups=targets)
-                    for k, hits in recall_at_k(values, targets).items()
-                }
-        return {**results, "candidates": len(numbers), "stories_left_out": self.left_out}
+        files, numbers = list(self.candidates.values()), {photo: n for n, photo in enumerate(self.candidates)}
+        photos = [[numbers[photo] for _, photo in story] for story in self.stories]
+        captions = [[text for text, _ in story] for story in self.stories]
+        both = [
+            [part for text, photo in story for part in (text, self.candidates[photo])][:-1] for story in self.stories
+        ]
+        targets = [story[-1] for story in photos]  # several stories are told of the same photographs
+        searches = {}
+        for name, queries in (("5c", captions), ("5c+4i", both)):
+            searches[name] = Search(queries, files, [{target} for target in targets], groups=targets)
+            searches[f"{name}_unseen"] = searches[name]._replace(excluded=[set(story[:-1]) for story in photos])
+        return {**recall(embed, searches), "candidates": len(files), "stories_left_out": self.left_out}

@@ -23,16 +23,9 @@ class WebQA(Sequence):
     each question, whose images are read when they are asked for.
 
     Args:
-        path (`str` or `os.PathLike`):
-            Folder with `WebQA_train_val.json`, `imgs.tsv` and `imgs.lineidx`.
-        split (`str`, *optional*, defaults to `"val"`):
-            Split of the file.
-        pairs (`int`, *optional*, defaults to `6`):
-            Images with captions in a prompt.
-
-    Raises:
-        `FileNotFoundError`: if a file is missing.
-        `ValueError`: if no question takes part, or an image is not in `imgs.tsv`.
+        path (`str` or `os.PathLike`): Folder with `WebQA_train_val.json`, `imgs.tsv` and `imgs.lineidx`.
+        split (`str`, *optional*, defaults to `"val"`): Split of the file.
+        pairs (`int`, *optional*, defaults to `6`): Images with captions in a prompt.
     """
 
     paper: ClassVar[dict[str, float]] = {
@@ -45,10 +38,9 @@ class WebQA(Sequence):
         self.images.stat()  # raises where it is missing, as the other two do
         self.offsets = [int(line) for line in (Path(path) / "imgs.lineidx").read_text().split()]
         file = Path(path) / "WebQA_train_val.json"
-        records = json.loads(file.read_text(encoding="utf-8"))
         self.questions: list[tuple[str, bool, list[tuple[int, str]]]] = []
         self.left_out = 0
-        for name, record in records.items():
+        for name, record in json.loads(file.read_text(encoding="utf-8")).items():
             try:
                 if record["split"] != split or record["Qcate"] != "YesNo" or not record["img_posFacts"]:
                     continue
@@ -87,22 +79,18 @@ class WebQA(Sequence):
             file.seek(self._offset(image_id))
             found, _, content = file.readline().partition(b"\t")
         if found != str(image_id).encode():
-            raise ValueError(
-                f"{self.images}: where image {image_id} should be is {found[:20]!r}. Use the `imgs.lineidx` that belongs "
-                "to it."
-            )
+            where = f"{self.images}: where image {image_id} should be is {found[:20]!r}"
+            raise ValueError(f"{where}. Use the `imgs.lineidx` that belongs to it.")
         return base64.b64decode(content)
 
     def __len__(self) -> int:
         return len(self.questions) * self.pairs
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        question, _, (useful, *others) = self.questions[number // self.pairs]
-        place = number % self.pairs
-        facts = [*others[:place], useful, *others[place:]]
-        content = []
-        for _, caption in facts:
-            content += [{"type": "image", "text": None}, {"type": "text", "text": caption}]
+        question, _, (useful, *facts) = self.questions[number // self.pairs]
+        facts.insert(number % self.pairs, useful)
+        content = [{"type": "image", "text": None}, None] * self.pairs
+        content[1::2] = [{"type": "text", "text": caption} for _, caption in facts]
         content.append({"type": "text", "text": f"{question}\nAnswer with yes or no."})
         images = [self._image(image_id) for image_id, _ in facts]
         return {"messages": [{"role": "user", "content": content}], "images": images}
@@ -110,11 +98,6 @@ class WebQA(Sequence):
     def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         answers = [_YES_OR_NO.match(answer) for answer in generate(self)]
         truths = [truth for _, truth, _ in self.questions for _ in range(self.pairs)]
-        hits = [
-            answer is not None and (answer[1].lower() == "yes") == truth
-            for answer, truth in zip(answers, truths, strict=True)
-        ]
-        return {
-            **{f"accuracy@{n + 1}": Estimate.from_hits(hits[n :: self.pairs]) for n in range(self.pairs)},
-            "questions_left_out": self.left_out,
-        }
+        hits = [bool(a) and (a[1].lower() == "yes") == truth for a, truth in zip(answers, truths, strict=True)]
+        of_index = {f"accuracy@{n + 1}": Estimate.from_hits(hits[n :: self.pairs]) for n in range(self.pairs)}
+        return {**of_index, "questions_left_out": self.left_out}

@@ -12,11 +12,7 @@ class Winoground:
     Args:
         path (`str` or `os.PathLike` or `dict`, *optional*, defaults to `"facebook/winoground"`):
             The dataset, as [`hf_sugar.data.load_table`] takes it. The one on the Hub asks for an agreement.
-        split (`str`, *optional*, defaults to `"test"`):
-            Split, where there are several.
-
-    Raises:
-        `ValueError`: if a column is missing.
+        split (`str`, *optional*, defaults to `"test"`): Split, where there are several.
     """
 
     paper: ClassVar[dict[str, float]] = {"text_score": 40.0, "image_score": 36.3, "group_score": 27.0}
