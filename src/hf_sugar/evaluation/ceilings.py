@@ -57,7 +57,7 @@ def chance(data: EvaluationData, split: str = "test", on_bad_row: str = "error")
     each task are worth.
     """
     tasks = load_tasks(data, split, on_bad_row)
-    notes = {task.source: f"{task.source}: {WORTH[task.source]}" for task in tasks}
+    notes = {task.field: f"{task.field}: {WORTH[task.field]}" for task in tasks}
     return {**run_tasks(tasks, None, None), "notes": list(notes.values())}
 
 

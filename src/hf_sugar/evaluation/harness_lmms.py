@@ -17,28 +17,17 @@ class LmmsModel(lmms):
     `--model hf_sugar` of lmms-eval: every question is answered with the most similar answered questions of an index.
 
     Args:
-        pretrained (`str`):
-            Full checkpoint or adapter: a directory or a Hub id.
-        index (`str`, *optional*):
-            Directory of an index of answered questions. Without one the model answers alone.
-        k (`int`, *optional*, defaults to `1`):
-            Examples before a question.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision of the model.
-        batch_size, device:
-            lmms-eval passes them. One question is answered at a time, on the device of the process.
+        pretrained (`str`): Full checkpoint or adapter: a directory or a Hub id.
+        index (`str`, *optional*): Directory of an index of answered questions. Without one the model answers alone.
+        k (`int`, *optional*, defaults to `1`): Examples before a question.
+        dtype (`str`, *optional*, defaults to `"auto"`): Precision of the model.
+        batch_size, device: Passed by lmms-eval. One question is answered at a time, on the device of the process.
     """
 
     is_simple = False
 
     def __init__(
-        self,
-        pretrained: str,
-        index: str | None = None,
-        k: int = 1,
-        dtype: str = "auto",
-        batch_size: Any = None,
-        device: Any = None,
+        self, pretrained: str, index: str | None = None, k: int = 1, dtype: str = "auto", batch_size=None, device=None
     ):
         super().__init__()
         state = distributed_state()
@@ -78,14 +67,13 @@ def _row(messages: list[dict[str, Any]]) -> dict[str, Any]:
     for message in messages:
         content = []
         for part in message["content"]:
-            if part["type"] == "text":
-                if part["text"].strip():
-                    content.append({"type": "text", "text": part["text"].strip()})
-            elif part["type"] == "image":
-                content.append({"type": "image", "text": None})
+            if part["type"] == "image":
                 images.append(part["url"])
-            else:
+            elif part["type"] != "text":
                 raise ValueError(f"A Sugar model takes texts and images; this task has {part['type']}.")
+            text = part["text"].strip() if part["type"] == "text" else None
+            if text != "":
+                content.append({"type": part["type"], "text": text})
         rows.append({"role": message["role"], "content": content})
     return {"messages": rows, "images": images}
 

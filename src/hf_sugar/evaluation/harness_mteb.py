@@ -18,10 +18,7 @@ class MTEBModel(AbsEncoder):
     Its metadata declare that it takes images. Of a model that does not, mteb would evaluate the texts alone.
 
     Args:
-        model ([`SugarForConditionalGeneration`]):
-            Model.
-        processor ([`SugarProcessor`]):
-            Processor of the model.
+        model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]): Model and its processor.
         name (`str`, *optional*):
             `organization/model` under which mteb files the results. By default what the model was loaded from, as far as
             mteb takes that, under the organization `local`.
@@ -53,8 +50,7 @@ class MTEBModel(AbsEncoder):
         )
 
     def encode(self, inputs: Any, *, batch_size: int = 32, **kwargs: Any) -> np.ndarray:
-        """Embeddings of shape `(items, dim)` of the batches of `inputs`, which hold `text`, `image` or both. What mteb says
-        about the task (`kwargs`) changes nothing."""
+        """Embeddings of shape `(items, dim)` of batches with `text`, `image` or both; what else mteb says changes nothing."""
         self.embedder.batch_size = batch_size
         embeddings = []
         for batch in inputs:

@@ -7,20 +7,14 @@ import numpy as np
 
 
 BOOTSTRAP = {"confidence": 0.95, "resamples": 2000, "seed": 0}
-Relevant = Sequence[set[int]] | Sequence[int] | np.ndarray
+Relevant = Sequence[set[int]] | Sequence[int]
 
 
 @dataclass(frozen=True)
 class Estimate:
     """
-    A measured percentage with the ends of its confidence interval, and the number of queries that it is the mean of.
-
-    Example:
-
-    ```python
-    >>> print(Estimate(63.1, 58.9, 67.2, 500))
-    63.1 [58.9, 67.2]
-    ```
+    A measured percentage, the ends of its confidence interval, and the number of queries that it is the mean of; printed
+    as `63.1 [58.9, 67.2]`.
     """
 
     value: float
@@ -29,11 +23,8 @@ class Estimate:
     n: int
 
     @classmethod
-    def from_hits(
-        cls, hits: Sequence[float] | np.ndarray, groups: Sequence[int] | np.ndarray | None = None
-    ) -> "Estimate":
-        """Mean of per-query `hits` (0 or 1, or anything between) with its 95% bootstrap interval; `groups` as in
-        [`bootstrap_interval`]."""
+    def from_hits(cls, hits: Sequence[float], groups: Sequence[int] | None = None) -> "Estimate":
+        """Mean of per-query `hits` (0 to 1) with its 95% interval; `groups` as in [`bootstrap_interval`]."""
         hits = np.asarray(hits, dtype=np.float64)
         low, high = bootstrap_interval(hits, groups=groups)
         return cls(100 * float(hits.mean()), 100 * low, 100 * high, len(hits))
@@ -50,9 +41,8 @@ def ranks(scores: np.ndarray, relevant: Relevant) -> np.ndarray:
     """
     Rank of the best relevant candidate of each query, counted from 1.
 
-    Ties are broken pessimistically: an irrelevant candidate with the same score counts as ranked above. A model that
-    gives every candidate the same score is thus ranked last everywhere, rather than getting what the order of the
-    candidates happens to give it.
+    Ties are broken pessimistically: an irrelevant candidate with the same score counts as ranked above, so that a model
+    which gives every candidate the same score does not get what their order happens to give it.
 
     Args:
         scores (`np.ndarray` of shape `(queries, candidates)`): Higher is more similar.
@@ -63,8 +53,7 @@ def ranks(scores: np.ndarray, relevant: Relevant) -> np.ndarray:
         `np.ndarray` of shape `(queries,)`, int64.
 
     Raises:
-        `ValueError`: if the shapes disagree, a score is NaN, or a query has no relevant candidate or one that is out of
-            range.
+        `ValueError`: if shapes disagree, a score is NaN, or a query has no relevant candidate or one out of range.
     """
     scores = np.asarray(scores)
     if scores.ndim != 2 or len(scores) != len(relevant):
@@ -88,36 +77,25 @@ def ranks(scores: np.ndarray, relevant: Relevant) -> np.ndarray:
 
 def recall_at_k(scores: np.ndarray, relevant: Relevant, ks: Sequence[int] = (1, 5, 10)) -> dict[int, np.ndarray]:
     """
-    Whether each query finds a relevant candidate among its k best ones.
-
-    With several relevant candidates one of them is enough, as in image-caption retrieval with five captions an image.
+    Whether each query finds a relevant candidate, one of several being enough, among its k best ones.
 
     Args:
         scores, relevant: As for [`ranks`], which also says how ties are broken and what is refused.
-        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`):
-            Cut-offs. One that is not smaller than the number of candidates is always a hit.
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs.
 
     Returns:
         `dict[int, np.ndarray]`: for each k the hits, of shape `(queries,)`, float64 0 or 1. Their mean is the recall.
-
-    Example:
-
-    ```python
-    >>> hits = recall_at_k(np.array([[0.9, 0.1], [0.8, 0.3]]), relevant=[0, 1], ks=(1, 2))
-    >>> print(hits[1].mean(), hits[2].mean())
-    0.5 1.0
-    ```
     """
     positions = ranks(scores, relevant)
     return {k: (positions <= k).astype(np.float64) for k in ks}
 
 
 def bootstrap_interval(
-    values: Sequence[float] | np.ndarray,
+    values: Sequence[float],
     confidence: float = BOOTSTRAP["confidence"],
     resamples: int = BOOTSTRAP["resamples"],
     seed: int = BOOTSTRAP["seed"],
-    groups: Sequence[int] | np.ndarray | None = None,
+    groups: Sequence[int] | None = None,
 ) -> tuple[float, float]:
     """
     Lower and upper end of the percentile bootstrap interval of a mean. Where all values are equal the interval is that one

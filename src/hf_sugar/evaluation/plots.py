@@ -33,11 +33,10 @@ def plot_losses(
 ) -> None:
     """
     Generative and structure loss over the steps of one or several runs, side by side. Evaluation values are dots. A run
-    that logs only one loss, such as plain SFT, is missing from the other panel.
+    that logs only one loss, such as plain SFT, is missing from the other panel; `ValueError` if no run logs any.
 
     Args:
-        log_history (`Sequence[dict]` or `dict[str, Sequence[dict]]`):
-            `trainer.state.log_history` of a run, or of several by their names. Without either loss: `ValueError`.
+        log_history (`Sequence[dict]` or `dict[str, Sequence[dict]]`): Of the trainer's state, or several by name.
         path (`str` or `os.PathLike`): PNG file to write.
     """
     runs = log_history if isinstance(log_history, dict) else {"": log_history}
@@ -72,8 +71,7 @@ def plot_curves(
     Results that depend on a number, such as recall@k, as curves with their intervals.
 
     Args:
-        results (`dict[str, Any]`):
-            Results by name. Those named `<curve>@<number>` are drawn, a curve for each name. If none is: `ValueError`.
+        results (`dict[str, Any]`): Those named `<curve>@<number>` are drawn; `ValueError` if none is.
         path (`str` or `os.PathLike`): PNG file to write.
         axis (`str`, *optional*, defaults to `"k"`): What the number counts.
         reference (`dict[str, float]`, *optional*): Published values under the same names, drawn dashed.
@@ -112,8 +110,7 @@ def plot_similarities(labels: np.ndarray, predicted: np.ndarray, path: str | os.
     Label similarities and predicted cosines of one batch as two heat maps on one colour scale.
 
     Args:
-        labels (`np.ndarray` of shape `(n, n)`), predicted (`np.ndarray` of shape `(n, n)`):
-            M_l, and M_r of the embeddings. `ValueError` if the shapes differ.
+        labels, predicted (`np.ndarray` of shape `(n, n)`): M_l and M_r. `ValueError` if the shapes differ.
         path (`str` or `os.PathLike`): PNG file to write.
     """
     matrices = {"Labels $M_l$": np.asarray(labels), "Predicted cosines $M_r$": np.asarray(predicted)}
@@ -140,14 +137,11 @@ def plot_alignment(
     path: str | os.PathLike,
 ) -> None:
     """
-    Expected alignment of two sequences as a heat map, with the slices themselves along its sides.
+    Expected alignment of two sequences as a heat map, with the slices themselves at the left and below.
 
     Args:
-        expected (`np.ndarray` of shape `(n, m)`):
-            Probability that an alignment visits each cell, see [`hf_sugar.alignment.expected_alignment`].
-        row_slices, column_slices (`Sequence[str | PIL.Image.Image]`):
-            The n slices of the first sequence, shown at the left, and the m of the second, shown below. `ValueError` for
-            other numbers of slices.
+        expected (`np.ndarray` of shape `(n, m)`): Of [`hf_sugar.alignment.expected_alignment`].
+        row_slices, column_slices (`Sequence[str | PIL.Image.Image]`): n and m slices; `ValueError` for other numbers.
         path (`str` or `os.PathLike`): PNG file to write.
     """
     expected = np.asarray(expected)
@@ -190,8 +184,7 @@ def plot_gallery(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Non
     Args:
         rows (`Sequence[dict]`):
             For each query a line with `query` and `truth` (each a `str`, a `PIL.Image.Image` or an interleaved list of
-            those), `hits`, a list of such items, and `correct`, a list of `bool` that says which of the hits are right.
-            `ValueError` if there are none, or one has another number of `correct` than of `hits`.
+            those), `hits`, a list of such items, and `correct`, a `bool` for each of the hits. `ValueError` for no rows.
         path (`str` or `os.PathLike`): PNG file to write.
     """
     if len(rows) == 0:
@@ -262,14 +255,11 @@ def write_pictures(
 
     Args:
         directory (`str` or `os.PathLike`): Where to write.
-        data ([`EvaluationData`]): Documents and image-text rows to draw examples from.
+        data ([`EvaluationData`]), split (`str`): Documents and image-text rows to draw examples from.
         embed ([`SugarEmbedder`]): Of the trained model.
-        embed_teachers (`Callable`), teacher_split (`int`, *optional*):
-            Gives the teacher embeddings of slices, and the size of their uni-modal half.
+        embed_teachers (`Callable`), teacher_split (`int`, *optional*): As [`TripleEncoder`] has them.
         logs (`dict[str, list[dict]]`): Training log of each run.
-        delta (`float`, *optional*, defaults to `1.0`), normalize (`str`, *optional*, defaults to `"self+count"`):
-            Bandwidth and normalisation of the labels.
-        split (`str`, *optional*, defaults to `"test"`): Split of datasets that have several.
+        delta (`float`), normalize (`str`): Bandwidth and normalisation of the labels.
 
     Returns:
         `list[tuple[str, str]]`: file names and captions.

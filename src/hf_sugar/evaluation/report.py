@@ -24,8 +24,7 @@ def report_table(runs: dict[str, dict[str, Any]]) -> str:
 
     Args:
         runs (`dict[str, dict[str, Any]]`):
-            For each run (a model, a checkpoint, a setting) the results of one task, or of several merged into one
-            `dict`. Estimates, numbers and counts are shown; anything longer, such as the list of misses, is left out.
+            Results of each run. Estimates, numbers and texts are shown; a list, such as that of misses, is left out.
 
     Example:
 
@@ -69,12 +68,10 @@ def write_report(
     Write `report.json` and `report.md`, in place of those that are there. Returns the table in Markdown, with the notes.
 
     Args:
-        directory (`str` or `os.PathLike`): Where to write.
-        title (`str`): Heading.
-        runs (`dict[str, dict[str, Any]]`):
-            Results of each run, see [`report_table`]. What they say under `"notes"` is put under the table, once.
+        directory, title: Where to write, and the heading.
+        runs (`dict[str, dict[str, Any]]`): As in [`report_table`]. Their `"notes"` are put under the table, each once.
         settings (`dict[str, Any]`): What made the figures: anything that JSON can hold.
-        notes (`Sequence[str]`, *optional*): Paragraphs put under the table.
+        notes (`Sequence[str]`, *optional*): Further paragraphs under the table.
         pictures (`Sequence[tuple[str, str]]`, *optional*): File names in `directory` and their captions.
     """
     table = report_table(runs)

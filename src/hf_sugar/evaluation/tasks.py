@@ -1,4 +1,4 @@
-"""Evaluation tasks as functions of an embedding or a generating function."""
+"""Evaluation tasks as functions of an embedding or a generating function. Without one they give what chance gives."""
 
 import hashlib
 import logging
@@ -25,12 +25,17 @@ Slice = str | Image.Image | Path
 Item = Slice | list[Slice]
 EmbedFunction = Callable[[Sequence[Item]], np.ndarray]
 GenerateFunction = Callable[[Sequence[dict[str, Any]]], list[str]]
+Run = Callable[[EmbedFunction | None, GenerateFunction | None], dict[str, Any]]
 
 KS = (1, 5, 10)
 CHUNK = 1024  # rows or queries at a time, where all would not fit in memory
 # Of four independent scores, in percent: each of the two comparisons is won by half, and of the 24 orders of the four
 # scores 4 have both matching pairs above both others.
 WINOGROUND_CHANCE = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
+
+
+def _source(what: str) -> Any:
+    return field(default=None, metadata={"help": what})
 
 
 @dataclass
@@ -40,30 +45,21 @@ class EvaluationData:
     names to sources, each measured apart.
     """
 
-    image_text_data: list[str] | None = field(
-        default=None, metadata={"help": "Rows with one image and an answer or caption: retrieval both ways."}
-    )
-    interleaved_data: list[str] | None = field(
-        default=None, metadata={"help": "Documents: retrieval of the next image given what precedes it."}
-    )
-    generation_data: list[str] | None = field(
-        default=None, metadata={"help": "Conversations: exact match of the last answer."}
-    )
-    winoground_data: list[str] | None = field(
-        default=None, metadata={"help": "Dataset with image_0, image_1, caption_0, caption_1."}
-    )
+    image_text_data: list[str] | None = _source("Rows with one image and an answer or caption: retrieval both ways.")
+    interleaved_data: list[str] | None = _source("Documents: retrieval of the next image given what precedes it.")
+    generation_data: list[str] | None = _source("Conversations: exact match of the last answer.")
+    winoground_data: list[str] | None = _source("Dataset with image_0, image_1, caption_0, caption_1.")
 
     def any(self) -> bool:
         return any(getattr(self, each.name) for each in fields(self))
 
 
 class Task(NamedTuple):
-    """What [`load_tasks`] makes of a source. `prefix` stands before the names of the results of `run`; without functions
-    it gives what is reached by chance."""
+    """What [`load_tasks`] makes of a source; `prefix` stands before the names of the results of `run`."""
 
-    source: str
+    field: str
     prefix: str
-    run: Callable[[EmbedFunction | None, GenerateFunction | None], dict[str, Any]]
+    run: Run
     notes: list[str]
 
 
@@ -82,31 +78,25 @@ def load_tasks(data: EvaluationData, split: str = "test", on_bad_row: str = "err
         data ([`EvaluationData`]): What to run on.
         split (`str`, *optional*, defaults to `"test"`): Split of datasets that have several.
         on_bad_row (`str`, *optional*, defaults to `"error"`):
-            `"error"` stops at the first malformed row, `"skip"` leaves malformed rows and those with unreadable images
-            out and says how many.
+            `"skip"` leaves malformed rows and those with unreadable images out and says how many.
 
     Raises:
         `FileNotFoundError`, `ValueError`: as [`hf_sugar.data.load_data`]; or if no row of a source fits its task.
     """
     tasks = []
-    for field_name, prepare in (
-        ("image_text_data", _image_text_task),
-        ("interleaved_data", _interleaved_task),
-        ("winoground_data", _winoground_task),
-        ("generation_data", _generation_task),
-    ):
-        for name, source in named_sources(getattr(data, field_name)).items():
+    for name, prepare in _TASKS.items():
+        for label, source in named_sources(getattr(data, name)).items():
             notes: list[str] = []
             bad: list[Any] = []
-            if field_name == "winoground_data":
+            if name == "winoground_data":
                 rows, check = load_pairs(source, split), _pair_images
             else:
                 rows, check = load_data(source, split, on_bad_row=on_bad_row, bad_rows=bad), row_slices
             if on_bad_row == "skip":
                 rows = _readable(rows, check, len(bad), notes)
             run = prepare(undecoded(rows), notes)
-            where = f"{field_name} {name}".strip()
-            tasks.append(Task(field_name, name and f"{name}/", run, [f"{where}: {note}" for note in notes]))
+            where = f"{name} {label}".strip()
+            tasks.append(Task(name, label and f"{label}/", run, [f"{where}: {note}" for note in notes]))
     return tasks
 
 
@@ -150,9 +140,9 @@ def _readable(rows: Dataset, check: Callable[[dict[str, Any], str], Any], bad: i
             good.append(index)
         except ValueError as error:
             logger.warning("%s Left out.", error)
-    bad += len(rows) - len(good)
-    if bad:
-        notes.append(f"{bad} of {len(good) + bad} rows cannot be read and are left out.")
+    total = bad + len(rows)
+    if len(good) < total:
+        notes.append(f"{total - len(good)} of {total} rows cannot be read and are left out.")
     return rows.select(good)
 
 
@@ -172,21 +162,14 @@ class _Images(Sequence):
 
 def image_text_pairs(rows: Dataset, notes: list[str] | None = None) -> tuple[Sequence[Image.Image], list[str]]:
     """
-    Images and the texts that belong to them: the caption of a document of one image, or the first answer of a
-    conversation that begins with its only image.
+    Images, decoded when they are asked for, and the texts that belong to them: the caption of a document of one image, or
+    the first answer of a conversation that begins with its only image.
 
     Args:
-        rows ([`datasets.Dataset`]): Rows in the conversational vision format.
+        rows ([`datasets.Dataset`]): Rows in the conversational vision format. `ValueError` if none has such a pair.
         notes (`list[str]`, *optional*): Gets what is to be said of rows that have no such pair, or more texts.
-
-    Returns:
-        `tuple[Sequence[PIL.Image.Image], list[str]]`: images, decoded when they are asked for, and their texts.
-
-    Raises:
-        `ValueError`: if no row has such a pair.
     """
     rows = undecoded(rows)
-    notes = [] if notes is None else notes
     indices, pairs, several = [], [], 0
     for index, row in enumerate(rows):
         row = conversation_row(row)
@@ -199,16 +182,16 @@ def image_text_pairs(rows: Dataset, notes: list[str] | None = None) -> tuple[Seq
             several += len(texts) > 1
             indices.append(index)
             pairs.append(texts[0])
-    left_out = len(rows) - len(indices)
     if not indices:
         raise ValueError(
-            f"None of the {left_out} rows has one image at its beginning and an answer or caption: nothing to retrieve."
+            f"None of the {len(rows)} rows has one image at its beginning and an answer or caption: nothing to retrieve."
         )
-    if several:
-        notes.append(f"{several} of {len(rows)} rows have more than one answer; the first one is taken.")
-    if left_out:
-        what = "do not have one image with an answer or a caption and are left out"
-        notes.append(f"{left_out} of {len(rows)} rows {what}.")
+    for count, what in (
+        (several, "have more than one answer; the first one is taken."),
+        (len(rows) - len(indices), "do not have one image with an answer or a caption and are left out."),
+    ):
+        if count and notes is not None:
+            notes.append(f"{count} of {len(rows)} rows {what}")
     return _Images(rows, indices), pairs
 
 
@@ -217,12 +200,12 @@ def _texts(message: dict[str, Any]) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
-def _image_text_task(rows: Dataset, notes: list[str]) -> Callable[..., dict[str, Any]]:
+def _image_text_task(rows: Dataset, notes: list[str]) -> Run:
     images, texts = image_text_pairs(rows, notes)
     return lambda embed, generate: {**image_text_retrieval(embed, images, texts), "pairs": len(texts)}
 
 
-def _interleaved_task(rows: Dataset, notes: list[str]) -> Callable[..., dict[str, Any]]:
+def _interleaved_task(rows: Dataset, notes: list[str]) -> Run:
     stories = [row_slices(row, row_name(row, index)) for index, row in enumerate(rows)]
     short = sum(all(isinstance(part, str) for part in story[2:]) for story in stories)
     if short:
@@ -230,22 +213,30 @@ def _interleaved_task(rows: Dataset, notes: list[str]) -> Callable[..., dict[str
     return lambda embed, generate: interleaved_retrieval(embed, stories)
 
 
-def _winoground_task(rows: Dataset, notes: list[str]) -> Callable[..., dict[str, Any]]:
+def _winoground_task(rows: Dataset, notes: list[str]) -> Run:
     return lambda embed, generate: winoground(embed, rows)
 
 
-def _generation_task(rows: Dataset, notes: list[str]) -> Callable[..., dict[str, Any]]:
-    roles = [[message["role"] for message in messages] for messages in rows["messages"]]
-    answered = [n for n, each in enumerate(roles) if "assistant" in each]
+def _generation_task(rows: Dataset, notes: list[str]) -> Run:
+    answers = [sum(message["role"] == "assistant" for message in messages) for messages in rows["messages"]]
+    answered = [n for n, count in enumerate(answers) if count]
     if not answered:
         raise ValueError(f"None of the {len(rows)} rows has an answer to compare with.")
     if len(answered) < len(rows):
         notes.append(f"{len(rows) - len(answered)} of {len(rows)} rows have no answer and are left out.")
-    several = sum(each.count("assistant") > 1 for each in roles)
-    if several:
+    if max(answers) > 1:
+        several = sum(count > 1 for count in answers)
         notes.append(f"{several} of {len(answered)} rows have more than one answer; the last one is compared.")
     rows = rows.select(answered)
-    return lambda _, generate: {"exact_match": exact_match(generate, rows)["exact_match"]} if generate else {}
+    return lambda embed, generate: {"exact_match": exact_match(generate, rows)["exact_match"]} if generate else {}
+
+
+_TASKS = {
+    "image_text_data": _image_text_task,
+    "interleaved_data": _interleaved_task,
+    "winoground_data": _winoground_task,
+    "generation_data": _generation_task,
+}
 
 
 def load_pairs(source: Any, split: str = "test") -> Dataset:
@@ -273,41 +264,37 @@ class Search(NamedTuple):
     excluded: Sequence[set[int]] | None = None
 
 
-def recall(
-    embed: EmbedFunction | None, searches: dict[str, Search], ks: Sequence[int] = KS
-) -> dict[str, Estimate | float]:
-    """`<name>_recall@<k>` of each search, or by chance without `embed`. Items that searches share are embedded once."""
-    embedded, results = {}, {}
+def recall(embed: EmbedFunction | None, searches: dict[str, Search], ks: Sequence[int] = KS) -> dict[str, Any]:
+    """`<name>_recall@<k>` of each search: an [`Estimate`], or without `embed` that of candidates in random order."""
+    lists = {id(items): items for s in searches.values() for items in (s.candidates, s.queries)}  # shared by searches
+    embedded = {} if embed is None else {key: embed(items) for key, items in lists.items()}
+    results = {}
     for name, search in searches.items():
-        for items in (search.candidates, search.queries):
-            if embed is not None and id(items) not in embedded:
-                embedded[id(items)] = embed(items)
-        hits: dict[int, list[np.ndarray]] = {k: [] for k in ks}
+        excluded = search.excluded or [set()] * len(search.queries)
+        if embed is None:
+            sizes = [len(search.candidates) - len(out) for out in excluded]
+            for k in ks:
+                missed = map(_chance_to_miss, search.relevant, sizes, [k] * len(sizes))
+                results[f"{name}_recall@{k}"] = 100 - 100 * float(np.mean([*missed]))
+            continue
+        queries, candidates = embedded[id(search.queries)], embedded[id(search.candidates)]
+        found = []
         for start in range(0, len(search.queries), CHUNK):
             block = slice(start, start + CHUNK)
-            relevant = search.relevant[block]
-            excluded = search.excluded[block] if search.excluded else [set()] * len(relevant)
-            if embed is None:
-                found = _chance(relevant, [len(search.candidates) - len(each) for each in excluded], ks)
-            else:
-                scores = embedded[id(search.queries)][block] @ embedded[id(search.candidates)].T
-                for row, each in zip(scores, excluded, strict=True):
-                    row[list(each)] = -np.inf
-                found = recall_at_k(scores, relevant, ks)
-            for k in ks:
-                hits[k].append(found[k])
-        for k, found in ((k, np.concatenate(hits[k])) for k in ks):
-            estimate = 100 * float(found.mean()) if embed is None else Estimate.from_hits(found, groups=search.groups)
-            results[f"{name}_recall@{k}"] = estimate
+            scores = queries[block] @ candidates.T
+            for row, out in zip(scores, excluded[block], strict=True):
+                row[list(out)] = -np.inf
+            found.append(recall_at_k(scores, search.relevant[block], ks))
+        for k in ks:
+            results[f"{name}_recall@{k}"] = Estimate.from_hits(
+                np.concatenate([hits[k] for hits in found]), search.groups
+            )
     return results
 
 
-def _chance(relevant: Sequence[set[int]], sizes: Sequence[int], ks: Sequence[int]) -> dict[int, np.ndarray]:
-    """For each query, one minus the share of draws of k of its candidates that miss all relevant ones."""
-    queries = [(n, n - len(answers)) for answers, n in zip(relevant, sizes, strict=True)]
-    return {
-        k: np.array([1 - math.comb(wrong, min(k, n)) / math.comb(n, min(k, n)) for n, wrong in queries]) for k in ks
-    }
+def _chance_to_miss(relevant: set[int], candidates: int, k: int) -> float:
+    draws = min(k, candidates)
+    return math.comb(candidates - len(relevant), draws) / math.comb(candidates, draws)
 
 
 def image_text_retrieval(
@@ -354,7 +341,7 @@ def image_text_retrieval(
         relevant_texts[owner] |= texts_alike[key]
     searches = {
         "image_to_text": Search(images, texts, relevant_texts),
-        "text_to_image": Search(texts, images, [images_alike[key] for key in keys], groups=owners),
+        "text_to_image": Search(texts, images, [images_alike[key] for key in keys], owners),
     }
     return {**recall(embed, searches, ks), "duplicate_captions": len(texts) - len(set(texts))}
 
@@ -365,32 +352,26 @@ def interleaved_retrieval(
     """
     Recall of the next image of a story, given all of the story before it (at least two slices), among the images of all
     stories, as visual stories (VIST) are used to test whether a model makes use of context. For reference each image is
-    also searched with the last sentence before it alone. The images of the context are among the candidates, except where
-    `unseen` is measured. Images with the same pixels are one candidate.
+    also searched with the last sentence before it alone. Images with the same pixels are one candidate.
 
     Args:
-        embed (`Callable`): As in [`image_text_retrieval`].
-        stories (`Sequence[list[str | PIL.Image.Image]]`): Slices in reading order, see [`hf_sugar.data.row_slices`].
-        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs.
+        embed (`Callable`), ks (`Sequence[int]`): As in [`image_text_retrieval`].
+        stories (`Sequence[list[str | PIL.Image.Image]]`):
+            Slices in reading order, see [`hf_sugar.data.row_slices`]. `ValueError` if no image has that much before it.
 
     Returns:
-        `dict[str, Estimate | int]`: `context_recall@k`, `context_unseen_recall@k` and `last_sentence_recall@k` for each
-        k, `candidates`, and `duplicate_images`, how many images repeat an earlier one. Images with no sentence before
-        them are missing from the reference, as its `n` shows. The intervals resample stories.
-
-    Raises:
-        `ValueError`: if no image has that much context.
+        `dict[str, Estimate | int]`: for each k `context_recall@k`, `context_unseen_recall@k` (the images of the context are
+        no candidates) and `last_sentence_recall@k` (of images with a sentence before them); `candidates`; and
+        `duplicate_images`, how many images repeat an earlier one. The intervals resample stories.
     """
     numbers: dict[bytes, int] = {}
     images, contexts, sentences = [], [], []
-    total = 0
     for s, story in enumerate(stories):
         sentence, seen = None, set()
         for position, part in enumerate(story):
             if isinstance(part, str):
                 sentence = part
                 continue
-            total += 1
             target = numbers.setdefault(_image_key(part), len(numbers))
             if target == len(images):
                 images.append(part)
@@ -406,12 +387,13 @@ def interleaved_retrieval(
     queries, targets, groups, seen = zip(*contexts, strict=True)
     searches = {
         "context": Search(queries, images, targets, groups),
-        "context_unseen": Search(queries, images, targets, groups, excluded=seen),
+        "context_unseen": Search(queries, images, targets, groups, seen),
     }
     if sentences:
         queries, targets, groups = zip(*sentences, strict=True)
         searches["last_sentence"] = Search(queries, images, targets, groups)
-    return {**recall(embed, searches, ks), "candidates": len(images), "duplicate_images": total - len(images)}
+    copies = sum(not isinstance(part, str) for story in stories for part in story) - len(images)
+    return {**recall(embed, searches, ks), "candidates": len(images), "duplicate_images": copies}
 
 
 def _image_key(image: Image.Image | Path) -> bytes:
@@ -461,14 +443,12 @@ def exact_match(generate: GenerateFunction, rows: Sequence[dict[str, Any]]) -> d
     Args:
         generate (`Callable`): Answers conversations that end with the user's turn, such as a [`SugarGenerator`].
         rows (`Sequence[dict]`):
-            Rows in the conversational vision format. The prompt is what precedes the last assistant turn.
+            Rows in the conversational vision format. The prompt is what precedes the last assistant turn; a row without
+            one is a `ValueError`.
 
     Returns:
         `dict[str, Any]`: `exact_match`, an [`Estimate`], and `misses`, a list of `{"index", "row", "expected",
         "generated"}` of the rows answered otherwise, where `row` is position and id.
-
-    Raises:
-        `ValueError`: if a row has no assistant turn.
     """
     hits, misses = [], []
     for start in range(0, len(rows), CHUNK):

@@ -18,17 +18,12 @@ from .winoground import Winoground
 
 
 class Benchmark(Protocol):
-    """
-    What every class of [`BENCHMARKS`] has.
+    """What every class of [`BENCHMARKS`] has."""
 
-    Attributes:
-        paper (`dict[str, float]`): what the paper (https://huggingface.co/papers/2411.00304) reports for its 7B model,
-            in percent, by the names of the results of `run`.
-        axis (`str`): what the number after `@` in the names of the results counts.
-    """
-
-    paper: ClassVar[dict[str, float]]
-    axis: ClassVar[str]
+    paper: ClassVar[
+        dict[str, float]
+    ]  # what https://huggingface.co/papers/2411.00304 reports for 7B, by names of results
+    axis: ClassVar[str]  # what the number after `@` in the names of results counts
 
     def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]: ...
 
@@ -48,12 +43,8 @@ def load_benchmarks(settings: dict[str, dict[str, Any]], tasks: list[str] | None
     Read the data of benchmarks.
 
     Args:
-        settings (`dict[str, dict[str, Any]]`):
-            For each benchmark, by its name in [`BENCHMARKS`], the arguments of its class.
-        tasks (`list[str]`, *optional*): Names of those to read. By default all that have settings.
-
-    Returns:
-        `dict[str, Benchmark]`: by name, in the order of `tasks`.
+        settings (`dict[str, dict[str, Any]]`): Arguments of classes, by their names in [`BENCHMARKS`].
+        tasks (`list[str]`, *optional*): Names of those to read, in this order. By default all that have settings.
 
     Raises:
         `FileNotFoundError`: if a file is missing.

@@ -89,8 +89,9 @@ class WebQA(Sequence):
     def __getitem__(self, number: int) -> dict[str, Any]:
         question, _, (useful, *facts) = self.questions[number // self.pairs]
         facts.insert(number % self.pairs, useful)
-        content = [{"type": "image", "text": None}, None] * self.pairs
-        content[1::2] = [{"type": "text", "text": caption} for _, caption in facts]
+        content = []
+        for _, caption in facts:
+            content += [{"type": "image", "text": None}, {"type": "text", "text": caption}]
         content.append({"type": "text", "text": f"{question}\nAnswer with yes or no."})
         images = [self._image(image_id) for image_id, _ in facts]
         return {"messages": [{"role": "user", "content": content}], "images": images}
