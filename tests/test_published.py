@@ -361,7 +361,7 @@ def test_malformed_files(published, tmp_path):
     with pytest.raises(ValueError, match="where image 0 should be is b'30000001'"):
         BENCHMARKS["webqa"](tmp_path)[0]
     (tmp_path / "imgs.lineidx").write_text("\n".join(offsets[:3]))
-    with pytest.raises(ValueError, match="image 30000003 would be line 3, but `imgs.lineidx` has 3"):
+    with pytest.raises(ValueError, match="image 30000013 would be line 13, but `imgs.lineidx` has 3"):
         BENCHMARKS["webqa"](tmp_path)
     (tmp_path / "WebQA_train_val.json").write_text(json.dumps({"d5": {"split": "val", "Qcate": "YesNo"}}))
     with pytest.raises(ValueError, match="question d5 has no 'img_posFacts'"):

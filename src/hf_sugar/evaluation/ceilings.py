@@ -36,7 +36,7 @@ def label_ceilings(
 ) -> dict[str, Any]:
     """
     What the labels of structure-induced training reach on each retrieval task: candidates are ranked by the label that a
-    query and a candidate have. A model that fitted its labels perfectly would reach this.
+    query and a candidate have. A model that fitted its labels perfectly would reach this, calibrated by block or not.
 
     Args:
         encoder ([`TripleEncoder`]): The teachers.
@@ -46,7 +46,21 @@ def label_ceilings(
     Returns:
         `dict[str, Any]`: as [`~evaluation.evaluate_tasks`] gives them.
     """
-    embed = LabelEmbedder(encoder, delta=delta, normalize=normalize, label_kernel=label_kernel)
+    settings = {"delta": delta, "normalize": normalize, "label_kernel": label_kernel}
+
+    def embed(items: Sequence[Item]) -> LabelledItems:
+        sequences = []
+        for start in range(0, len(items), 256):
+            window = [items[n] for n in range(start, min(start + 256, len(items)))]
+            window = [item if isinstance(item, list) else [item] for item in window]
+            slices = {id(part): part for item in window for part in item}  # contexts of a story share theirs
+            numbers = {key: n for n, key in enumerate(slices)}
+            embeddings, modality = encoder.encode([*slices.values()]), encoder.modality([*slices.values()])
+            for item in window:
+                chosen = [numbers[id(part)] for part in item]
+                sequences.append((embeddings[chosen], modality[chosen]))
+        return LabelledItems(sequences, encoder.split, settings)
+
     return evaluate_tasks(data, embed, split=split, on_bad_row=on_bad_row)
 
 
@@ -61,31 +75,8 @@ def chance(data: EvaluationData, split: str = "test", on_bad_row: str = "error")
     return {**run_tasks(tasks, None, None), "notes": list(notes.values())}
 
 
-class LabelEmbedder:
-    """
-    Stands where an embedding function stands in a task: of what it gives for some items and for others, the product holds
-    their labels. The settings are those of [`~alignment.label_matrix`].
-    """
-
-    def __init__(self, encoder: TripleEncoder, **settings: Any):
-        self.encoder, self.settings = encoder, settings
-
-    def __call__(self, items: Sequence[Item]) -> "LabelEmbeddings":
-        sequences = []
-        for start in range(0, len(items), 256):
-            window = [items[n] for n in range(start, min(start + 256, len(items)))]
-            window = [item if isinstance(item, list) else [item] for item in window]
-            slices = {id(part): part for item in window for part in item}  # contexts of a story share theirs
-            numbers = {key: n for n, key in enumerate(slices)}
-            embeddings, modality = (of(list(slices.values())) for of in (self.encoder.encode, self.encoder.modality))
-            for item in window:
-                chosen = [numbers[id(part)] for part in item]
-                sequences.append((embeddings[chosen], modality[chosen]))
-        return LabelEmbeddings(sequences, self.encoder.split, self.settings)
-
-
-class LabelEmbeddings:
-    """Teacher embeddings and modalities of the slices of each item; `a @ b.T` holds labels."""
+class LabelledItems:
+    """Teacher embeddings and modalities of the slices of items, in the place of embeddings: `a @ b.T` holds labels."""
 
     def __init__(
         self, sequences: list[tuple[torch.Tensor, torch.Tensor]], split: int | None, settings: dict[str, Any]
@@ -93,13 +84,13 @@ class LabelEmbeddings:
         self.sequences, self.split, self.settings = sequences, split, settings
 
     @property
-    def T(self) -> "LabelEmbeddings":
+    def T(self) -> "LabelledItems":
         return self
 
-    def __getitem__(self, chosen: slice) -> "LabelEmbeddings":
-        return LabelEmbeddings(self.sequences[chosen], self.split, self.settings)
+    def __getitem__(self, chosen: slice) -> "LabelledItems":
+        return LabelledItems(self.sequences[chosen], self.split, self.settings)
 
-    def __matmul__(self, other: "LabelEmbeddings") -> np.ndarray:
+    def __matmul__(self, other: "LabelledItems") -> np.ndarray:
         result = np.empty((len(self.sequences), len(other.sequences)), np.float32)
         for i in range(0, len(self.sequences), BLOCK):
             rows = self.sequences[i : i + BLOCK]

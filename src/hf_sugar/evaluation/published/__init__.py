@@ -1,31 +1,12 @@
-"""
-Published benchmarks, each read from the files as they are published. A benchmark is built from its settings, which
-reads and checks the data without any model; `run` then measures an embedding and a generating function on it.
-"""
+"""Published benchmarks, each read from the files as they are published."""
 
 import inspect
 import json
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-from ..metrics import Estimate
-from ..tasks import EmbedFunction, GenerateFunction
-from .coco import Coco
-from .mmvp import MMVP
-from .rag import RagGain
-from .vist import Vist
-from .webqa import WebQA
-from .winoground import Winoground
-
-
-class Benchmark(Protocol):
-    """What every class of [`BENCHMARKS`] has."""
-
-    paper: ClassVar[
-        dict[str, float]
-    ]  # what https://huggingface.co/papers/2411.00304 reports for 7B, by names of results
-    axis: ClassVar[str]  # what the number after `@` in the names of results counts
-
-    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]: ...
+from .answers import MMVP, RagGain, WebQA
+from .base import Benchmark
+from .retrieval import Coco, Vist, Winoground
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {

@@ -1,13 +1,43 @@
+"""Benchmarks of embeddings alone: MSCOCO, VIST and Winoground."""
+
 import json
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
+from ...data import captions_by_image, load_data
 from ..metrics import Estimate
-from ..tasks import EmbedFunction, GenerateFunction, Search, recall
+from ..tasks import EmbedFunction, GenerateFunction, Search, image_text_retrieval, load_pairs, recall, winoground
+from .base import Benchmark
 
 
-class Vist:
+class Coco(Benchmark):
+    """
+    Image-caption retrieval both ways on MSCOCO 5k, the test images of Karpathy's split. The first five captions of each
+    image take part, as is usual; each finds its own image only, and an image is found by any of its five.
+
+    Args:
+        path (`str` or `os.PathLike`): `dataset_coco.json` of the split (or `dataset_flickr30k.json`, for Flickr30k).
+        image_root (`str` or `os.PathLike`, *optional*): Folder that holds `val2014`. Defaults to the folder of the file.
+        split (`str`, *optional*, defaults to `"test"`): Split of the file.
+    """
+
+    paper = {
+        **{f"text_to_image_recall@{k}": value for k, value in ((1, 22.0), (5, 49.1), (10, 63.1))},
+        **{f"image_to_text_recall@{k}": value for k, value in ((1, 25.6), (5, 53.6), (10, 66.7))},
+    }
+    axis = "candidates looked at"
+
+    def __init__(self, path: str | os.PathLike, image_root: str | os.PathLike | None = None, split: str = "test"):
+        source = {"path": str(path), "format": "coco", "image_root": image_root}
+        self.images, captions = captions_by_image(load_data(source, split))
+        self.captions = [texts[:5] for texts in captions]
+
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
+        return image_text_retrieval(embed, self.images, self.captions, match_copies=False)
+
+
+class Vist(Benchmark):
     """
     Retrieval of the last photograph of the stories of VIST among the photographs of all stories: given the five
     captions (`5c`), or these with the four photographs before (`5c+4i`). For the `unseen` figures the four photographs
@@ -21,7 +51,7 @@ class Vist:
             Folder of the photographs, which are named by their number (`<photo_flickr_id>.jpg`, or another suffix).
     """
 
-    paper: ClassVar[dict[str, float]] = {
+    paper = {
         f"{name}_recall@{k}": value
         for name, values in (
             ("5c", (10.1, 26.3, 36.2)),
@@ -30,7 +60,7 @@ class Vist:
         )
         for k, value in zip((1, 5, 10), values, strict=True)
     }
-    axis: ClassVar[str] = "candidates looked at"
+    axis = "candidates looked at"
 
     def __init__(self, path: str | os.PathLike, image_root: str | os.PathLike):
         photographs = {file.stem: file for file in Path(image_root).iterdir()}
@@ -75,3 +105,22 @@ class Vist:
             searches[name] = Search(queries, files, [{target} for target in targets], groups=targets)
             searches[f"{name}_unseen"] = searches[name]._replace(excluded=[set(story[:-1]) for story in photos])
         return {**recall(embed, searches), "candidates": len(files), "stories_left_out": self.left_out}
+
+
+class Winoground(Benchmark):
+    """
+    Winoground, see [`~evaluation.tasks.winoground`].
+
+    Args:
+        path (`str` or `os.PathLike` or `dict`, *optional*, defaults to `"facebook/winoground"`):
+            The dataset, as [`hf_sugar.data.load_table`] takes it. The one on the Hub asks for an agreement.
+        split (`str`, *optional*, defaults to `"test"`): Split, where there are several.
+    """
+
+    paper = {"text_score": 40.0, "image_score": 36.3, "group_score": 27.0}
+
+    def __init__(self, path: str | os.PathLike | dict[str, Any] = "facebook/winoground", split: str = "test"):
+        self.rows = load_pairs(path, split)
+
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
+        return winoground(embed, self.rows)

@@ -1,0 +1,19 @@
+from typing import ClassVar
+
+from ..metrics import Estimate
+from ..tasks import EmbedFunction, GenerateFunction
+
+
+class Benchmark:
+    """
+    Built from its settings, which reads and checks the data without any model. `paper` has what the paper
+    (https://huggingface.co/papers/2411.00304) reports for its 7B model, in percent, by the names of results; `axis` says
+    what the number after `@` in them counts.
+    """
+
+    paper: ClassVar[dict[str, float]] = {}
+    axis: ClassVar[str] = ""
+
+    def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
+        """Measure an embedding and a generating function."""
+        raise NotImplementedError
