@@ -33,7 +33,7 @@ from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer
 from hf_sugar.evaluation import exact_match, recall_at_k, winoground
 from hf_sugar.inference import SugarGenerator
 from hf_sugar.world import DESCRIBE, load_world
-from hf_sugar.world.scenes import render, scenes, story
+from hf_sugar.world.scenes import Scene, article, render, scenes, story
 
 
 @dataclass
@@ -60,6 +60,28 @@ class BuildArguments:
     eval_size: int = field(default=500, metadata={"help": "Rows or candidates in each score."})
 
 
+def paraphrases(scene: Scene) -> list[str]:
+    """Other ways of saying the caption; none is the caption itself."""
+    if scene.relation:
+        first, second = map(article, map(str, scene.things))
+        left = ("on the left", "on the right", "to the right of")
+        near, far, back = left if scene.relation == "left" else ("at the top", "at the bottom", "below")
+        return [
+            f"{second} {back} {first}",
+            f"{first} {near} and {second} {far}",
+            f"{second} {far} and {first} {near}",
+            f"there is {second} {back} {first}",
+            f"{back} {first} there is {second}",
+            f"a picture of {scene.caption}",
+        ]
+    swapped = " and ".join(reversed(scene.caption.split(" and ")))
+    verb = "is" if scene.counts[-1] == 1 else "are"
+    said = [f"there are {scene.caption}", f"a picture of {scene.caption}", f"the image shows {scene.caption}"]
+    if len(scene.things) == 2:
+        said += [swapped, f"there {verb} {swapped}", f"a picture of {swapped}"]
+    return said
+
+
 def teacher_data(args: BuildArguments) -> tuple[list, list[str], list[tuple[str, str]]]:
     """
     Images with texts, and pairs of texts that mean the same. Rows come in twos that are hard to tell apart: scenes that
@@ -73,8 +95,8 @@ def teacher_data(args: BuildArguments) -> tuple[list, list[str], list[tuple[str,
         swapped = [other for other in map(scene.swapped, attributes) if other != scene and other.split == "train"]
         for each in (scene, rng.choice(swapped or train)):
             images.append(each.render(rng, args.image_size))
-            texts.append(rng.choice([each.caption, rng.choice(each.paraphrases)]))
-            pairs.append(tuple(rng.sample([each.caption, *each.paraphrases], 2)))
+            texts.append(rng.choice([each.caption, rng.choice(paraphrases(each))]))
+            pairs.append(tuple(rng.sample([each.caption, *paraphrases(each)], 2)))
     for _ in range(args.stories):
         for sentence, placed in story("train", rng)[:2]:
             images.append(render(placed, rng, args.image_size))
@@ -191,7 +213,7 @@ def score_bert(directory: Path, split: str, args: BuildArguments) -> dict[str, f
     chosen = rng.sample(scenes(split), args.eval_size)
     embeddings = [
         model(**tokenizer(texts, padding=True, return_tensors="pt")).last_hidden_state[:, 0]
-        for texts in ([rng.choice(s.paraphrases) for s in chosen], [s.caption for s in chosen])
+        for texts in ([rng.choice(paraphrases(s)) for s in chosen], [s.caption for s in chosen])
     ]
     a, b = (torch.nn.functional.normalize(each, dim=-1) for each in embeddings)
     return compare(a, b, **{"paraphrase_R@1": False})

@@ -13,8 +13,12 @@ Relevant = Sequence[set[int]] | Sequence[int]
 @dataclass(frozen=True)
 class Estimate:
     """
-    A measured percentage, the ends of its confidence interval, and the number of queries that it is the mean of; printed
-    as `63.1 [58.9, 67.2]`.
+    A measured percentage, the ends of its confidence interval, and the number of queries that it is the mean of.
+
+    ```python
+    >>> print(Estimate(63.1, 58.9, 67.2, 500))
+    63.1 [58.9, 67.2]
+    ```
     """
 
     value: float

@@ -12,16 +12,7 @@ CHECKPOINTS = ("llava", "clip", "dinov2", "bert")
 
 
 def checkpoint(name: str) -> Path:
-    """
-    The folder of a shipped checkpoint, for `from_pretrained`.
-
-    Args:
-        name (`str`):
-            `"llava"`, or one of the teachers `"clip"`, `"dinov2"`, `"bert"`.
-
-    Raises:
-        `ValueError`: There is no such checkpoint.
-    """
+    """The folder of a shipped checkpoint, for `from_pretrained`: `"llava"`, `"clip"`, `"dinov2"` or `"bert"`."""
     if name not in CHECKPOINTS:
         raise ValueError(f"There is no checkpoint named {name!r}: choose from {', '.join(CHECKPOINTS)}.")
     return Path(__file__).parent / "weights" / name

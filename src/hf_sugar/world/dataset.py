@@ -1,20 +1,18 @@
 """The rendered world as datasets, in the same row format as any other data."""
 
-import io
 import os
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from ..data import stored_image
 from ..files import replacing
 from .scenes import COLORS, SPLITS, Scene, render, scenes, story
 
 
-KINDS = ("captions", "conversations", "stories", "facts", "winoground")
 DESCRIBE = "Describe the image."
 FACT = "What color is the back of the picture?"
 
@@ -29,13 +27,7 @@ ROW_FEATURES = Features(
     }
 )
 WINOGROUND_FEATURES = Features(
-    {
-        "image_0": Image(),
-        "image_1": Image(),
-        "caption_0": Value("string"),
-        "caption_1": Value("string"),
-        "id": Value("string"),
-    }
+    {f"image_{i}": Image() for i in (0, 1)} | {name: Value("string") for name in ("caption_0", "caption_1", "id")}
 )
 _IMAGE = {"type": "image", "text": None}
 
@@ -58,46 +50,28 @@ def load_world(
               nowhere.
             - `"winoground"`: pairs of images and of captions made of the same words in another order.
         split (`str`, *optional*, defaults to `"train"`):
-            `"train"`, `"validation"`, `"test"` (scenes of the same kind that are in neither) or `"test_unseen"` (scenes
-            with combinations of colour and shape that no other split shows).
-        size (`int`, *optional*, defaults to 1000):
-            Number of rows.
-        image_size (`int`, *optional*, defaults to 32):
-            Width and height of the images in pixels.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the order of the scenes, of positions, of lighting and of questions.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
+            `"train"`, `"validation"`, `"test"`, or `"test_unseen"` (scenes with combinations of colour and shape that no
+            other split shows).
+        size (`int`, *optional*, defaults to 1000): Number of rows.
+        image_size (`int`, *optional*, defaults to 32): Width and height of the images in pixels.
+        seed (`int`, *optional*, defaults to 0): Seed of the order of the scenes, of positions, lighting and questions.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
 
     Returns:
         `datasets.Dataset`: `messages`, `images`, `loss_on`, `id`, or for `"winoground"` `image_0`, `image_1`,
         `caption_0`, `caption_1`, `id`.
 
-    Raises:
-        `ValueError`: `kind` or `split` does not exist.
-
     Example:
 
     ```python
-    >>> from hf_sugar.world import load_world
-
     >>> load_world("captions", "test", size=2)[0]["messages"][0]["content"][1]["text"]
     'a large cyan cross to the left of a small blue cross'
     ```
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} does not exist: choose from {', '.join(KINDS)}.")
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} does not exist: choose from {', '.join(SPLITS)}.")
-    rng = random.Random(f"{seed}/{kind}/{split}")
-    make = {
-        "captions": _captions,
-        "conversations": _conversations,
-        "stories": _stories,
-        "facts": _facts,
-        "winoground": _winoground,
-    }
-    rows = make[kind](split, image_size, rng)
+    for name, value, known in (("kind", kind, KINDS), ("split", split, SPLITS)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} does not exist: choose from {', '.join(known)}.")
+    rows = KINDS[kind](split, image_size, random.Random(f"{seed}/{kind}/{split}"))
     rows = [
         {**next(rows), "id": f"world/{kind}/{split}:{i}"}
         for i in tqdm(range(size), desc=f"{kind}/{split}", unit="row", disable=not progress)
@@ -116,15 +90,11 @@ def write_world(
     with its splits.
 
     Args:
-        directory (`str` or `os.PathLike`):
-            Where to write. Files of the same name are replaced.
+        directory (`str` or `os.PathLike`): Where to write. Files of the same name are replaced.
         sizes (`Mapping[str, Mapping[str, int]]`, *optional*):
             Rows by kind and split, such as `{"captions": {"train": 10000, "test": 500}}`. Left out, a world for
             training and evaluation of about 27,000 rows is written.
-        image_size (`int`, *optional*, defaults to 32):
-            Width and height of the images in pixels.
-        seed (`int`, *optional*, defaults to 0):
-            As in [`load_world`].
+        image_size, seed: As in [`load_world`].
 
     Returns:
         `dict[str, dict[str, Path]]`: The files by kind and split.
@@ -160,12 +130,6 @@ def _text(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def _png(image: PILImage.Image) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
 def _shuffled(split: str, rng: random.Random) -> Iterator[Scene]:
     """All scenes of a split in random order, then all again."""
     while True:
@@ -174,7 +138,7 @@ def _shuffled(split: str, rng: random.Random) -> Iterator[Scene]:
 
 def _captions(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
     for scene in _shuffled(split, rng):
-        yield document([_IMAGE, _text(scene.caption)], [_png(scene.render(rng, image_size))], "captions")
+        yield document([_IMAGE, _text(scene.caption)], [stored_image(scene.render(rng, image_size))], "captions")
 
 
 def _conversations(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
@@ -188,14 +152,14 @@ def _conversations(split: str, image_size: int, rng: random.Random) -> Iterator[
             messages.append({"role": "user", "content": [_text(question)]})
             messages.append({"role": "assistant", "content": [_text(answer)]})
         messages[0]["content"].insert(0, _IMAGE)
-        yield {"messages": messages, "images": [_png(scene.render(rng, image_size))], "loss_on": "answers"}
+        yield {"messages": messages, "images": [stored_image(scene.render(rng, image_size))], "loss_on": "answers"}
 
 
 def _stories(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
     while True:
         steps = story(split, rng)
         parts = [part for sentence, _ in steps for part in (_text(sentence), _IMAGE)]
-        yield document(parts, [_png(render(placed, rng, image_size)) for _, placed in steps], "text")
+        yield document(parts, [stored_image(render(placed, rng, image_size)) for _, placed in steps], "text")
 
 
 def _facts(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
@@ -205,7 +169,7 @@ def _facts(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
             {"role": "user", "content": [_IMAGE, _text(FACT)]},
             {"role": "assistant", "content": [_text(color)]},
         ]
-        images = [_png(scene.render(rng, image_size)) for _ in range(2)]
+        images = [stored_image(scene.render(rng, image_size)) for _ in range(2)]
         yield {"messages": turns * 2, "images": images, "loss_on": "answers"}
 
 
@@ -223,8 +187,17 @@ def _winoground(split: str, image_size: int, rng: random.Random) -> Iterator[dic
         if swaps:
             other = rng.choice(swaps)
             yield {
-                "image_0": _png(scene.render(rng, image_size)),
-                "image_1": _png(other.render(rng, image_size)),
+                "image_0": stored_image(scene.render(rng, image_size)),
+                "image_1": stored_image(other.render(rng, image_size)),
                 "caption_0": scene.caption,
                 "caption_1": other.caption,
             }
+
+
+KINDS = {
+    "captions": _captions,
+    "conversations": _conversations,
+    "stories": _stories,
+    "facts": _facts,
+    "winoground": _winoground,
+}

@@ -9,7 +9,7 @@ import random
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import product
 
 from PIL import Image, ImageDraw
@@ -62,9 +62,7 @@ class Thing:
 
 
 def plural(noun: str, count: int) -> str:
-    if count == 1:
-        return noun
-    return noun + ("es" if noun.endswith("s") else "s")
+    return noun if count == 1 else noun + ("es" if noun.endswith("s") else "s")
 
 
 def article(noun: str) -> str:
@@ -79,17 +77,8 @@ def partition(text: str) -> str:
 
 @dataclass(frozen=True)
 class Scene:
-    """
-    What an image shows.
-
-    Args:
-        things (`tuple[Thing, ...]`):
-            One or two kinds of object. With a relation, the left or upper one stands first.
-        counts (`tuple[int, ...]`):
-            How many of each.
-        relation (`str`, *optional*):
-            `"left"` (the first is to the left of the second), `"above"`, or `None` where objects lie anywhere.
-    """
+    """What an image shows: one or two kinds of object, and how many of each. With a relation, `"left"` or `"above"`, the
+    left or upper one stands first; without, objects lie anywhere."""
 
     things: tuple[Thing, ...]
     counts: tuple[int, ...]
@@ -101,37 +90,8 @@ class Scene:
         if self.relation:
             first, second = map(article, map(str, self.things))
             return f"{first} {'to the left of' if self.relation == 'left' else 'above'} {second}"
-        return " and ".join(self._groups)
-
-    @property
-    def _groups(self) -> list[str]:
-        return [f"{NUMBERS[n]} {plural(str(thing), n)}" for thing, n in zip(self.things, self.counts, strict=True)]
-
-    @property
-    def paraphrases(self) -> list[str]:
-        """Other ways of saying the caption; none is the caption itself."""
-        if self.relation:
-            first, second = map(article, map(str, self.things))
-            near, far, back = (
-                ("on the left", "on the right", "to the right of")
-                if self.relation == "left"
-                else ("at the top", "at the bottom", "below")
-            )
-            return [
-                f"{second} {back} {first}",
-                f"{first} {near} and {second} {far}",
-                f"{second} {far} and {first} {near}",
-                f"there is {second} {back} {first}",
-                f"{back} {first} there is {second}",
-                f"a picture of {self.caption}",
-            ]
-        groups = self._groups
-        swapped = " and ".join(reversed(groups))
-        verb = "is" if self.counts[-1] == 1 else "are"
-        said = [f"there are {self.caption}", f"a picture of {self.caption}", f"the image shows {self.caption}"]
-        if len(groups) == 2:
-            said += [swapped, f"there {verb} {swapped}", f"a picture of {swapped}"]
-        return said
+        groups = zip(self.things, self.counts, strict=True)
+        return " and ".join(f"{NUMBERS[n]} {plural(str(thing), n)}" for thing, n in groups)
 
     @cached_property
     def split(self) -> str:
@@ -200,30 +160,14 @@ def _pick(scene: Scene, rng: random.Random) -> tuple[Thing, int]:
     return scene.things[i], scene.counts[i]
 
 
-def _unique(scene: Scene, thing: Thing, *attributes: str) -> bool:
-    """Whether those attributes name one kind of object in the scene."""
-    return sum(all(getattr(t, a) == getattr(thing, a) for a in attributes) for t in scene.things) == 1
-
-
-def _ask_color(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_attribute(attribute: str, scene: Scene, rng: random.Random) -> tuple[str, str]:
     thing, n = _pick(scene, rng)
-    if not _unique(scene, thing, "shape"):
-        return _ask_presence(scene, rng)
-    return f"What color {'is' if n == 1 else 'are'} the {plural(thing.shape, n)}?", thing.color
-
-
-def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    thing, n = _pick(scene, rng)
-    if not _unique(scene, thing, "color"):
-        return _ask_presence(scene, rng)
-    return f"What shape {'is' if n == 1 else 'are'} the {thing.color} {plural('object', n)}?", thing.shape
-
-
-def _ask_size(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    thing, n = _pick(scene, rng)
-    if not _unique(scene, thing, "color", "shape"):
-        return _ask_presence(scene, rng)
-    return f"What size {'is' if n == 1 else 'are'} the {plural(thing.noun, n)}?", thing.size
+    named_by = [name for name in ("color", "shape") if name != attribute]
+    if sum(all(getattr(t, a) == getattr(thing, a) for a in named_by) for t in scene.things) > 1:
+        return _ask_presence(scene, rng)  # they name two kinds of object
+    names = {"color": plural(thing.shape, n), "shape": f"{thing.color} {plural('object', n)}"}
+    name = names.get(attribute, plural(thing.noun, n))
+    return f"What {attribute} {'is' if n == 1 else 'are'} the {name}?", getattr(thing, attribute)
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -250,29 +194,21 @@ def _ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return f"Is there {article(thing.noun)}?", "yes" if there else "no"
 
 
-def _ask_where(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    first, second = scene.things
-    if first.noun == second.noun:
+def _ask_relation(where: bool, scene: Scene, rng: random.Random) -> tuple[str, str]:
+    if scene.things[0].noun == scene.things[1].noun:
         return _ask_presence(scene, rng)
-    there, back = ("to the left", "to the right") if scene.relation == "left" else ("above", "below")
-    if rng.random() < 0.5:
-        return f"Where is the {first.noun} relative to the {second.noun}?", there
-    return f"Where is the {second.noun} relative to the {first.noun}?", back
+    sides, of = (("to the left", "to the right"), " of") if scene.relation == "left" else (("above", "below"), "")
+    first = int(rng.random() >= 0.5)
+    one, two, side = scene.things[first].noun, scene.things[1 - first].noun, sides[first]
+    if where:
+        return f"Where is the {one} relative to the {two}?", side
+    asked = rng.choice(sides)
+    return f"Is the {one} {asked}{of} the {two}?", "yes" if asked == side else "no"
 
 
-def _ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    first, second = scene.things
-    if first.noun == second.noun:
-        return _ask_presence(scene, rng)
-    there, back = ("to the left of", "to the right of") if scene.relation == "left" else ("above", "below")
-    one, two = (first, second) if rng.random() < 0.5 else (second, first)
-    asked = rng.choice((there, back))
-    true = (asked == there) == (one is first)
-    return f"Is the {one.noun} {asked} the {two.noun}?", "yes" if true else "no"
-
-
-_RELATION_QUESTIONS = (_ask_color, _ask_shape, _ask_size, _ask_presence, _ask_where, _ask_relation)
-_COUNT_QUESTIONS = (_ask_color, _ask_shape, _ask_size, _ask_presence, _ask_count, _ask_count)
+_EITHER = (*(partial(_ask_attribute, name) for name in ("color", "shape", "size")), _ask_presence)
+_RELATION_QUESTIONS = (*_EITHER, partial(_ask_relation, True), partial(_ask_relation, False))
+_COUNT_QUESTIONS = (*_EITHER, _ask_count, _ask_count)
 
 
 # --- stories -------------------------------------------------------------------------------------------------------
@@ -375,20 +311,8 @@ _OVERSAMPLING = 4
 
 
 def render(placed: Iterable[tuple[Thing, float, float]], rng: random.Random, image_size: int = 32) -> Image.Image:
-    """
-    Draws objects on a light ground. The brightness of the ground and of the colours varies a little.
-
-    Args:
-        placed (iterable of `(Thing, x, y)`):
-            Objects and their centres, as shares of the image's width and height.
-        rng (`random.Random`):
-            Source of the variation.
-        image_size (`int`, *optional*, defaults to 32):
-            Width and height in pixels.
-
-    Returns:
-        `PIL.Image.Image`: RGB.
-    """
+    """Draws objects with the centres `(x, y)`, as shares of width and height, on a light ground. The brightness of the
+    ground and of the colours varies a little."""
     width = image_size * _OVERSAMPLING
     ground = rng.randint(232, 255)
     image = Image.new("RGB", (width, width), (ground, ground, ground))
