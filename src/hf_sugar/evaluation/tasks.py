@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data import load_data, load_table
 from ..data.images import load_image, row_slices, undecoded
-from ..models.rows_sugar import conversation_row, row_name
+from ..models.rows_sugar import conversation_row, fill_images, row_name
 from ..retrieval.rag import split_answer
 from .metrics import Estimate, recall_at_k
 
@@ -174,11 +174,13 @@ def image_text_pairs(rows: Dataset, notes: list[str] | None = None) -> tuple[Seq
     for index, row in enumerate(rows):
         row = conversation_row(row)
         captions = row["loss_on"] == "captions"
-        asked = next((message["content"] for message in row["messages"] if message["role"] == "user"), [])
-        begins = isinstance(asked, str) or any(part["type"] == "image" for part in asked)
-        texts = [_texts(m) for m in row["messages"] if m["role"] == ("user" if captions else "assistant")]
+        role = "user" if captions else "assistant"
+        messages = fill_images(row["messages"], row["images"])
+        asked = next((message["content"] for message in messages if message["role"] == "user"), [])
+        texts = [[p["text"] for p in m["content"] if p["type"] == "text"] for m in messages if m["role"] == role]
         texts = sum(texts, []) if captions else [" ".join(each) for each in texts if each]
-        if len(row["images"]) == 1 and row["loss_on"] != "text" and begins and texts and not (captions and texts[1:]):
+        begins = len(row["images"]) == 1 and any(part["type"] == "image" for part in asked)
+        if begins and row["loss_on"] != "text" and texts and not (captions and texts[1:]):
             several += len(texts) > 1
             indices.append(index)
             pairs.append(texts[0])
@@ -195,11 +197,6 @@ def image_text_pairs(rows: Dataset, notes: list[str] | None = None) -> tuple[Seq
     return _Images(rows, indices), pairs
 
 
-def _texts(message: dict[str, Any]) -> list[str]:
-    content = message["content"]
-    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
-
-
 def _image_text_task(rows: Dataset, notes: list[str]) -> Run:
     images, texts = image_text_pairs(rows, notes)
     return lambda embed, generate: {**image_text_retrieval(embed, images, texts), "pairs": len(texts)}
@@ -211,10 +208,6 @@ def _interleaved_task(rows: Dataset, notes: list[str]) -> Run:
     if short:
         notes.append(f"{short} of {len(stories)} documents have no image after two other slices: not searched for.")
     return lambda embed, generate: interleaved_retrieval(embed, stories)
-
-
-def _winoground_task(rows: Dataset, notes: list[str]) -> Run:
-    return lambda embed, generate: winoground(embed, rows)
 
 
 def _generation_task(rows: Dataset, notes: list[str]) -> Run:
@@ -234,7 +227,7 @@ def _generation_task(rows: Dataset, notes: list[str]) -> Run:
 _TASKS = {
     "image_text_data": _image_text_task,
     "interleaved_data": _interleaved_task,
-    "winoground_data": _winoground_task,
+    "winoground_data": lambda rows, notes: lambda embed, generate: winoground(embed, rows),
     "generation_data": _generation_task,
 }
 
@@ -311,8 +304,8 @@ def image_text_retrieval(
         embed (`Callable`):
             Turns a list of items into L2-normalised float32 embeddings of shape `(items, dim)`, such as a
             [`SugarEmbedder`]. `None` gives the recall of candidates in random order.
-        images (`Sequence[PIL.Image.Image]`): Images. A lazily decoded column of a dataset will do.
-        captions (`Sequence[str]` or `Sequence[list[str]]`): The caption or the captions of each image.
+        images (`Sequence[PIL.Image.Image]`), captions (`Sequence[str]` or `Sequence[list[str]]`):
+            Images, which may be decoded lazily, and the caption or captions of each; `ValueError` for other numbers.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs.
         match_copies (`bool`, *optional*, defaults to `True`):
             Whether captions that read the same count as one, which belongs to all of their images. The published
@@ -321,9 +314,6 @@ def image_text_retrieval(
     Returns:
         `dict[str, Estimate | int]`: `image_to_text_recall@k` and `text_to_image_recall@k` for each k, and
         `duplicate_captions`, how many captions repeat an earlier one. The intervals of captions resample images.
-
-    Raises:
-        `ValueError`: if the numbers of images and of captions differ.
     """
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions; `captions[i]` belongs to `images[i]`.")
@@ -385,10 +375,8 @@ def interleaved_retrieval(
             f"No image of the {len(stories)} stories has two slices before it. Check that the stories hold images."
         )
     queries, targets, groups, seen = zip(*contexts, strict=True)
-    searches = {
-        "context": Search(queries, images, targets, groups),
-        "context_unseen": Search(queries, images, targets, groups, seen),
-    }
+    searches = {"context": Search(queries, images, targets, groups)}
+    searches["context_unseen"] = searches["context"]._replace(excluded=seen)
     if sentences:
         queries, targets, groups = zip(*sentences, strict=True)
         searches["last_sentence"] = Search(queries, images, targets, groups)
@@ -403,7 +391,7 @@ def _image_key(image: Image.Image | Path) -> bytes:
 
 def winoground(embed: EmbedFunction | None, rows: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
     """
-    Text, image and group score of pairs of captions with the same words and their two images.
+    `text_score`, `image_score` and `group_score` of pairs of captions with the same words and their two images.
 
     With `s(c, i)` the cosine of caption c and image i, a row counts for the text score if each image prefers its own
     caption (`s(c0, i0) > s(c1, i0)` and `s(c1, i1) > s(c0, i1)`), for the image score if each caption prefers its own
@@ -413,9 +401,6 @@ def winoground(embed: EmbedFunction | None, rows: Sequence[dict[str, Any]]) -> d
     Args:
         embed (`Callable`): As in [`image_text_retrieval`]; `None` gives [`WINOGROUND_CHANCE`].
         rows (`Sequence[dict]`): Rows with `image_0`, `image_1`, `caption_0` and `caption_1`.
-
-    Returns:
-        `dict[str, Estimate]`: `text_score`, `image_score` and `group_score`.
     """
     if embed is None:
         return WINOGROUND_CHANCE
