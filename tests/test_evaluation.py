@@ -12,6 +12,7 @@ from datasets import Image as DatasetImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import binom
 
 from hf_sugar.cli import evaluate
 from hf_sugar.cli.main import main
@@ -89,7 +90,6 @@ def test_ranks_equal_the_worst_order_of_a_brute_force_sort(data):
     [
         ([[0.1, np.nan]], [0], "query 0 hold NaN"),
         ([[0.1, 0.2]], [2], r"relevant\[0\]` is \[2\]"),
-        ([[0.1, 0.2]], [-1], r"relevant\[0\]` is \[-1\]"),
         ([[0.1, 0.2]], [set()], "at least one index from 0 to 1"),
         ([[0.1, 0.2]], [0, 1], r"shape \(1, 2\)"),
     ],
@@ -107,12 +107,7 @@ def test_interval_agrees_with_the_binomial_distribution():
     values = np.zeros(n)
     values[: int(n * p)] = 1
     # exact quantiles of the mean of a resample, which is binomial(n, p) / n
-    log_terms = [
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log(1 - p)
-        for i in range(n + 1)
-    ]
-    cumulative = np.cumsum(np.exp(log_terms))
-    expected = [np.searchsorted(cumulative, q) / n for q in (0.025, 0.975)]
+    expected = binom(n, p).ppf([0.025, 0.975]) / n
     assert bootstrap_interval(values, resamples=4000) == pytest.approx(expected, abs=1.5 / n)
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
     with pytest.raises(ValueError, match="empty"):
@@ -150,28 +145,29 @@ def lookup(table):
     return embed
 
 
-def test_image_text_retrieval_counts_identical_captions_as_relevant():
+def test_image_text_retrieval_with_copies_and_several_captions():
+    pictures = [picture("red"), picture((0, 255, 0))]
     red, green = (255, 0, 0), (0, 255, 0)
-    table = {red: [1, 0.1], green: [0, 1], "a shape": [1, 0]}
-    results = image_text_retrieval(lookup(table), [picture(red), picture(green)], ["a shape", "a shape"], (1,))
-    assert results["image_to_text_recall@1"].value == 100
-    assert results["text_to_image_recall@1"].value == 100
-    assert results["duplicate_captions"] == 1
-
-
-def test_image_text_retrieval_with_several_captions_an_image():
-    red, green = (255, 0, 0), (0, 255, 0)
-    table = {red: [1, 0], green: [0, 1], "red": [1, 0], "rot": [0.4, 0.5], "green": [0, 1], "gruen": [0.1, 1]}
-    captions = [["red", "rot"], ["green", "gruen"]]
-    results = image_text_retrieval(lookup(table), [picture(red), picture(green)], captions, (1,))
-    assert results["image_to_text_recall@1"].value == 100
-    assert results["text_to_image_recall@1"].value == 75
+    same = lookup({red: [1, 0.1], green: [0, 1], "a shape": [1, 0]})
+    several = lookup(
+        {red: [1, 0], green: [0, 1], "red": [1, 0], "rot": [0.4, 0.5], "green": [0, 1], "gruen": [0.1, 1]}
+    )
+    for embed, captions, options, expected in (
+        (same, ["a shape", "a shape"], {}, (100, 100, 1)),
+        (same, ["a shape", "a shape"], {"match_copies": False}, (0, 50, 1)),
+        (several, [["red", "rot"], ["green", "gruen"]], {}, (100, 75, 0)),
+    ):
+        results = image_text_retrieval(embed, pictures, captions, (1,), **options)
+        assert results["image_to_text_recall@1"].value == expected[0]
+        assert results["text_to_image_recall@1"].value == expected[1]
+        assert results["duplicate_captions"] == expected[2]
     assert results["text_to_image_recall@1"].n == 4
     with pytest.raises(ValueError, match="1 images but 2 captions"):
-        image_text_retrieval(lookup(table), [picture(red)], captions)
+        image_text_retrieval(several, pictures[:1], captions)
 
 
-def test_intervals_resample_images_and_stories():
+def test_intervals_resample_images_and_stories(monkeypatch):
+    monkeypatch.setattr("hf_sugar.evaluation.tasks.CHUNK", 7)
     generator = np.random.default_rng(0)
     colors = [(i, i, i) for i in range(40)]
     vectors = unit(generator.normal(size=(40, 30)))
@@ -191,22 +187,6 @@ def test_intervals_resample_images_and_stories():
         lambda items: by_last_text([item[-1] if isinstance(item, list) else item for item in items]), story, (1,)
     )
     assert results["context_recall@1"] == Estimate(50, *(100 * end for end in bootstrap_interval(found)), 320)
-
-
-def test_recall_over_many_queries_equals_one_product():
-    generator = np.random.default_rng(0)
-    n = 2100  # more than two blocks
-    images, texts = unit(generator.normal(size=(n, 6))), unit(generator.normal(size=(n, 6)))
-    by_id = {f"t{i}": texts[i] for i in range(n)}
-
-    def embed(items):
-        return np.stack([by_id[item] if isinstance(item, str) else images[item.getpixel((0, 0))] for item in items])
-
-    pictures = [Image.new("I", (1, 1), i) for i in range(n)]
-    results = image_text_retrieval(embed, pictures, [f"t{i}" for i in range(n)], (10,))
-    scores = images @ texts.T
-    expected = np.mean([(scores[i] > scores[i, i]).sum() < 10 for i in range(n)])
-    assert results["image_to_text_recall@10"].value == pytest.approx(100 * expected)
 
 
 def test_interleaved_retrieval_queries_candidates_and_relevance():
@@ -286,21 +266,11 @@ def test_winoground_rule(scores, text, image, group):
 
 
 def test_winoground_chance():
-    n = 4000
-    vectors = np.random.default_rng(0).normal(size=(4 * n, 8))
-    stream = iter(np.split(vectors, 2))
-    row = {"image_0": picture("red"), "image_1": picture("red"), "caption_0": "a", "caption_1": "b"}
-    results = winoground(lambda items: next(stream), [row] * n)
-    # of the 24 orders of four scores, those that satisfy the rule
     orders = list(itertools.permutations(range(4)))
-    group = sum(min(a, d) > max(b, c) for a, b, c, d in orders) / len(orders)
     text = sum(a > c and d > b for a, b, c, d in orders) / len(orders)
-    assert WINOGROUND_CHANCE == pytest.approx(
-        {"text_score": 100 * text, "image_score": 100 * text, "group_score": 100 * group}
-    )
-    # scores that share an image or a caption are not quite independent
-    for name, value in WINOGROUND_CHANCE.items():
-        assert results[name].value == pytest.approx(value, abs=3)
+    group = sum(min(a, d) > max(b, c) for a, b, c, d in orders) / len(orders)
+    expected = {"text_score": 100 * text, "image_score": 100 * text, "group_score": 100 * group}
+    assert winoground(None, []) == pytest.approx(expected) == WINOGROUND_CHANCE
 
 
 def test_exact_match(monkeypatch):
@@ -535,17 +505,24 @@ def check_png(path, width, height):
     return {color: count for count, color in colors}
 
 
-def history(n):
-    log = [{"step": s, "generative_loss": 2 / (1 + s), "structure_loss": 9 / (1 + s), "loss": 1.0} for s in range(n)]
-    return [*log, {"step": n, "eval_generative_loss": 0.4, "eval_structure_loss": 1.0}]
-
-
-def test_plot_losses(tmp_path):
-    path = tmp_path / "new" / "losses.png"
-    plot_losses({"a": history(10), "b": [{"step": 1, "generative_loss": 1.0}]}, path)
+def test_plots(tmp_path):
+    path = tmp_path / "new" / "picture.png"
+    log = [{"step": s, "generative_loss": 2 / (1 + s), "structure_loss": 9 / (1 + s), "loss": 1.0} for s in range(10)]
+    log.append({"step": 10, "eval_generative_loss": 0.4, "eval_structure_loss": 1.0})
+    plot_losses({"a": log, "b": [{"step": 1, "generative_loss": 1.0}]}, path)
     check_png(path, 1200, 480)
-    with pytest.raises(ValueError, match="logs generative_loss or structure_loss, but loss, step"):
-        plot_losses([{"step": 1, "loss": 1.0}], path)
+    rows, columns = ["A $5 circle, or $6.", picture("red")], [picture("blue", (40, 20)), "text " * 50, picture("red")]
+    plot_alignment(np.full((2, 3), 0.5), rows, columns, path)
+    check_png(path, int(150 * 5.6), int(150 * 3.7))
+    for plot, arguments, message in (
+        (plot_losses, [[{"step": 1, "loss": 1.0}]], "logs generative_loss or structure_loss, but loss, step"),
+        (plot_alignment, [np.zeros((3, 2)), rows, columns], r"need \(2, 3\)"),
+        (plot_similarities, [np.eye(2), np.eye(3)], r"shape \(2, 2\)"),
+        (plot_gallery, [[{"query": "", "truth": "", "hits": ["", ""], "correct": [True]}]], "has 2 hits but 1"),
+        (plot_gallery, [[]], "nothing to draw"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot(*arguments, path)
 
 
 def test_plot_similarities_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -553,8 +530,6 @@ def test_plot_similarities_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "s.png"
     plot_similarities(np.clip(x @ x.T, 0, 1), x @ x.T, path)
     check_png(path, 1200, 600)
-    with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
-        plot_similarities(np.eye(2), np.eye(3), path)
     before = path.read_bytes()
 
     def fail(self, file, **kwargs):
@@ -565,14 +540,6 @@ def test_plot_similarities_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         plot_similarities(np.ones((3, 3)), np.eye(3), path)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("s.png", before)]
-
-
-def test_plot_alignment(tmp_path):
-    rows, columns = ["A $5 circle, or $6.", picture("red")], [picture("blue", (40, 20)), "text " * 50, picture("red")]
-    plot_alignment(np.full((2, 3), 0.5), rows, columns, tmp_path / "a.png")
-    check_png(tmp_path / "a.png", int(150 * 5.6), int(150 * 3.7))
-    with pytest.raises(ValueError, match=r"need \(2, 3\)"):
-        plot_alignment(np.zeros((3, 2)), rows, columns, tmp_path / "a.png")
 
 
 def test_plot_gallery(tmp_path):
@@ -586,7 +553,3 @@ def test_plot_gallery(tmp_path):
     assert check_png(tmp_path / "g.png", *size)[framed] > 1000
     plot_gallery([{**row, "correct": [False, False]} for row in rows], tmp_path / "g.png")
     assert framed not in check_png(tmp_path / "g.png", *size)
-    with pytest.raises(ValueError, match=r"rows\[0\]` has 2 hits but 1"):
-        plot_gallery([{**rows[0], "correct": [True]}], tmp_path / "g.png")
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plot_gallery([], tmp_path / "g.png")
