@@ -72,31 +72,23 @@ def retrieval(category, queries, corpus):
     return run
 
 
-def same_as_ours(scores, model, queries, corpus):
-    embed = SugarEmbedder(*model)
-    found = recall_at_k(embed(queries) @ embed(corpus).T, list(range(SIZE)), ks=(1, 3, 5, 10))
-    for k, hits in found.items():
-        assert scores[f"recall_at_{k}"] == pytest.approx(hits.mean(), abs=1e-4)
-
-
-def test_mteb_both_ways(model, world):
+def test_mteb(model, world):
     images, texts = world
-    same_as_ours(retrieval("i2t", {"image": images}, {"text": texts})(model), model, images, texts)
-    same_as_ours(retrieval("t2i", {"text": texts}, {"image": images})(model), model, texts, images)
-
-
-def test_mteb_pictures_reach_the_model(model, world):
-    images, texts = world
-    turned = images[1:] + images[:1]
-    # the very picture with its caption is found, and another with the same caption need not be
-    same = retrieval("it2it", {"image": images, "text": texts}, {"image": images, "text": texts})(model)
-    other = retrieval("it2it", {"image": turned, "text": texts}, {"image": images, "text": texts})(model)
-    assert same["recall_at_1"] == 1
-    queries = [list(pair) for pair in zip(turned, texts, strict=True)]
-    same_as_ours(other, model, queries, [list(pair) for pair in zip(images, texts, strict=True)])
-    # pictures alone, so that nothing but them can tell the documents apart
-    shifted = retrieval("i2i", {"image": turned}, {"image": images})(model)
-    assert shifted["recall_at_1"] == 0
+    turned, embed = images[1:] + images[:1], SugarEmbedder(*model)
+    pairs, other = ([list(pair) for pair in zip(shown, texts, strict=True)] for shown in (images, turned))
+    for category, queries, corpus, items in (
+        ("i2t", {"image": images}, {"text": texts}, (images, texts)),
+        ("t2i", {"text": texts}, {"image": images}, (texts, images)),
+        ("it2it", {"image": turned, "text": texts}, {"image": images, "text": texts}, (other, pairs)),
+    ):
+        scores = retrieval(category, queries, corpus)(model)
+        found = recall_at_k(embed(items[0]) @ embed(items[1]).T, list(range(SIZE)), ks=(1, 3, 5, 10))
+        for k, hits in found.items():
+            assert scores[f"recall_at_{k}"] == pytest.approx(hits.mean(), abs=1e-4), category
+    # the very picture with its caption is found; pictures alone, so that nothing but them can tell the documents apart
+    same = {"image": images, "text": texts}
+    assert retrieval("it2it", same, same)(model)["recall_at_1"] == 1
+    assert retrieval("i2i", {"image": turned}, {"image": images})(model)["recall_at_1"] == 0
 
 
 TASK = """

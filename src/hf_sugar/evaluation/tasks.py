@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -320,18 +321,16 @@ def image_text_retrieval(
     captions = [[caption] if isinstance(caption, str) else caption for caption in captions]
     texts = [text for several in captions for text in several]
     owners = [i for i, several in enumerate(captions) for _ in several]
-    keys: Sequence[str | int] = texts if match_copies else range(len(texts))
-    texts_alike: dict[str | int, set[int]] = {}
-    images_alike: dict[str | int, set[int]] = {}
-    for t, (key, owner) in enumerate(zip(keys, owners, strict=True)):
-        texts_alike.setdefault(key, set()).add(t)
-        images_alike.setdefault(key, set()).add(owner)
-    relevant_texts: list[set[int]] = [set() for _ in images]
-    for key, owner in zip(keys, owners, strict=True):
-        relevant_texts[owner] |= texts_alike[key]
+    keys = captions if match_copies else [[(i, n) for n in range(len(each))] for i, each in enumerate(captions)]
+    texts_of, images_of = defaultdict(set), defaultdict(set)
+    for text, (image, key) in enumerate((i, key) for i, several in enumerate(keys) for key in several):
+        texts_of[key].add(text)
+        images_of[key].add(image)
+    relevant_texts = [set().union(*(texts_of[key] for key in several)) for several in keys]
+    relevant_images = [images_of[key] for several in keys for key in several]
     searches = {
         "image_to_text": Search(images, texts, relevant_texts),
-        "text_to_image": Search(texts, images, [images_alike[key] for key in keys], owners),
+        "text_to_image": Search(texts, images, relevant_images, owners),
     }
     return {**recall(embed, searches, ks), "duplicate_captions": len(texts) - len(set(texts))}
 
