@@ -20,8 +20,8 @@ class MTEBModel(AbsEncoder):
     Args:
         model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]): Model and its processor.
         name (`str`, *optional*):
-            `organization/model` under which mteb files the results. By default what the model was loaded from, as far as
-            mteb takes that, under the organization `local`.
+            `organization/model` under which mteb files the results. By default the name that the model was loaded by, under
+            the organization `local`.
 
     Example:
 

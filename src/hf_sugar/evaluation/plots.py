@@ -267,7 +267,6 @@ def write_pictures(
     directory = Path(directory)
     plot_losses(logs, directory / "losses.png")
     pictures = [("losses.png", "Generative and structure loss over the training steps.")]
-
     for source in list(named_sources(data.interleaved_data).values())[:1]:
         rows = load_data(source, split)
         documents = [row_slices(rows[index], row_name(rows[index], index)) for index in range(min(8, len(rows)))]

@@ -65,10 +65,10 @@ def write_report(
     pictures: Sequence[tuple[str, str]] = (),
 ) -> str:
     """
-    Write `report.json` and `report.md`, in place of those that are there. Returns the table in Markdown, with the notes.
+    Write `report.json` and `report.md` into `directory`, in place of those that are there. Returns the table in Markdown,
+    with the notes.
 
     Args:
-        directory, title: Where to write, and the heading.
         runs (`dict[str, dict[str, Any]]`): As in [`report_table`]. Their `"notes"` are put under the table, each once.
         settings (`dict[str, Any]`): What made the figures: anything that JSON can hold.
         notes (`Sequence[str]`, *optional*): Further paragraphs under the table.

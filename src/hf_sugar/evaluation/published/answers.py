@@ -55,10 +55,9 @@ class MMVP(Benchmark):
         if not lines or len(lines) % 2:
             raise ValueError(f"{file} has {len(lines)} statements. Two lines in a row are a pair; restore the file.")
         self.patterns = np.array([pattern for _, pattern, _ in lines[::2]])
-        self.statements = [(first[2], second[2]) for first, second in zip(lines[::2], lines[1::2], strict=True)]
-        self.images = [
-            (images[first[0]], images[second[0]]) for first, second in zip(lines[::2], lines[1::2], strict=True)
-        ]
+        pairs = list(zip(lines[::2], lines[1::2], strict=True))
+        self.statements = [[statement for *_, statement in pair] for pair in pairs]
+        self.images = [[images[number] for number, *_ in pair] for pair in pairs]
 
     def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         rows, prompts = [], []
@@ -85,9 +84,8 @@ class WebQA(Benchmark, Sequence):
     Accuracy on yes-or-no questions of WebQA where the useful image and its caption stand at index 1 to 6 among five
     that do not help. Source of the data: [WebQA](https://huggingface.co/papers/2109.00590).
 
-    Questions of the category `YesNo` with exactly one useful image and at least five others take part (the first five
-    in the order of the file); an answer counts by its first word. As a sequence it is the prompts, `pairs` in a row for
-    each question, whose images are read when they are asked for.
+    Questions of the category `YesNo` with exactly one useful image and at least five others (the first five of the file)
+    take part; an answer counts by its first word. As a sequence it is the prompts, `pairs` in a row for each question.
 
     Args:
         path (`str` or `os.PathLike`): Folder with `WebQA_train_val.json`, `imgs.tsv` and `imgs.lineidx`.
@@ -117,10 +115,8 @@ class WebQA(Benchmark, Sequence):
                 else:
                     self.left_out += 1
             except (KeyError, TypeError, IndexError) as error:
-                raise ValueError(
-                    f"{file}: question {name} has no {error}. Use the file as it is published; the one of the test "
-                    "split has no answers."
-                ) from error
+                remedy = "Use the file as it is published; the one of the test split has no answers."
+                raise ValueError(f"{file}: question {name} has no {error}. {remedy}") from error
         if not self.questions:
             raise ValueError(
                 f"{file}: no yes-or-no question of the split {split!r} has one useful and {pairs - 1} other images. "
