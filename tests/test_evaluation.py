@@ -346,9 +346,9 @@ def test_labels_rank_as_their_definition_and_chance_as_all_draws(tmp_path, monke
     for kind in rows:
         rows[kind].to_parquet(tmp_path / f"{kind}.parquet")
     captions, stories, pairs = (str(tmp_path / f"{kind}.parquet") for kind in rows)
-    data = EvaluationData(captions, stories, None, pairs)
-    found = label_ceilings(data, RandomTeachers(), delta=delta, label_kernel=kernel)
-    by_chance = chance(data)
+    tasks = load_tasks(EvaluationData(captions, stories, None, pairs))
+    found = label_ceilings(tasks, RandomTeachers(), delta=delta, label_kernel=kernel)
+    by_chance = chance(tasks)
     hits = {}
 
     def search(name, queries, candidates, right, excluded=None):

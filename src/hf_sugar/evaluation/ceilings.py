@@ -8,7 +8,7 @@ import torch
 
 from ..alignment import label_matrix
 from ..teachers import TripleEncoder
-from .tasks import EvaluationData, Item, evaluate_tasks, load_tasks, run_tasks
+from .tasks import Item, Task, run_tasks
 
 
 BLOCK = 128  # sequences in one label matrix, twice
@@ -25,23 +25,21 @@ WORTH = {
 
 
 def label_ceilings(
-    data: EvaluationData,
+    tasks: Sequence[Task],
     encoder: TripleEncoder,
     *,
     delta: float = 1.0,
     normalize: bool | str | None = "self+count",
     label_kernel: str = "gak",
-    split: str = "test",
-    on_bad_row: str = "error",
 ) -> dict[str, Any]:
     """
     What the labels of structure-induced training reach on each retrieval task: candidates are ranked by the label that a
     query and a candidate have. A model that fitted its labels perfectly would reach this, calibrated by block or not.
 
     Args:
+        tasks (`list[Task]`): From [`~evaluation.load_tasks`]. Nothing is generated.
         encoder ([`TripleEncoder`]): The teachers.
         delta, normalize, label_kernel: As in [`~alignment.label_matrix`].
-        data, split, on_bad_row: As in [`~evaluation.load_tasks`], which also says what is refused. Nothing is generated.
 
     Returns:
         `dict[str, Any]`: as [`~evaluation.evaluate_tasks`] gives them.
@@ -61,16 +59,14 @@ def label_ceilings(
                 sequences.append((embeddings[chosen], modality[chosen]))
         return LabelledItems(sequences, encoder.split, settings)
 
-    return evaluate_tasks(data, embed, split=split, on_bad_row=on_bad_row)
+    return run_tasks(tasks, embed, None)
 
 
-def chance(data: EvaluationData, split: str = "test", on_bad_row: str = "error") -> dict[str, Any]:
+def chance(tasks: Sequence[Task]) -> dict[str, Any]:
     """
-    What each task gives by chance, in percent, under the names of [`~evaluation.evaluate_tasks`], which has the arguments:
-    recall of candidates in random order, Winoground's scores of random similarities. `"notes"` says what the results of
-    each task are worth.
+    What tasks from [`~evaluation.load_tasks`] give by chance, in percent, under the names of their results: recall of
+    candidates in random order, Winoground's scores of random similarities. `"notes"` says what the results are worth.
     """
-    tasks = load_tasks(data, split, on_bad_row)
     notes = {task.field: f"{task.field}: {WORTH[task.field]}" for task in tasks}
     return {**run_tasks(tasks, None, None), "notes": list(notes.values())}
 
