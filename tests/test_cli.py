@@ -270,7 +270,7 @@ def test_demo_on_own_data(place, capsys):
     (place / "demo.yaml").write_text(yaml.safe_dump(settings))
     main(["demo", "--config", str(place / "demo.yaml")])
     report = json.loads((place / "demo" / "report.json").read_text())
-    columns = ["teachers", "untouched (last)", "untouched (mean)", "SFT (last)", "SFT (mean)", "Sugar"]
+    columns = ["chance", "labels", "untouched (last)", "untouched (mean)", "SFT (last)", "SFT (mean)", "Sugar"]
     assert list(report["runs"]) == columns
     assert "test/exact_match" in report["runs"]["Sugar"] and "test/exact_match" in report["runs"]["untouched (last)"]
     for name in ("losses", "similarities", "alignment", "gallery", "recall"):

@@ -13,8 +13,11 @@ from hf_sugar.distributed import distributed_state
 from hf_sugar.evaluation import (
     Estimate,
     EvaluationData,
+    chance,
     evaluate_tasks,
+    label_ceilings,
     load_benchmarks,
+    load_tasks,
     plot_curves,
     write_pictures,
     write_report,
@@ -34,7 +37,8 @@ WORLD_TRAINING = {
     "per_device_train_batch_size": 32,
     "learning_rate": 1e-3,
     "warmup_steps": 50,
-    "structure_weight": 0.3,
+    "structure_weight": 0.05,
+    "contrastive_weight": 20.0,
     "positions_per_sample": 4,
     "singles_per_sample": 4,
     "retrieval_dim": 128,
@@ -121,15 +125,11 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
     processor = SugarProcessor.from_pretrained(model_path)
     device = distributed_state().device
 
-    print("2/4 the untouched checkpoint and the teachers")
-    columns: dict[str, list[dict[str, Any]]] = {}
+    print("2/4 chance, the labels and the untouched checkpoint")
     encoder = TripleEncoder.from_teachers(teachers, device=device)
-    columns["teachers"] = [
-        evaluate_tasks(
-            EvaluationData(evaluation.image_text_data, None, None, evaluation.winoground_data),
-            _teacher_embedder(encoder),
-        )
-    ]
+    tasks, defaults = load_tasks(evaluation), SugarTrainingConfig.__dataclass_fields__
+    labels = label_ceilings(tasks, encoder, delta=settings.get("delta", defaults["delta"].default))
+    columns: dict[str, list[dict[str, Any]]] = {"chance": [chance(tasks)], "labels": [labels]}
     model = SugarForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32).to(device)
     columns |= {f"untouched ({name})": [results] for name, results in _untrained(model, processor, evaluation).items()}
 
@@ -277,15 +277,6 @@ def _untrained(model, processor, evaluation: EvaluationData) -> dict[str, dict[s
         "last": evaluate_tasks(evaluation, last, SugarGenerator(model, processor, progress=True)),
         "mean": evaluate_tasks(retrieval, mean),
     }
-
-
-def _teacher_embedder(encoder: TripleEncoder):
-    """The half of the teachers that compares images with texts, as an embedding function."""
-
-    def embed(items):
-        return encoder.encode(list(items))[:, encoder.split or 0 :].numpy()
-
-    return embed
 
 
 def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:

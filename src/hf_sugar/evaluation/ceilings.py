@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..alignment import label_matrix
+from ..alignment import IMAGE, TEXT, label_matrix
 from ..teachers import TripleEncoder
 from .tasks import Item, Task, run_tasks
 
@@ -53,7 +53,8 @@ def label_ceilings(
             window = [item if isinstance(item, list) else [item] for item in window]
             slices = {id(part): part for item in window for part in item}  # contexts of a story share theirs
             numbers = {key: n for n, key in enumerate(slices)}
-            embeddings, modality = encoder.encode([*slices.values()]), encoder.modality([*slices.values()])
+            embeddings = encoder.encode([*slices.values()])
+            modality = torch.tensor([TEXT if isinstance(part, str) else IMAGE for part in slices.values()])
             for item in window:
                 chosen = [numbers[id(part)] for part in item]
                 sequences.append((embeddings[chosen], modality[chosen]))
