@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,8 +14,9 @@ import yaml
 from PIL import Image
 from test_trainer import caption, conversation, rows, story
 
-from hf_sugar.cli.arguments import UsageError, class_settings, parse
 from hf_sugar.cli.main import COMMANDS, main
+from hf_sugar.cli.parsing import UsageError, class_settings, command_classes, parse
+from hf_sugar.cli.train import summary
 from hf_sugar.training import config
 
 
@@ -162,11 +164,10 @@ def test_help_is_answered_at_once():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_settings_read_from_the_source_are_those_of_the_classes(command):
-    for reference in COMMANDS[command].settings.values():
-        module, name = reference.split(":")
+    for module, name in command_classes(command):
         fields = dataclasses.fields(getattr(importlib.import_module(module), name))
-        read = class_settings(reference)
-        hidden = set(config._WITHOUT_EFFECT) if name == "SugarTrainingConfig" else set()
+        read = class_settings(module, name)
+        hidden = set(config._WITHOUT_EFFECT) if name == "TrainArguments" else set()
         assert set(read) == {field.name for field in fields if field.init} - hidden
         for field in fields:
             if field.name in read and isinstance(field.default, str | int | float):
@@ -178,10 +179,10 @@ def test_settings_read_from_the_source_are_those_of_the_classes(command):
     [
         ("search --qery x", "`--qery`: there is no such setting. Did you mean `query`?"),
         ("train --lerning-rate 1", "Did you mean `learning_rate`?"),
-        ("train --learning_rate high", "--learning_rate: must be a number, got 'high'."),
-        ("train --bf16 maybe", "--bf16: must be true or false, got 'maybe'."),
-        ("train --label_kernel dtw", "--label_kernel: must be one of gak, mean, got 'dtw'."),
-        ("demo --lora 8", "--lora: must be a mapping in YAML or JSON, as {name: value}, got '8'."),
+        ("train --learning_rate high", "`learning_rate` is 'high'; it must be a number."),
+        ("train --bf16=maybe", "`bf16` is 'maybe'; it must be true or false."),
+        ("train --label_kernel dtw", "`label_kernel` is 'dtw'; it must be one of gak, mean."),
+        ("demo --lora 8", "`lora` is '8'; it must be a mapping, as {name: value}."),
         ("index --config nowhere.yaml", "`--config nowhere.yaml` cannot be read: No such file or directory."),
         ("train --model_name_or_path", "expected one argument"),
     ],
@@ -195,7 +196,7 @@ def test_mistakes_in_yaml(tmp_path):
     file = tmp_path / "train.yaml"
     for text, message in (
         ("struct_weight: 1", f"{file}, `struct_weight`: there is no such setting. Did you mean `structure_weight`?"),
-        ("max_steps: many", f"{file}, `max_steps`: must be an integer, got 'many'."),
+        ("max_steps: many", f"{file}, `max_steps` is 'many'; it must be an integer."),
         ("- a", "must hold settings"),
         ("a: [", "is not YAML"),
     ):
@@ -204,18 +205,38 @@ def test_mistakes_in_yaml(tmp_path):
             main(["train", "--config", str(file)])
 
 
+def read(*argv: str) -> list:
+    return parse(argv[0], COMMANDS[argv[0]], list(argv[1:]))
+
+
 def test_values_of_yaml_and_of_arguments(tmp_path):
     (tmp_path / "a.yaml").write_text("train_data: [{path: a.json, weight: 1}]\nlearning_rate: 1e-4\nstreaming: true\n")
     argv = ["--config", str(tmp_path / "a.yaml"), "--learning-rate", "2e-4", "--no_bf16", "--output_dir", "x"]
-    data, args, *_ = parse("train", COMMANDS["train"], ["my-llava", *argv, "--teachers", "{cross: clip}"])
+    data, args, *_ = read("train", "my-llava", *argv, "--teachers", "{cross: clip}")
     assert data.train_data == [{"path": "a.json", "weight": 1}] and data.streaming is True
     assert args.learning_rate == 2e-4 and args.bf16 is False and args.teachers == {"cross": "clip"}
-    _, _, model, *_ = parse("train", COMMANDS["train"], ["my-llava", "--output_dir", "x"])
-    argv = ["my-sugar", "{path: a.json, image_root: b}", "c.json", "--files", "d"]
-    assert parse("index", COMMANDS["index"], argv)[1].data == [{"path": "a.json", "image_root": "b"}, "c.json"]
-    with pytest.raises(UsageError, match="--data: must be a mapping"):
-        parse("index", COMMANDS["index"], ["my-sugar", "{path: [", "--files", "d"])
-    assert model.model_name_or_path == "my-llava"
+    corpus = read("index", "my-sugar", "{path: a.json, image_root: b}", "c.json", "--files", "d")[1]
+    assert corpus.data == [{"path": "a.json", "image_root": "b"}, "c.json"]
+    with pytest.raises(UsageError, match="`data` is .*; it must be a mapping"):
+        read("index", "my-sugar", "{path: [", "--files", "d")
+
+
+def test_arguments_without_flags(tmp_path):
+    data, args, model, _ = read("train", "--estimate-memory", "my-llava", "--use_cpu", "yes", "a.json", "b.json")
+    assert (model.model_name_or_path, data.train_data, args.estimate_memory) == (
+        "my-llava",
+        ["a.json", "b.json"],
+        True,
+    )
+    model, args = read("search", "--json", "--memory_map=false", "--index", "i", "my-sugar", "a circle")
+    assert (model.model_name_or_path, args.query, args.json, args.memory_map) == (
+        "my-sugar",
+        ["a circle"],
+        True,
+        False,
+    )
+    with pytest.raises(UsageError, match="'b': what is it"):
+        read("chat", "my-sugar", "b")
 
 
 @pytest.mark.parametrize("argv", [("check", "nowhere.json"), ("search", "--query", "x", "--qery", "y")])
@@ -225,9 +246,37 @@ def test_a_mistake_is_one_line(argv):
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
-def test_debug_shows_the_traceback():
-    done = run("embed", "--model_name_or_path", "/nowhere", "--files", "x.png", "--debug")
-    assert done.returncode == 2 and "Traceback" in done.stderr and "error: " in done.stderr
+def test_a_model_that_cannot_be_reached_is_named(place):
+    done = run("embed", "org/nowhere", str(place / "llava.json"), "--debug")
+    assert done.returncode == 2 and "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: The model 'org/nowhere' cannot be loaded.")
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sugar.SugarForConditionalGeneration.from_pretrained", None)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "config.json").write_text('{"model_type": "sugar"}')
+    (tmp_path / "sft" / "sugar_run.json").write_text('{"settings": {"structure_weight": 0}}')
+    data, llava = str(place / "llava.json"), str(place / "llava")
+    for message, argv in {
+        "`k` is 0": ["search", llava, "x", "--k", "0"],
+        "nosuch/index.json does not exist": ["search", llava, "x", "--index", "nosuch"],
+        "other/index.json does not exist": ["chat", llava, "--index", "other"],
+        "`teachers` is 'tinny'": ["train", llava, data, "--teachers", "tinny", "--output_dir", "unused"],
+        "not trained .llava is a plain 'llava' model": ["embed", llava, data, "--output", str(tmp_path / "e")],
+        "not trained .it was trained with `structure_weight` 0": ["index", str(tmp_path / "sft"), data],
+    }.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            main(argv)
+
+
+def test_a_model_that_cannot_search_is_not_said_to():
+    state = SimpleNamespace(log_history=[{"loss": 1.0}, {"eval_loss": 2.0}], global_step=3)
+    for weight in (0, 0.3):
+        args = SimpleNamespace(output_dir="my-sugar", structure_weight=weight)
+        said = summary(SimpleNamespace(args=args, state=state))
+        assert "3 steps" in said and "loss 1, eval_loss 2" in said and "hf-sugar push my-sugar" in said
+        assert ("hf-sugar search" in said) == ("hf-sugar index" in said) == (weight > 0)
 
 
 def test_check(place, capsys):

@@ -65,7 +65,7 @@ def parse(monkeypatch):
     """Reads the settings of `hf-sugar` without running the command."""
 
     def parse(argv: list[str]):
-        monkeypatch.setattr(f"hf_sugar.cli.{argv[0]}.main", lambda *settings: None)
+        monkeypatch.setattr(f"hf_sugar.cli.{argv[0]}.{argv[0]}", lambda *settings: None)
         cli.main(argv)
 
     return parse

@@ -1,1 +1,1 @@
-"""The command line, `hf-sugar`. Each command is a module with a `main` of its own, usable from Python as well."""
+"""The command line, `hf-sugar`. Each command is a module with a function of its name, which is the command in Python."""

@@ -1,14 +1,15 @@
+"""Talk with a model, with or without an index."""
+
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from .embed import ModelArguments
+from hf_sugar.data import load_image
+from hf_sugar.distributed import distributed_state
+from hf_sugar.retrieval import SugarRAG
+
+from .arguments import setting
+from .checkpoint import ModelArguments
 from .search import name_of, text_of, text_or_file
-
-
-if TYPE_CHECKING:
-    from hf_sugar.retrieval import SugarRAG
 
 
 HELP = "/image FILE adds an image to the next question, /clear begins anew, /quit ends."
@@ -18,27 +19,20 @@ HELP = "/image FILE adds an image to the next question, /clear begins anew, /qui
 class ChatArguments:
     """Settings of `hf-sugar chat`."""
 
-    index: str | None = field(
-        default=None, metadata={"help": "Index whose answered questions are put before each question."}
-    )
-    k: int = field(default=1, metadata={"help": "Examples for each question."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
+    index: str | None = setting("Index whose answered questions are put before each question.", None)
+    k: int = setting("Examples for each question.", 1)
+    max_new_tokens: int = setting("Longest answer.", 256)
 
 
-def chat(rag: "SugarRAG", lines: Iterable[str]) -> None:
-    """
-    Talk with a model in the terminal. Answers go to the standard output, all else to the standard error.
-
-    Args:
-        rag ([`SugarRAG`]):
-            What answers.
-        lines (`Iterable[str]`):
-            What the user types.
-    """
-    from hf_sugar.data import load_image
-
+def chat(model: ModelArguments, args: ChatArguments) -> None:
+    """Answer the lines of the standard input on the standard output; all else goes to the standard error."""
+    index = None if args.index is None else model.load_index(args.index, args.k)
+    loaded = model.load(distributed_state().device) if index is None else (index.embed.model, index.embed.processor)
+    rag = SugarRAG(*loaded, index, args.k, args.max_new_tokens)
+    if sys.stdin.isatty():
+        print(HELP, file=sys.stderr)
     messages, images, waiting = [], [], []
-    for line in map(str.strip, lines):
+    for line in map(str.strip, sys.stdin):
         if line == "/quit":
             break
         if line == "/clear":
@@ -72,13 +66,3 @@ def chat(rag: "SugarRAG", lines: Iterable[str]) -> None:
             # an empty turn cannot be rendered again
             reply = {"role": "assistant", "content": [{"type": "text", "text": answer.strip() or "..."}]}
             messages = [*asked, reply]
-
-
-def main(model: ModelArguments, args: ChatArguments) -> None:
-    from hf_sugar.retrieval import SugarIndex, SugarRAG
-
-    embed = model.load()
-    index = None if args.index is None else SugarIndex.load(args.index, embed=embed)
-    if sys.stdin.isatty():
-        print(HELP, file=sys.stderr)
-    chat(SugarRAG(embed.model, embed.processor, index, args.k, args.max_new_tokens), sys.stdin)

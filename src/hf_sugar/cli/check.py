@@ -1,40 +1,38 @@
-from dataclasses import dataclass, field
+"""Read a dataset and say what training would meet."""
+
+from dataclasses import dataclass
 
 from hf_sugar.data import Problem, check_dataset, load_data
 
-from .arguments import DataArguments
+from .arguments import DataArguments, setting
 
 
 @dataclass
 class CheckArguments:
     """Settings of `hf-sugar check`."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint whose processor counts the tokens of each sample."}
+    model_name_or_path: str | None = setting("Checkpoint whose processor counts the tokens of each sample.", None)
+    max_length: int | None = setting(
+        "Longest sequence allowed, image tokens included; by default what the checkpoint takes.", None
     )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest sequence allowed, image tokens included. By default what the checkpoint takes."},
-    )
-    split: str = field(default="train", metadata={"help": "Split of datasets that have several."})
+    split: str = setting("Split of datasets that have several.", "train")
 
 
-def main(data: DataArguments, args: CheckArguments) -> int:
-    if data.train_data is None:
-        raise ValueError("`train_data` is not set: name the data to check.")
+def check(data: DataArguments, args: CheckArguments) -> int:
+    """Print what is wrong with a dataset. Returns the exit status, 0 if nothing is."""
     processor, max_length = None, args.max_length
     if args.model_name_or_path is not None:
         from hf_sugar.models import SugarConfig, SugarProcessor  # with torch, which the check does without otherwise
 
+        from .checkpoint import CheckpointArguments
+
+        CheckpointArguments(args.model_name_or_path).stored_config()
         processor = SugarProcessor.from_pretrained(args.model_name_or_path)
         if max_length is None:
             config = SugarConfig.from_pretrained(args.model_name_or_path)
             max_length = config.get_text_config().max_position_embeddings
     # every row once: a mixture by weights repeats those of small sources
-    sources = [
-        {**source, "weight": None} if isinstance(source, dict) else source
-        for source in (data.train_data if isinstance(data.train_data, list) else [data.train_data])
-    ]
+    sources = [{**each, "weight": None} if isinstance(each, dict) else each for each in data.train_data]
     bad_rows: list[Problem] = []
     try:
         # every bad row is of interest here, not the first alone

@@ -1,3 +1,5 @@
+"""Train on the embedded world (or on your own data) with and without the structure loss, compare, report."""
+
 import time
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,66 +1,40 @@
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+"""Retrieval and generation metrics of a checkpoint."""
 
-from transformers import PreTrainedConfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from hf_sugar.distributed import distributed_state
 from hf_sugar.evaluation import EvaluationData, load_benchmarks, load_tasks, plot_curves, write_report
 from hf_sugar.evaluation.tasks import run_tasks
-from hf_sugar.hub.card import RUN_FILE
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
-from hf_sugar.models import SugarConfig, SugarForConditionalGeneration, SugarProcessor
+
+from .arguments import setting
+from .checkpoint import ModelArguments
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(ModelArguments):
     """Settings of `hf-sugar evaluate`."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Full checkpoint, adapter repository or plain backbone."}
+    output_dir: str = setting("Where report.json and report.md are written.", "runs/evaluate")
+    split: str = setting("Split of datasets that have several.", "test")
+    max_new_tokens: int = setting("Longest generated answer.", 64)
+    untrained: bool = setting(
+        "Compare pooled hidden states, without the retrieval projector. Always so for a plain backbone, or a model "
+        "trained with `structure_weight` 0.",
+        False,
     )
-    output_dir: str = field(default="runs/evaluate", metadata={"help": "Where report.json and report.md are written."})
-    split: str = field(default="test", metadata={"help": "Split of datasets that have several."})
-    dtype: str = field(default="auto", metadata={"help": "Precision of the model."})
-    batch_size: int = field(default=32, metadata={"help": "Items in one forward pass."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer."})
-    untrained: bool = field(
-        default=False,
-        metadata={
-            "help": "Compare pooled hidden states, without the retrieval projector. Always so for a plain backbone, or a model trained with `structure_weight` 0."
-        },
+    on_bad_row: str = setting("What to do with a malformed row.", "error", choices=["error", "skip"])
+    overwrite: bool = setting("Replace the report that is in `output_dir`.", False)
+    benchmarks: dict | None = setting(
+        "Where the files of published benchmarks are, by their names, see examples/paper_table.yaml.", None
     )
-    on_bad_row: str = field(
-        default="error",
-        metadata={"help": "What to do with a malformed row: 'error' or 'skip'.", "choices": ["error", "skip"]},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the report that is in `output_dir`."})
-    benchmarks: dict | None = field(
-        default=None,
-        metadata={
-            "help": "In YAML: where the files of published benchmarks are, by their names, see examples/paper_table.yaml."
-        },
-    )
-    tasks: list[str] | None = field(
-        default=None, metadata={"help": "Names of the benchmarks to run; by default all that `benchmarks` has."}
-    )
+    tasks: list[str] | None = setting("Benchmarks to run; by default all that `benchmarks` has.", None)
 
 
-def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
-    """
-    Measure a checkpoint and write a report.
-
-    Args:
-        args ([`EvaluateArguments`]):
-            Which checkpoint, and how.
-        data ([`EvaluationData`]):
-            On what.
-
-    Returns:
-        `dict`: results as [`~evaluation.evaluate_tasks`] gives them.
-    """
-    if args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is not set: name the checkpoint to evaluate.")
+def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
+    """Measure a checkpoint and write a report. Returns results as [`~evaluation.evaluate_tasks`] does."""
     if not (data.any() or args.benchmarks or args.tasks):
         raise ValueError(
             "No data: set at least one of image_text_data, interleaved_data, generation_data, winoground_data, benchmarks."
@@ -73,18 +47,15 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
     # what is wrong with the data shows before the model is loaded
     benchmarks = load_benchmarks(args.benchmarks or {}, args.tasks)
     tasks = load_tasks(data, args.split, args.on_bad_row)
-    notes = []
-    if reason := untrained_projector(args.model_name_or_path):
-        args.untrained = True
-        notes.append(f"The retrieval projector is not trained ({reason}): pooled hidden states are compared instead.")
+    notes, reason = [], args.untrained_projector()
+    if reason:
+        notes = [f"The retrieval projector is not trained ({reason}): pooled hidden states are compared instead."]
     elif args.untrained:
-        notes.append("Pooled hidden states are compared, without the retrieval projector.")
+        notes = ["Pooled hidden states are compared, without the retrieval projector."]
 
-    model = SugarForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=args.dtype)
-    model.to(distributed_state().device)
-    processor = SugarProcessor.from_pretrained(args.model_name_or_path)
-    embed = SugarEmbedder(model, processor, args.batch_size, project=not args.untrained, progress=True)
-    generate = SugarGenerator(model, processor, args.batch_size, args.max_new_tokens, progress=True)
+    loaded = (*args.load(distributed_state().device), args.batch_size)
+    embed = SugarEmbedder(*loaded, project=not notes, progress=True)
+    generate = SugarGenerator(*loaded, args.max_new_tokens, progress=True)
     results = run_tasks(tasks, embed, generate)
     paper: dict[str, float] = {}
     pictures = []
@@ -92,7 +63,7 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
 
     def report() -> str:
         runs = {**({"paper (7B)": paper} if paper else {}), title: results}
-        settings = {**vars(args), **vars(data)}
+        settings = {**vars(args), "untrained": bool(notes), **vars(data)}
         return write_report(output_dir, f"Evaluation of {title}", runs, settings, notes, pictures)
 
     table = report()
@@ -107,18 +78,3 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict:
         table = report()  # each may take hours: what is done is kept if the next one fails
     print(table)
     return results
-
-
-def untrained_projector(name_or_path: str) -> str | None:
-    """Why the retrieval projector of a checkpoint is known to be random, if it is."""
-    config, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    if config.get("model_type") != SugarConfig.model_type:
-        return f"{Path(name_or_path).name} is a plain {config.get('model_type')!r} model"
-    run = Path(name_or_path) / RUN_FILE
-    if run.is_file() and json.loads(run.read_text(encoding="utf-8"))["settings"].get("structure_weight") == 0:
-        return "it was trained with `structure_weight` 0"
-    return None
-
-
-def main(args: EvaluateArguments, data: EvaluationData) -> None:
-    evaluate(args, data)

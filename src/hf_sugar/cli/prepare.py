@@ -1,6 +1,8 @@
+"""Compute the teacher embeddings of a dataset, once."""
+
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
@@ -11,7 +13,7 @@ from hf_sugar.data.images import undecoded
 from hf_sugar.distributed import distributed_state
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings
 
-from .arguments import StreamedDataArguments
+from .arguments import StreamedDataArguments, setting
 
 
 logger = logging.getLogger(__name__)
@@ -21,19 +23,16 @@ logger = logging.getLogger(__name__)
 class PrepareArguments:
     """Settings of `hf-sugar prepare`."""
 
-    teachers: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Frozen encoders: a mapping (in YAML or JSON) of image, text and cross, or 'tiny' for those in this package."
-        },
+    teachers: dict | str | None = setting(
+        "Frozen encoders: a mapping (in YAML or JSON) of image, text and cross, or 'tiny' for those in this package.",
+        None,
     )
-    teacher_cache_dir: str = field(default="teacher_cache", metadata={"help": "Where the embeddings are kept."})
-    dataset_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where rows, images and embeddings are written as a dataset, to be pushed or streamed."},
+    teacher_cache_dir: str = setting("Where the embeddings are kept.", "teacher_cache")
+    dataset_dir: str | None = setting(
+        "Where rows, images and embeddings are written as a dataset, to be pushed or streamed.", None
     )
-    split: str = field(default="train", metadata={"help": "Split of datasets that have several."})
-    seed: int = field(default=42, metadata={"help": "Seed of the mixture of several sources, for dataset_dir."})
+    split: str = setting("Split of datasets that have several.", "train")
+    seed: int = setting("Seed of the mixture of several sources, for dataset_dir.", 42)
 
 
 def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
@@ -41,25 +40,9 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
     Embed the slices of `data.train_data` and `data.eval_data` with the teachers. Under `accelerate launch -m
     hf_sugar.cli.main prepare` the work is divided over the processes.
 
-    Args:
-        data ([`StreamedDataArguments`]):
-            The data.
-        args ([`PrepareArguments`]):
-            The teachers and the places.
-
     Returns:
         `collections.Counter`: number of `rows`, of rows `skipped`, and of slices `encoded`, which were not there before.
     """
-    sources = {
-        name: (source, split)
-        for name, source, split in (
-            ("train", data.train_data, args.split),
-            ("validation", data.eval_data, "validation"),
-        )
-        if source
-    }
-    if not sources:
-        raise ValueError("`train_data` is not set: name the data to prepare.")
     if args.dataset_dir and data.streaming:
         raise ValueError(
             "`dataset_dir` needs the rows one by one, not as a stream: leave `streaming` off. What is written can be streamed."
@@ -67,19 +50,19 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
     state = distributed_state()
     encoder = TripleEncoder.from_teachers(args.teachers, device=state.device)
     counts = Counter(rows=0, skipped=0, encoded=0)
-    for name, (source, split) in sources.items():
-        rows = load_data(
-            source,
-            split,
-            seed=args.seed,
-            on_bad_row=data.on_bad_row,
-            streaming=data.streaming,
-            image_root=data.image_root,
-        )
-        rows = _usable(rows, data.on_bad_row == "skip", counts)
+    reading = {"seed": args.seed, **{key: vars(data)[key] for key in ("on_bad_row", "streaming", "image_root")}}
+    for name, source, split in (
+        ("train", data.train_data, args.split),
+        ("validation", data.eval_data, "validation"),
+    ):
+        if source is None:
+            continue
+        rows = _usable(load_data(source, split, **reading), data.on_bad_row == "skip", counts)
         rows = add_teacher_embeddings(rows, encoder, args.teacher_cache_dir, counts=counts)
         if args.dataset_dir and state.is_main_process:
             rows.save_to_disk(Path(args.dataset_dir) / name)
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    state.print(f"{said} -> {args.dataset_dir or args.teacher_cache_dir}")
     return counts
 
 
@@ -105,12 +88,3 @@ def _usable(rows: Dataset | IterableDataset, skip: bool, counts: Counter) -> Dat
         counts["rows"] += len(rows)
         return rows
     return rows.select([index for index, row in enumerate(tqdm(rows, desc="opening images")) if usable(row, index)])
-
-
-def main(data: StreamedDataArguments, args: PrepareArguments) -> None:
-    counts = prepare(data, args)
-    distributed_state().print(
-        ", ".join(f"{count} {name}" for name, count in counts.items()),
-        "->",
-        args.dataset_dir or args.teacher_cache_dir,
-    )

@@ -1,53 +1,33 @@
-from dataclasses import dataclass, field
+"""Publish a checkpoint or an adapter on the Hub, with a model card."""
+
+from dataclasses import dataclass
 
 from huggingface_hub import CommitInfo
 
 from hf_sugar.hub import push_checkpoint
 
+from .arguments import setting
+
 
 @dataclass
 class PushArguments:
-    """Settings of `hf-sugar push`."""
+    """Settings of `hf-sugar push`, which are those of [`~hub.push_checkpoint`]."""
 
-    checkpoint_dir: str | None = field(
-        default=None, metadata={"help": "Full checkpoint or adapter directory; also the first argument by itself."}
+    checkpoint_dir: str = setting("Full checkpoint or adapter directory.")
+    repo_id: str = setting("Where to, for example me/my-sugar.")
+    private: bool = setting("Make a new repository private.", False)
+    revision: str | None = setting("Branch to commit to, made if it is not there. Defaults to main.", None)
+    create_pr: bool = setting("Open a pull request instead.", False)
+    base_model: str | None = setting(
+        "Hub id of the model that the training started from. Needed for an adapter of a local backbone.", None
     )
-    repo_id: str | None = field(default=None, metadata={"help": "Where to, for example me/my-sugar."})
-    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch to commit to, made if it is not there. Defaults to main."}
-    )
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead."})
-    base_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id of the model that the training started from. Needed for an adapter of a local backbone."
-        },
-    )
-    license: str | None = field(
-        default=None, metadata={"help": "Licence for the card. Defaults to what the base model states, if it does."}
-    )
-    commit_message: str = field(default="Upload Sugar model with hf_sugar", metadata={"help": "Title of the commit."})
+    license: str | None = setting("Licence for the card. Defaults to what the base model states, if it does.", None)
+    commit_message: str = setting("Title of the commit.", "Upload Sugar model with hf_sugar")
 
 
 def push(args: PushArguments) -> CommitInfo:
-    """
-    Publish a checkpoint directory, see [`~hub.push_checkpoint`].
-
-    Args:
-        args ([`PushArguments`]):
-            What and where to.
-
-    Returns:
-        [`~huggingface_hub.CommitInfo`]
-    """
-    for name in ("checkpoint_dir", "repo_id"):
-        if getattr(args, name) is None:
-            raise ValueError(f"`{name}` is not set: hf-sugar push CHECKPOINT_DIR --repo_id me/my-sugar.")
+    """Publish a checkpoint directory."""
     settings = {**vars(args), "private": args.private or None}
-    return push_checkpoint(settings.pop("checkpoint_dir"), settings.pop("repo_id"), **settings)
-
-
-def main(args: PushArguments) -> None:
-    commit = push(args)
+    commit = push_checkpoint(settings.pop("checkpoint_dir"), settings.pop("repo_id"), **settings)
     print(commit.pr_url or commit.commit_url)
+    return commit

@@ -1,5 +1,8 @@
+"""Train Sugar on a LLaVA checkpoint: supervised fine-tuning with the structure loss."""
+
 import copy
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,40 +14,37 @@ from hf_sugar.evaluation import EvaluationData, evaluate_tasks, plot_losses, wri
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.memory import MemoryEstimate, estimate_memory
 from hf_sugar.models import SugarConfig
+from hf_sugar.teachers import TripleEncoder
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
 from hf_sugar.training.loading import projector_settings
 
-from .arguments import StreamedDataArguments
+from .arguments import StreamedDataArguments, setting
+from .checkpoint import CheckpointArguments
 
 
 @dataclass
 class ModelArguments(ModelConfig):
     """[`~trl.ModelConfig`] with the paper's LoRA (rank 128, alpha 256) and QLoRA's double quantization."""
 
-    lora_r: int = field(default=128, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int = field(default=256, metadata={"help": "Alpha of LoRA."})
-    use_bnb_nested_quant: bool = field(
-        default=True, metadata={"help": "Whether the constants of 4-bit weights are quantized as well."}
-    )
+    lora_r: int = setting("Rank of LoRA.", 128)
+    lora_alpha: int = setting("Alpha of LoRA.", 256)
+    use_bnb_nested_quant: bool = setting("Whether the constants of 4-bit weights are quantized as well.", True)
 
 
 @dataclass
-class EstimatedTrainingConfig(SugarTrainingConfig):
-    """[`SugarTrainingConfig`] of a run elsewhere: the machine that asks need not be the one that trains."""
+class TrainArguments(SugarTrainingConfig):
+    """[`SugarTrainingConfig`], also of a run that is elsewhere."""
+
+    estimate_memory: bool = setting("Print how much memory the run would need, and do not train.", False)
 
     def __post_init__(self, *args):
-        self.use_cpu = True
-        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        if self.estimate_memory:  # the machine that asks need not be the one that trains
+            self.use_cpu = True
+            self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         super().__post_init__(*args)
 
 
-@dataclass
-class ActionArguments:
-    """What to do."""
-
-    estimate_memory: bool = field(
-        default=False, metadata={"help": "Print how much memory the run would need, and do not train."}
-    )
+EstimatedTrainingConfig = functools.partial(TrainArguments, estimate_memory=True)
 
 
 def quantization_config(model: ModelConfig) -> BitsAndBytesConfig | None:
@@ -58,8 +58,6 @@ def quantization_config(model: ModelConfig) -> BitsAndBytesConfig | None:
 
 def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
     """Memory that [`train`] would need. Of the model only its configuration is read."""
-    if model.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is not set: name the checkpoint to train.")
     stored, _ = SugarConfig.get_config_dict(model.model_name_or_path, revision=model.model_revision)
     if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
         stored = {**stored, **projector_settings(args)}
@@ -77,30 +75,30 @@ def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
 
 def train(
     data: StreamedDataArguments,
-    args: SugarTrainingConfig,
-    model: ModelConfig,
+    args: TrainArguments,
+    model: ModelArguments,
     evaluation: EvaluationData | None = None,
-) -> SugarTrainer:
+) -> SugarTrainer | MemoryEstimate:
     """
     Train, save, and where there is evaluation data measure the result and write a report into `args.output_dir`.
 
     Args:
-        data ([`StreamedDataArguments`]):
-            What to train on.
-        args ([`SugarTrainingConfig`]):
-            How.
-        model ([`~trl.ModelConfig`]):
-            Which checkpoint, and LoRA and quantization settings.
-        evaluation ([`EvaluationData`], *optional*):
-            What to measure the result on.
+        data ([`StreamedDataArguments`]): what to train on.
+        args ([`TrainArguments`] or [`SugarTrainingConfig`]): how.
+        model ([`ModelArguments`] or [`~trl.ModelConfig`]): which checkpoint, and LoRA and quantization settings.
+        evaluation ([`EvaluationData`], *optional*): what to measure the result on.
 
     Returns:
-        [`SugarTrainer`]: after training.
+        [`SugarTrainer`], after training; with `estimate_memory` the estimate.
     """
-    if model.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is not set: name the checkpoint to train.")
+    CheckpointArguments(model.model_name_or_path, model.model_revision).stored_config()
+    if getattr(args, "estimate_memory", False):
+        found = estimate(args, model)
+        print(found.table())
+        return found
     if data.train_data is None:
         raise ValueError("`train_data` is not set: name the data to train on.")
+    TripleEncoder.arguments(args.teachers)  # what is wrong there shows before the model is loaded
     args = copy.copy(args)
     args.model_init_kwargs = {
         "revision": model.model_revision,
@@ -110,9 +108,7 @@ def train(
     }
     args.on_bad_row = data.on_bad_row
     reading = {"seed": args.seed, "on_bad_row": data.on_bad_row, "image_root": data.image_root}
-    eval_dataset = None
-    if data.eval_data is not None:
-        eval_dataset = load_data(data.eval_data, "validation", **reading)
+    eval_dataset = load_data(data.eval_data, "validation", **reading) if data.eval_data else None
     train_dataset = load_data(data.train_data, streaming=data.streaming, **reading)
     if data.streaming:  # what is read ahead is shuffled; other data are shuffled by the sampler
         train_dataset = train_dataset.shuffle(seed=args.seed)
@@ -126,68 +122,44 @@ def train(
     )
     sources = data.train_data if isinstance(data.train_data, list) else [data.train_data]
     trainer.dataset_names = [str(source["path"] if isinstance(source, dict) else source) for source in sources]
-    trainer.train(
-        {"true": True, "false": False}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
-    )
+    resume = str(args.resume_from_checkpoint).lower()
+    trainer.train({"true": True, "false": False}.get(resume, args.resume_from_checkpoint))
     trainer.save_model()
-    if evaluation is not None and evaluation.any() and trainer.is_world_process_zero():
-        trained = (trainer.model, trainer.processing_class, args.per_device_eval_batch_size)
-        project, notes = args.structure_weight > 0, []
-        if not project:
-            notes.append(
-                "The retrieval projector is not trained (`structure_weight` 0): pooled hidden states are compared instead."
-            )
-        embed = SugarEmbedder(*trained, project=project, progress=True)
-        results = evaluate_tasks(evaluation, embed, SugarGenerator(*trained, progress=True))
-        plot_losses(trainer.state.log_history, Path(args.output_dir) / "losses.png")
-        table = write_report(
-            args.output_dir,
-            Path(args.output_dir).name,
-            {"trained": results},
-            {"model": vars(model), "untrained": not project, **vars(evaluation)},
-            notes,
-        )
-        print(table)
-        trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        if evaluation is not None and evaluation.any():
+            report(trainer, model, evaluation)
+        print(summary(trainer))
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return trainer
+
+
+def report(trainer: SugarTrainer, model: ModelConfig, evaluation: EvaluationData) -> None:
+    """Measure what was trained, and write it down beside the model."""
+    output_dir, project = Path(trainer.args.output_dir), trainer.args.structure_weight > 0
+    trained = (trainer.model, trainer.processing_class, trainer.args.per_device_eval_batch_size)
+    embed = SugarEmbedder(*trained, project=project, progress=True)
+    results = evaluate_tasks(evaluation, embed, SugarGenerator(*trained, progress=True))
+    plot_losses(trainer.state.log_history, output_dir / "losses.png")
+    settings = {"model": vars(model), "untrained": not project, **vars(evaluation)}
+    note = "The retrieval projector is not trained (`structure_weight` 0): pooled hidden states are compared instead."
+    print(write_report(output_dir, output_dir.name, {"trained": results}, settings, [] if project else [note]))
+    trainer.create_model_card()
 
 
 def summary(trainer: SugarTrainer) -> str:
     """Where the result of a training is, how the training ended, and what can be done with it."""
-    last = {}
+    path, last = trainer.args.output_dir, {}
     for entry in trainer.state.log_history:
         last.update(entry)
-    found = {
-        key: f"{last[key]:.4g}"
-        for key in sorted(last, key=lambda key: ("recall@" in key, key.startswith("eval_"), key))
-        if key.removeprefix("eval_") in ("loss", "generative_loss", "structure_loss") or "recall@" in key
-    }
-    path = trainer.args.output_dir
-    return "\n".join(
-        [
-            f"The model is in {path}, trained for {trainer.state.global_step} steps.",
-            "Last values: " + ", ".join(f"{key} {value}" for key, value in found.items()),
-            "Next:",
-            f"  hf-sugar evaluate --model_name_or_path {path} --image_text_data DATA",
-            f"  hf-sugar index --model_name_or_path {path} --data DATA --index index",
-            f"  hf-sugar search --model_name_or_path {path} --index index --query TEXT",
-            f"  hf-sugar push {path} --repo_id USER/NAME",
-        ]
-    )
-
-
-def main(
-    data: StreamedDataArguments,
-    args: SugarTrainingConfig,
-    model: ModelArguments,
-    evaluation: EvaluationData,
-    action: ActionArguments,
-) -> None:
-    if action.estimate_memory:
-        print(estimate(args, model).table())
-        return
-    trainer = train(data, args, model, evaluation)
-    if trainer.is_world_process_zero():
-        print(summary(trainer))
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    losses = [f"{prefix}{name}" for prefix in ("", "eval_") for name in ("loss", "generative_loss", "structure_loss")]
+    names = [*losses, *sorted(key for key in last if "recall@" in key)]
+    index = f"""
+  hf-sugar index --model_name_or_path {path} --data DATA --index index
+  hf-sugar search --model_name_or_path {path} --index index --query TEXT"""
+    return f"""\
+The model is in {path}, trained for {trainer.state.global_step} steps.
+Last values: {", ".join(f"{name} {last[name]:.4g}" for name in names if name in last)}
+Next:
+  hf-sugar evaluate --model_name_or_path {path} --image_text_data DATA{index if trainer.args.structure_weight else ""}
+  hf-sugar push {path} --repo_id USER/NAME"""

@@ -1,0 +1,72 @@
+"""The checkpoint that a command works with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarIndex, SugarProcessor
+from hf_sugar.distributed import distributed_state
+from hf_sugar.hub.card import RUN_FILE
+from hf_sugar.retrieval.storage import read_json
+
+from .arguments import setting
+
+
+@dataclass
+class CheckpointArguments:
+    """A checkpoint that is loaded."""
+
+    model_name_or_path: str = setting("Full checkpoint, adapter repository or plain backbone: directory or Hub id.")
+    revision: str | None = setting("Branch, tag or commit of a checkpoint on the Hub.", None)
+    dtype: str = setting("Precision of the model; by default that of the checkpoint.", "auto")
+
+    def stored_config(self) -> dict[str, Any]:
+        """What the checkpoint's `config.json` says. The `OSError` of one that cannot be reached names it."""
+        try:
+            return PreTrainedConfig.get_config_dict(self.model_name_or_path, revision=self.revision)[0]
+        except OSError as error:
+            raise OSError(f"The model {self.model_name_or_path!r} cannot be loaded. {error}") from error
+
+    def untrained_projector(self) -> str | None:
+        """Why the retrieval projector is known to be random, if it is."""
+        model_type = self.stored_config().get("model_type")
+        if model_type != "sugar":
+            return f"{Path(self.model_name_or_path).name} is a plain {model_type!r} model"
+        run = Path(self.model_name_or_path, RUN_FILE)
+        if run.is_file() and json.loads(run.read_text(encoding="utf-8"))["settings"].get("structure_weight") == 0:
+            return "it was trained with `structure_weight` 0"
+        return None
+
+    def load(self, device: torch.device | str = "cpu") -> tuple[SugarForConditionalGeneration, SugarProcessor]:
+        """The model, in evaluation mode, and its processor."""
+        self.stored_config()
+        name, revision = self.model_name_or_path, self.revision
+        model = SugarForConditionalGeneration.from_pretrained(name, revision=revision, dtype=self.dtype)
+        return model.to(device).eval(), SugarProcessor.from_pretrained(name, revision=revision)
+
+
+@dataclass
+class ModelArguments(CheckpointArguments):
+    """The model that embeds and answers."""
+
+    batch_size: int = setting("Items in one forward pass.", 32)
+
+    def embedder(self) -> SugarEmbedder:
+        """The model as an embedder. One whose projector is not trained is refused."""
+        if reason := self.untrained_projector():
+            raise ValueError(
+                f"The retrieval projector of {self.model_name_or_path} is not trained ({reason}), so its embeddings mean "
+                "nothing. Train it with the structure loss first (`hf-sugar train`)."
+            )
+        return SugarEmbedder(*self.load(distributed_state().device), self.batch_size)
+
+    def load_index(self, directory: str, k: int = 1, memory_map: bool = False) -> SugarIndex:
+        """The index in a directory, of this model, which is loaded once the directory and the number of hits are right."""
+        if k < 1:
+            raise ValueError(f"`k` is {k}; ask for at least 1.")
+        read_json(Path(directory, "index.json"))
+        return SugarIndex.load(directory, embed=self.embedder(), memory_map=memory_map)

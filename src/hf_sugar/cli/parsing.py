@@ -1,0 +1,285 @@
+"""How the settings of a command are read. They are fields of the dataclasses that its function takes, which are read from
+their source: nothing here imports torch, so that `--help` and a mistyped flag are answered at once."""
+
+import argparse
+import ast
+import difflib
+import functools
+import importlib
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+# Where a class of settings is defined that is imported where it is used.
+_DEFINED_IN = {
+    "SFTConfig": "trl.trainer.sft_config",
+    "_BaseConfig": "trl.trainer.base_config",
+    "TrainingArguments": "transformers.training_args",
+    "ModelConfig": "trl.trainer.model_config",
+    "SugarTrainingConfig": "hf_sugar.training.config",
+    "EvaluationData": "hf_sugar.evaluation.tasks",
+    "CorpusArguments": "hf_sugar.cli.embed",
+    "CheckpointArguments": "hf_sugar.cli.checkpoint",
+    "ModelArguments": "hf_sugar.cli.checkpoint",
+}
+# Settings of TRL and transformers that most runs set, so that `--help` lists them with ours.
+_COMMON = """
+model_name_or_path model_revision dtype attn_implementation use_peft lora_dropout lora_target_modules use_dora load_in_4bit
+load_in_8bit output_dir num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
+gradient_checkpointing bf16 use_cpu seed logging_steps eval_strategy save_steps resume_from_checkpoint report_to push_to_hub
+hub_model_id
+""".split()
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+# By the type of a setting: what a text is made into, and what it must be.
+_READERS = {
+    "bool": (lambda text: _BOOLEANS[text.lower()], "true or false"),
+    "int": (int, "an integer"),
+    "float": (float, "a number"),
+    "dict": (lambda text: dict(yaml.safe_load(text)), "a mapping, as {name: value}"),
+}
+
+
+class UsageError(ValueError):
+    """What was typed is not a setting of the command, or not a value of the setting."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of a dataclass as its source says it."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    aliases: tuple[str, ...]
+    required: bool
+    ours: bool  # not of TRL or transformers
+
+    @property
+    def takes_list(self) -> bool:
+        return "list[" in self.type
+
+    @property
+    def kind(self) -> str:
+        """Type of a value; `"str"` where there are several."""
+        kinds = set(re.split(r"[\s|\[\],]+", self.type)) - {"None", "list", ""}
+        return kinds.pop() if len(kinds) == 1 else "str"
+
+    def convert(self, value: Any, where: str = "") -> Any:
+        """What a text on the command line or in YAML stands for; anything but a text stays."""
+        if isinstance(value, list) and self.takes_list:
+            return [self.convert(item, where) for item in value]
+        if not isinstance(value, str):
+            return value
+        mapping = value.startswith("{") and (self.takes_list or "dict" in self.type)
+        read, what = _READERS.get("dict" if mapping else self.kind, (str, f"one of {', '.join(self.choices)}"))
+        try:
+            if self.choices and value not in self.choices:
+                raise ValueError
+            return read(value)
+        except (KeyError, TypeError, ValueError, yaml.YAMLError):
+            raise UsageError(f"{where}`{self.name}` is {value!r}; it must be {what}.") from None
+
+
+@functools.lru_cache
+def _read_module(module: str) -> ast.Module:
+    package, *path = module.split(".")
+    [root] = importlib.util.find_spec(package).submodule_search_locations
+    return ast.parse(Path(root, *path).with_suffix(".py").read_text(encoding="utf-8"))
+
+
+def description(command: str) -> str:
+    """What a command does."""
+    return ast.get_docstring(_read_module(f"hf_sugar.cli.{command}"))
+
+
+def command_classes(command: str) -> list[tuple[str, str]]:
+    """Module and name of the dataclasses that the function of a command takes, in its order."""
+    module = f"hf_sugar.cli.{command}"
+    [function] = [node for node in _read_module(module).body if getattr(node, "name", None) == command]
+    types = [ast.unparse(argument.annotation).removesuffix(" | None") for argument in function.args.args]
+    return [_defined_in(module, name) for name in types]
+
+
+def _defined_in(module: str, name: str) -> tuple[str, str]:
+    if any(isinstance(node, ast.ClassDef) and node.name == name for node in _read_module(module).body):
+        return module, name
+    return _DEFINED_IN.get(name, "hf_sugar.cli.arguments"), name
+
+
+@functools.lru_cache
+def class_settings(module: str, name: str) -> dict[str, Setting]:
+    """The fields of a dataclass and of its bases by name, those of the class itself first."""
+    tree = _read_module(module)
+    [cls] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    hidden = next((_literal(item.value) for item in tree.body if ast.unparse(item).startswith("_WITHOUT_EFFECT")), ())
+    settings = {}
+    for item in cls.body:
+        if not isinstance(item, ast.AnnAssign) or item.target.id.startswith("_"):
+            continue
+        annotation = ast.unparse(item.annotation)
+        if annotation.startswith(("ClassVar", "InitVar")):
+            continue
+        said = {"default": _literal(item.value)}
+        if isinstance(item.value, ast.Call):  # of `setting`, `field` or `HfArg`
+            said = dict(zip(("help", "default"), map(_literal, item.value.args)))
+            for keyword in item.value.keywords:
+                said[keyword.arg] = _literal(keyword.value)
+                if isinstance(keyword.value, ast.Dict):  # metadata
+                    said |= {
+                        key.value: _literal(value) for key, value in zip(keyword.value.keys, keyword.value.values)
+                    }
+        settings[item.target.id] = Setting(
+            item.target.id,
+            annotation,
+            said.get("default"),
+            " ".join((said.get("help") or "").split()),
+            tuple(said.get("choices") or ()),
+            tuple(said.get("aliases") or ()),
+            required=not {"default", "default_factory"} & said.keys(),
+            ours=module.startswith("hf_sugar"),
+        )
+    for base in map(ast.unparse, cls.bases):
+        inherited = class_settings(*_defined_in(module, base))
+        settings |= {key: value for key, value in inherited.items() if key not in settings and key not in hidden}
+    return settings
+
+
+def _literal(node: ast.AST | None) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError):
+        return None
+
+
+def command_settings(command: str) -> dict[str, Setting]:
+    """The settings of a command by name."""
+    return {key: each for cls in command_classes(command) for key, each in class_settings(*cls).items()}
+
+
+def parse(command: str, positional: tuple[str, ...], argv: list[str]) -> list[Any]:
+    """
+    Settings of a command from its arguments and, with `--config FILE`, from YAML, where arguments win.
+
+    Args:
+        command (`str`): its name.
+        positional (`tuple[str, ...]`):
+            Settings that may be given without their flags, of which the first is required. A list takes all that is left.
+        argv (`list[str]`): what follows the name.
+
+    Returns:
+        `list`: an instance of each dataclass that its function takes.
+
+    Raises:
+        `UsageError`: naming the setting, with the most similar one where there is none of that name.
+    """
+    settings = command_settings(command)
+    argv = _spelled_out(argv, {f"--{key}" for key, each in settings.items() if each.kind == "bool"})
+    everything = "--help_all" in argv
+    parser = _parser(command, positional, everything)
+    given, rest = parser.parse_known_args(["--help"] if everything else argv)
+    values = vars(given)
+    for word in rest:
+        if word.startswith("-"):
+            raise UsageError(f"`{word}`: {_no_such(word.lstrip('-').split('=')[0], settings, command)}")
+    for key in positional:
+        if rest and key not in values:
+            values[key], rest = (rest, []) if settings[key].takes_list else (rest[0], rest[1:])
+    if rest:
+        raise UsageError(f"{rest[0]!r}: what is it? Give it with its flag; `hf-sugar {command} --help` lists them.")
+    file = values.pop("config", None)
+    values = {key: settings[key].convert(value) for key, value in values.items()}
+    if file is not None:
+        values = _read_yaml(file, settings, command) | values
+    for key, each in settings.items():
+        if values.get(key) is None and (each.required or key in positional[:1]):
+            raise UsageError(f"`{key}` is not set: {each.help}")
+    result = []
+    for module, name in command_classes(command):
+        cls = getattr(importlib.import_module(module), name)
+        result.append(cls(**{key: values[key] for key in class_settings(module, name) if key in values}))
+    return result
+
+
+def _spelled_out(argv: list[str], booleans: set[str]) -> list[str]:
+    """Arguments with underscores in flags, and a value in each flag of `booleans`, which takes no other from what follows."""
+    words: list[str] = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            word = f"--{flag[2:].replace('-', '_')}{equals}{value}"
+        if words and words[-1] in booleans and word.lower() in _BOOLEANS:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return [f"{word}=true" if word in booleans else word for word in words]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message} (`{self.prog} --help` lists the settings)")
+
+
+def _parser(command: str, positional: tuple[str, ...], everything: bool) -> _Parser:
+    lists = {key for key, each in command_settings(command).items() if each.takes_list}
+    first = "".join(f" [{key.upper()}{' ...' if key in lists else ''}]" for key in positional)
+    parser = _Parser(
+        f"hf-sugar {command}",
+        usage=f"hf-sugar {command}{first} [--SETTING VALUE ...] [--config FILE]",
+        description=description(command),
+        epilog="A heading is the class that takes its settings in Python. --help-all lists those of TRL and transformers "
+        "too; --debug shows where an error was raised.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=118),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="Read settings from YAML; arguments override them.")
+    for module, name in command_classes(command):
+        group = parser.add_argument_group(name)
+        for each in class_settings(module, name).values():
+            # of what is not ours the first sentence is enough
+            said = each.help if each.ours or everything else each.help.split(". ")[0]
+            said += "" if each.default in (None, False, "") else f" [{each.default}]"
+            group.add_argument(
+                f"--{each.name}",
+                *each.aliases,
+                dest=each.name,
+                nargs="+" if each.takes_list else None,
+                metavar=f"{{{','.join(each.choices)}}}" if each.choices else each.kind.upper(),
+                help=said.replace("%%", "%").replace("%", "%%")
+                if each.ours or everything or each.name in _COMMON
+                else argparse.SUPPRESS,
+            )
+            if each.kind == "bool":
+                no = {"dest": each.name, "action": "store_const", "const": "false", "help": argparse.SUPPRESS}
+                group.add_argument(f"--no_{each.name}", **no)
+    return parser
+
+
+def _read_yaml(file: str, settings: dict[str, Setting], command: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"`--config {file}` cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"`--config {file}` is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"`--config {file}` must hold settings, as `name: value`, a line each.")
+    os.environ.update({key: str(value) for key, value in (values.pop("env", None) or {}).items()})
+    passed_over = command_settings("train") if command == "prepare" else {}  # the file of a training will do
+    for key in values.keys() - settings.keys() - passed_over.keys():
+        raise UsageError(f"{file}, `{key}`: {_no_such(str(key), settings, command)}")
+    return {key: settings[key].convert(value, f"{file}, ") for key, value in values.items() if key in settings}
+
+
+def _no_such(key: str, settings: dict[str, Setting], command: str) -> str:
+    similar = difflib.get_close_matches(key, settings, n=1)
+    hint = f"Did you mean `{similar[0]}`?" if similar else f"`hf-sugar {command} --help` lists them."
+    return f"there is no such setting. {hint}"
