@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 
-# Where a class of settings is defined that is imported where it is used.
+# Where a class of settings is defined, if not where it is used.
 _DEFINED_IN = {
     "SFTConfig": "trl.trainer.sft_config",
     "_BaseConfig": "trl.trainer.base_config",
@@ -24,9 +24,11 @@ _DEFINED_IN = {
     "ModelConfig": "trl.trainer.model_config",
     "SugarTrainingConfig": "hf_sugar.training.config",
     "EvaluationData": "hf_sugar.evaluation.tasks",
-    "CorpusArguments": "hf_sugar.cli.embed",
+    "DataArguments": "hf_sugar.cli.arguments",
+    "StreamedDataArguments": "hf_sugar.cli.arguments",
     "CheckpointArguments": "hf_sugar.cli.checkpoint",
     "ModelArguments": "hf_sugar.cli.checkpoint",
+    "CorpusArguments": "hf_sugar.cli.embed",
 }
 # Settings of TRL and transformers that most runs set, so that `--help` lists them with ours.
 _COMMON = """
@@ -36,7 +38,7 @@ gradient_checkpointing bf16 use_cpu seed logging_steps eval_strategy save_steps 
 hub_model_id
 """.split()
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-# By the type of a setting: what a text is made into, and what it must be.
+# By the type of a setting: what makes a value of a text, and what it must be.
 _READERS = {
     "bool": (lambda text: _BOOLEANS[text.lower()], "true or false"),
     "int": (int, "an integer"),
@@ -55,12 +57,12 @@ class Setting:
 
     name: str
     type: str
-    default: Any
-    help: str
-    choices: tuple[str, ...]
-    aliases: tuple[str, ...]
     required: bool
     ours: bool  # not of TRL or transformers
+    default: Any = None
+    help: str = ""
+    choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
     @property
     def takes_list(self) -> bool:
@@ -89,39 +91,29 @@ class Setting:
 
 
 @functools.lru_cache
-def _read_module(module: str) -> ast.Module:
+def _source(module: str) -> ast.Module:
     package, *path = module.split(".")
     [root] = importlib.util.find_spec(package).submodule_search_locations
     return ast.parse(Path(root, *path).with_suffix(".py").read_text(encoding="utf-8"))
 
 
-def description(command: str) -> str:
-    """What a command does."""
-    return ast.get_docstring(_read_module(f"hf_sugar.cli.{command}"))
+def _definition(module: str, name: str) -> Any:
+    return next((node for node in _source(module).body if getattr(node, "name", None) == name), None)
 
 
-def command_classes(command: str) -> list[tuple[str, str]]:
-    """Module and name of the dataclasses that the function of a command takes, in its order."""
-    module = f"hf_sugar.cli.{command}"
-    [function] = [node for node in _read_module(module).body if getattr(node, "name", None) == command]
-    types = [ast.unparse(argument.annotation).removesuffix(" | None") for argument in function.args.args]
-    return [_defined_in(module, name) for name in types]
-
-
-def _defined_in(module: str, name: str) -> tuple[str, str]:
-    if any(isinstance(node, ast.ClassDef) and node.name == name for node in _read_module(module).body):
-        return module, name
-    return _DEFINED_IN.get(name, "hf_sugar.cli.arguments"), name
+def _literal(node: ast.AST | None) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError):
+        return None
 
 
 @functools.lru_cache
 def class_settings(module: str, name: str) -> dict[str, Setting]:
     """The fields of a dataclass and of its bases by name, those of the class itself first."""
-    tree = _read_module(module)
-    [cls] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-    hidden = next((_literal(item.value) for item in tree.body if ast.unparse(item).startswith("_WITHOUT_EFFECT")), ())
+    module = module if _definition(module, name) else _DEFINED_IN[name]
     settings = {}
-    for item in cls.body:
+    for item in _definition(module, name).body:
         if not isinstance(item, ast.AnnAssign) or item.target.id.startswith("_"):
             continue
         annotation = ast.unparse(item.annotation)
@@ -136,32 +128,28 @@ def class_settings(module: str, name: str) -> dict[str, Setting]:
                     said |= {
                         key.value: _literal(value) for key, value in zip(keyword.value.keys, keyword.value.values)
                     }
-        settings[item.target.id] = Setting(
-            item.target.id,
-            annotation,
-            said.get("default"),
-            " ".join((said.get("help") or "").split()),
-            tuple(said.get("choices") or ()),
-            tuple(said.get("aliases") or ()),
-            required=not {"default", "default_factory"} & said.keys(),
-            ours=module.startswith("hf_sugar"),
-        )
-    for base in map(ast.unparse, cls.bases):
-        inherited = class_settings(*_defined_in(module, base))
-        settings |= {key: value for key, value in inherited.items() if key not in settings and key not in hidden}
+        required = not {"default", "default_factory"} & said.keys()
+        said = {key: said[key] for key in ("default", "help", "choices", "aliases") if said.get(key)}
+        settings[item.target.id] = Setting(item.target.id, annotation, required, module.startswith("hf_sugar"), **said)
+    nothing = next(
+        (_literal(n.value) for n in _source(module).body if ast.unparse(n).startswith("_WITHOUT_EFFECT")), ()
+    )
+    for base in map(ast.unparse, _definition(module, name).bases):
+        inherited = class_settings(module, base)
+        settings |= {key: each for key, each in inherited.items() if key not in settings and key not in nothing}
     return settings
 
 
-def _literal(node: ast.AST | None) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError):
-        return None
+def description(command: str) -> str:
+    """What a command does."""
+    return ast.get_docstring(_source(f"hf_sugar.cli.{command}"))
 
 
-def command_settings(command: str) -> dict[str, Setting]:
-    """The settings of a command by name."""
-    return {key: each for cls in command_classes(command) for key, each in class_settings(*cls).items()}
+def command_settings(command: str) -> dict[str, dict[str, Setting]]:
+    """The settings of a command by the names of the dataclasses that its function takes, in its order."""
+    module = f"hf_sugar.cli.{command}"
+    types = [ast.unparse(argument.annotation) for argument in _definition(module, command).args.args]
+    return {name: class_settings(module, name) for name in (each.removesuffix(" | None") for each in types)}
 
 
 def parse(command: str, positional: tuple[str, ...], argv: list[str]) -> list[Any]:
@@ -175,15 +163,17 @@ def parse(command: str, positional: tuple[str, ...], argv: list[str]) -> list[An
         argv (`list[str]`): what follows the name.
 
     Returns:
-        `list`: an instance of each dataclass that its function takes.
+        `list`: an instance of each dataclass that the command's function takes.
 
     Raises:
         `UsageError`: naming the setting, with the most similar one where there is none of that name.
     """
-    settings = command_settings(command)
+    groups = command_settings(command)
+    settings = {key: each for group in groups.values() for key, each in group.items()}
     argv = _spelled_out(argv, {f"--{key}" for key, each in settings.items() if each.kind == "bool"})
     everything = "--help_all" in argv
-    parser = _parser(command, positional, everything)
+    usage = "".join(f" [{key.upper()}{' ...' if settings[key].takes_list else ''}]" for key in positional)
+    parser = _parser(command, usage, groups, everything)
     given, rest = parser.parse_known_args(["--help"] if everything else argv)
     values = vars(given)
     for word in rest:
@@ -201,11 +191,10 @@ def parse(command: str, positional: tuple[str, ...], argv: list[str]) -> list[An
     for key, each in settings.items():
         if values.get(key) is None and (each.required or key in positional[:1]):
             raise UsageError(f"`{key}` is not set: {each.help}")
-    result = []
-    for module, name in command_classes(command):
-        cls = getattr(importlib.import_module(module), name)
-        result.append(cls(**{key: values[key] for key in class_settings(module, name) if key in values}))
-    return result
+    module = importlib.import_module(f"hf_sugar.cli.{command}")
+    return [
+        getattr(module, name)(**{key: values[key] for key in group if key in values}) for name, group in groups.items()
+    ]
 
 
 def _spelled_out(argv: list[str], booleans: set[str]) -> list[str]:
@@ -227,12 +216,10 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (`{self.prog} --help` lists the settings)")
 
 
-def _parser(command: str, positional: tuple[str, ...], everything: bool) -> _Parser:
-    lists = {key for key, each in command_settings(command).items() if each.takes_list}
-    first = "".join(f" [{key.upper()}{' ...' if key in lists else ''}]" for key in positional)
+def _parser(command: str, usage: str, groups: dict[str, dict[str, Setting]], everything: bool) -> _Parser:
     parser = _Parser(
         f"hf-sugar {command}",
-        usage=f"hf-sugar {command}{first} [--SETTING VALUE ...] [--config FILE]",
+        usage=f"hf-sugar {command}{usage} [--SETTING VALUE ...] [--config FILE]",
         description=description(command),
         epilog="A heading is the class that takes its settings in Python. --help-all lists those of TRL and transformers "
         "too; --debug shows where an error was raised.",
@@ -241,21 +228,18 @@ def _parser(command: str, positional: tuple[str, ...], everything: bool) -> _Par
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="Read settings from YAML; arguments override them.")
-    for module, name in command_classes(command):
+    for name, settings in groups.items():
         group = parser.add_argument_group(name)
-        for each in class_settings(module, name).values():
+        for each in settings.values():
             # of what is not ours the first sentence is enough
-            said = each.help if each.ours or everything else each.help.split(". ")[0]
-            said += "" if each.default in (None, False, "") else f" [{each.default}]"
+            text = each.help if each.ours or everything else each.help.split(". ")[0]
+            text += f" [{each.default}]" if each.default else ""
             group.add_argument(
                 f"--{each.name}",
                 *each.aliases,
-                dest=each.name,
                 nargs="+" if each.takes_list else None,
                 metavar=f"{{{','.join(each.choices)}}}" if each.choices else each.kind.upper(),
-                help=said.replace("%%", "%").replace("%", "%%")
-                if each.ours or everything or each.name in _COMMON
-                else argparse.SUPPRESS,
+                help=text if each.ours or everything or each.name in _COMMON else argparse.SUPPRESS,
             )
             if each.kind == "bool":
                 no = {"dest": each.name, "action": "store_const", "const": "false", "help": argparse.SUPPRESS}
@@ -273,10 +257,12 @@ def _read_yaml(file: str, settings: dict[str, Setting], command: str) -> dict[st
     if not isinstance(values, dict):
         raise UsageError(f"`--config {file}` must hold settings, as `name: value`, a line each.")
     os.environ.update({key: str(value) for key, value in (values.pop("env", None) or {}).items()})
-    passed_over = command_settings("train") if command == "prepare" else {}  # the file of a training will do
-    for key in values.keys() - settings.keys() - passed_over.keys():
+    if command == "prepare":  # the file of a training will do
+        others = {key for group in command_settings("train").values() for key in group}
+        values = {key: value for key, value in values.items() if key in settings or key not in others}
+    for key in values.keys() - settings.keys():
         raise UsageError(f"{file}, `{key}`: {_no_such(str(key), settings, command)}")
-    return {key: settings[key].convert(value, f"{file}, ") for key, value in values.items() if key in settings}
+    return {key: settings[key].convert(value, f"{file}, ") for key, value in values.items()}
 
 
 def _no_such(key: str, settings: dict[str, Setting], command: str) -> str:
