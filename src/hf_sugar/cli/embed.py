@@ -8,8 +8,8 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from hf_sugar.data import load_data
+from hf_sugar.files import replacing
 from hf_sugar.retrieval import SugarIndex, find_files
-from hf_sugar.retrieval.storage import write_atomically
 
 from .arguments import setting
 from .checkpoint import ModelArguments
@@ -61,6 +61,7 @@ def embed(model: ModelArguments, corpus: CorpusArguments, args: EmbedArguments) 
     header = {"fingerprint": embedder.fingerprint, "metadata": json.dumps(index.metadata, ensure_ascii=False)}
     documents, slices = index.origins
     content = {"embeddings": index.embeddings, "document": documents, "slice": slices}
-    write_atomically(output, lambda path: save_file(content, path, metadata=header))
+    with replacing(output) as path:
+        save_file(content, path, metadata=header)
     print(f"{len(index)} documents, embeddings of shape {index.embeddings.shape} -> {args.output}")
     return index

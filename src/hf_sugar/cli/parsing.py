@@ -32,10 +32,9 @@ _DEFINED_IN = {
 }
 # Settings of TRL and transformers that most runs set, so that `--help` lists them with ours.
 _COMMON = """
-model_name_or_path model_revision dtype attn_implementation use_peft lora_dropout lora_target_modules use_dora load_in_4bit
-load_in_8bit output_dir num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
-gradient_checkpointing bf16 use_cpu seed logging_steps eval_strategy save_steps resume_from_checkpoint report_to push_to_hub
-hub_model_id
+model_name_or_path model_revision dtype use_peft lora_dropout lora_target_modules load_in_4bit output_dir num_train_epochs
+max_steps per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing bf16 use_cpu seed logging_steps
+eval_strategy save_steps resume_from_checkpoint report_to push_to_hub
 """.split()
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 # By the type of a setting: what makes a value of a text, and what it must be.
@@ -154,19 +153,9 @@ def command_settings(command: str) -> dict[str, dict[str, Setting]]:
 
 def parse(command: str, positional: tuple[str, ...], argv: list[str]) -> list[Any]:
     """
-    Settings of a command from its arguments and, with `--config FILE`, from YAML, where arguments win.
-
-    Args:
-        command (`str`): its name.
-        positional (`tuple[str, ...]`):
-            Settings that may be given without their flags, of which the first is required. A list takes all that is left.
-        argv (`list[str]`): what follows the name.
-
-    Returns:
-        `list`: an instance of each dataclass that the command's function takes.
-
-    Raises:
-        `UsageError`: naming the setting, with the most similar one where there is none of that name.
+    An instance of each dataclass that a command's function takes, from its arguments and, with `--config FILE`, from YAML,
+    where arguments win. Settings in `positional` may be given without their flags: the first is required, and a list takes
+    all that is left. Raises a `UsageError` that names the setting.
     """
     groups = command_settings(command)
     settings = {key: each for group in groups.values() for key, each in group.items()}
@@ -221,9 +210,8 @@ def _parser(command: str, usage: str, groups: dict[str, dict[str, Setting]], eve
         f"hf-sugar {command}",
         usage=f"hf-sugar {command}{usage} [--SETTING VALUE ...] [--config FILE]",
         description=description(command),
-        epilog="A heading is the class that takes its settings in Python. --help-all lists those of TRL and transformers "
-        "too; --debug shows where an error was raised.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=118),
+        epilog="Headings are classes. --help-all lists the settings of TRL and transformers too, --debug shows tracebacks.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36, width=119),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -250,10 +238,8 @@ def _parser(command: str, usage: str, groups: dict[str, dict[str, Setting]], eve
 def _read_yaml(file: str, settings: dict[str, Setting], command: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"`--config {file}` cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"`--config {file}` is not YAML: {error}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"`--config {file}` cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"`--config {file}` must hold settings, as `name: value`, a line each.")
     os.environ.update({key: str(value) for key, value in (values.pop("env", None) or {}).items()})

@@ -36,13 +36,8 @@ class PrepareArguments:
 
 
 def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
-    """
-    Embed the slices of `data.train_data` and `data.eval_data` with the teachers. Under `accelerate launch -m
-    hf_sugar.cli.main prepare` the work is divided over the processes.
-
-    Returns:
-        `collections.Counter`: number of `rows`, of rows `skipped`, and of slices `encoded`, which were not there before.
-    """
+    """Embed the slices of `data.train_data` and `data.eval_data` with the teachers, divided over the processes of `accelerate
+    launch -m hf_sugar.cli.main prepare`. Returns how many `rows` there were, `skipped` ones, and slices `encoded` anew."""
     if args.dataset_dir and data.streaming:
         raise ValueError(
             "`dataset_dir` needs the rows one by one, not as a stream: leave `streaming` off. What is written can be streamed."

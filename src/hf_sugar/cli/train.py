@@ -48,8 +48,7 @@ EstimatedTrainingConfig = functools.partial(TrainArguments, estimate_memory=True
 
 
 def quantization_config(model: ModelConfig) -> BitsAndBytesConfig | None:
-    """Quantization that the settings of the model ask for. 4-bit weights are computed with in bfloat16, whatever the dtype
-    of the rest."""
+    """Quantization that the settings ask for. 4-bit weights are computed with in bfloat16, whatever the dtype of the rest."""
     quantization = get_quantization_config(model)
     if model.load_in_4bit:
         quantization.bnb_4bit_compute_dtype = torch.bfloat16
@@ -74,23 +73,10 @@ def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
 
 
 def train(
-    data: StreamedDataArguments,
-    args: TrainArguments,
-    model: ModelArguments,
-    evaluation: EvaluationData | None = None,
+    data: StreamedDataArguments, args: TrainArguments, model: ModelArguments, evaluation: EvaluationData | None = None
 ) -> SugarTrainer | MemoryEstimate:
-    """
-    Train, save, and where there is evaluation data measure the result and write a report into `args.output_dir`.
-
-    Args:
-        data ([`StreamedDataArguments`]): what to train on.
-        args ([`TrainArguments`] or [`SugarTrainingConfig`]): how.
-        model ([`ModelArguments`] or [`~trl.ModelConfig`]): which checkpoint, and LoRA and quantization settings.
-        evaluation ([`EvaluationData`], *optional*): what to measure the result on.
-
-    Returns:
-        [`SugarTrainer`], after training; with `estimate_memory` the estimate.
-    """
+    """Train, save, and where there is evaluation data measure the result and write a report into `args.output_dir`. Returns
+    the trainer, or with `estimate_memory` the estimate. A [`SugarTrainingConfig`] and a [`~trl.ModelConfig`] will do."""
     CheckpointArguments(model.model_name_or_path, model.model_revision).stored_config()
     if getattr(args, "estimate_memory", False):
         found = estimate(args, model)
@@ -152,14 +138,13 @@ def summary(trainer: SugarTrainer) -> str:
     path, last = trainer.args.output_dir, {}
     for entry in trainer.state.log_history:
         last.update(entry)
-    losses = [f"{prefix}{name}" for prefix in ("", "eval_") for name in ("loss", "generative_loss", "structure_loss")]
-    names = [*losses, *sorted(key for key in last if "recall@" in key)]
-    index = f"""
-  hf-sugar index --model_name_or_path {path} --data DATA --index index
-  hf-sugar search --model_name_or_path {path} --index index --query TEXT"""
-    return f"""\
-The model is in {path}, trained for {trainer.state.global_step} steps.
-Last values: {", ".join(f"{name} {last[name]:.4g}" for name in names if name in last)}
-Next:
-  hf-sugar evaluate --model_name_or_path {path} --image_text_data DATA{index if trainer.args.structure_weight else ""}
-  hf-sugar push {path} --repo_id USER/NAME"""
+    names = [key for key in last if key.endswith("loss") and "train" not in key or "recall@" in key]
+    lines = [
+        f"The model is in {path}, trained for {trainer.state.global_step} steps.",
+        f"Last values: {', '.join(f'{name} {last[name]:.4g}' for name in names)}",
+        f"Next:\n  hf-sugar evaluate --model_name_or_path {path} --image_text_data DATA",
+        f"  hf-sugar index --model_name_or_path {path} --data DATA --index index",
+        f"  hf-sugar search --model_name_or_path {path} --index index --query TEXT",
+        f"  hf-sugar push {path} --repo_id USER/NAME",
+    ]
+    return "\n".join(lines if trainer.args.structure_weight else lines[:3] + lines[5:])
