@@ -1,4 +1,3 @@
-import argparse
 import importlib
 import logging
 import sys
@@ -6,7 +5,7 @@ import traceback
 
 from hf_sugar import __version__
 
-from .parsing import description, parse
+from .parsing import Parser, description, parse
 
 
 # The commands, each a module beside this one, with the settings that may be given without their flags.
@@ -29,11 +28,10 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int | None:
     """Run one command, `argv[0]`, with its arguments; errors are raised."""
-    parser = argparse.ArgumentParser(
-        prog="hf-sugar",
+    parser = Parser(
+        "hf-sugar",
         description="One multimodal LLM that answers and retrieves.",
-        epilog="`hf-sugar COMMAND --help` lists the settings of a command; all of them can also be read from a YAML "
-        "file: `hf-sugar COMMAND --config FILE`.",
+        epilog="`hf-sugar COMMAND --help` lists settings, which can also be read from YAML: `hf-sugar COMMAND --config FILE`.",
     )
     parser.add_argument("--version", action="version", version=f"hf-sugar {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

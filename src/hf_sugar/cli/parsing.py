@@ -200,13 +200,15 @@ def _spelled_out(argv: list[str], booleans: set[str]) -> list[str]:
     return [f"{word}=true" if word in booleans else word for word in words]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises its errors."""
+
     def error(self, message: str):
-        raise UsageError(f"{message} (`{self.prog} --help` lists the settings)")
+        raise UsageError(f"{message} (`{self.prog} --help` lists them)")
 
 
-def _parser(command: str, usage: str, groups: dict[str, dict[str, Setting]], everything: bool) -> _Parser:
-    parser = _Parser(
+def _parser(command: str, usage: str, groups: dict[str, dict[str, Setting]], everything: bool) -> Parser:
+    parser = Parser(
         f"hf-sugar {command}",
         usage=f"hf-sugar {command}{usage} [--SETTING VALUE ...] [--config FILE]",
         description=description(command),
