@@ -12,9 +12,7 @@ class CheckArguments:
     """Settings of `hf-sugar check`."""
 
     model_name_or_path: str | None = setting("Checkpoint whose processor counts the tokens of each sample.", None)
-    max_length: int | None = setting(
-        "Longest sequence allowed, image tokens included; by default what the checkpoint takes.", None
-    )
+    max_length: int | None = setting("Longest sequence, with image tokens; by default what the model takes.", None)
     split: str = setting("Split of datasets that have several.", "train")
 
 

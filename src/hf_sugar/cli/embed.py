@@ -19,9 +19,7 @@ from .checkpoint import ModelArguments
 class CorpusArguments:
     """What to embed."""
 
-    data: list[str] | None = setting(
-        "Datasets: paths, Hub ids, or mappings as {path: a.json, format: llava, image_root: images}.", None
-    )
+    data: list[str] | None = setting("Datasets: paths, Hub ids, or mappings as {path: a.json, image_root: b}.", None)
     files: list[str] | None = setting("Image and text files, folders of them, or patterns.", None)
     split: str = setting("Split of datasets that have several.", "train")
     on_bad_row: str = setting("What to do with a malformed row.", "error", choices=["error", "skip"])

@@ -21,15 +21,11 @@ class EvaluateArguments(ModelArguments):
     split: str = setting("Split of datasets that have several.", "test")
     max_new_tokens: int = setting("Longest generated answer.", 64)
     untrained: bool = setting(
-        "Compare pooled hidden states, without the retrieval projector. Always so for a plain backbone, or a model "
-        "trained with `structure_weight` 0.",
-        False,
+        "Compare pooled hidden states, not embeddings. Always so for a model without a trained projector.", False
     )
     on_bad_row: str = setting("What to do with a malformed row.", "error", choices=["error", "skip"])
     overwrite: bool = setting("Replace the report that is in `output_dir`.", False)
-    benchmarks: dict | None = setting(
-        "Where the files of published benchmarks are, by their names, see examples/paper_table.yaml.", None
-    )
+    benchmarks: dict | None = setting("Files of published benchmarks by name, see examples/paper_table.yaml.", None)
     tasks: list[str] | None = setting("Benchmarks to run; by default all that `benchmarks` has.", None)
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_sugar.export import export_sentence_transformers
-from hf_sugar.files import replacing
 
 from .arguments import setting
 from .checkpoint import CheckpointArguments
@@ -15,15 +14,13 @@ class ExportArguments(CheckpointArguments):
     """Settings of `hf-sugar export`."""
 
     output_dir: str = setting("Directory to write to, which must not exist, or be empty.", aliases=["--output"])
-    format: str = setting(
-        "What is to load the result: sentence-transformers, or the backbone's own class (no retrieval projector).",
-        "sentence-transformers",
-        choices=["sentence-transformers", "backbone"],
-    )
+    format: str = setting("For sentence-transformers, or the plain backbone.", "sentence-transformers")
 
 
 def export(args: ExportArguments) -> Path:
     """Write a checkpoint for another program; adapters are merged into it. Returns the directory, complete."""
+    if args.format not in ("sentence-transformers", "backbone"):
+        raise ValueError(f"`format` is {args.format!r}; it must be sentence-transformers or backbone.")
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"`output_dir` {output} exists and is not empty. Remove it, or name another directory.")
@@ -35,8 +32,7 @@ def export(args: ExportArguments) -> Path:
         )
     model, processor = args.load()
     if args.format == "backbone":
-        with replacing(output) as directory:
-            model.export_backbone(directory, merge=True, processor=processor)
+        model.export_backbone(output, merge=True, processor=processor)
     else:
         export_sentence_transformers(model, processor, output)
     print(f"Wrote {output}.")

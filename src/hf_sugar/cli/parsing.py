@@ -16,20 +16,11 @@ from typing import Any
 import yaml
 
 
-# Where a class of settings is defined, if not where it is used.
-_DEFINED_IN = {
-    "SFTConfig": "trl.trainer.sft_config",
-    "_BaseConfig": "trl.trainer.base_config",
-    "TrainingArguments": "transformers.training_args",
-    "ModelConfig": "trl.trainer.model_config",
-    "SugarTrainingConfig": "hf_sugar.training.config",
-    "EvaluationData": "hf_sugar.evaluation.tasks",
-    "DataArguments": "hf_sugar.cli.arguments",
-    "StreamedDataArguments": "hf_sugar.cli.arguments",
-    "CheckpointArguments": "hf_sugar.cli.checkpoint",
-    "ModelArguments": "hf_sugar.cli.checkpoint",
-    "CorpusArguments": "hf_sugar.cli.embed",
-}
+# Where a class of settings is, if not where it is used.
+_MODULES = """
+hf_sugar.cli.arguments hf_sugar.cli.checkpoint hf_sugar.cli.embed hf_sugar.training.config hf_sugar.evaluation.tasks
+trl.trainer.sft_config trl.trainer.base_config trl.trainer.model_config transformers.training_args
+""".split()
 # Settings of TRL and transformers that most runs set, so that `--help` lists them with ours.
 _COMMON = """
 model_name_or_path model_revision dtype use_peft lora_dropout lora_target_modules load_in_4bit output_dir num_train_epochs
@@ -110,7 +101,7 @@ def _literal(node: ast.AST | None) -> Any:
 @functools.lru_cache
 def class_settings(module: str, name: str) -> dict[str, Setting]:
     """The fields of a dataclass and of its bases by name, those of the class itself first."""
-    module = module if _definition(module, name) else _DEFINED_IN[name]
+    module = next(each for each in (module, *_MODULES) if _definition(each, name))
     settings = {}
     for item in _definition(module, name).body:
         if not isinstance(item, ast.AnnAssign) or item.target.id.startswith("_"):

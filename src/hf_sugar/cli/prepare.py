@@ -23,14 +23,9 @@ logger = logging.getLogger(__name__)
 class PrepareArguments:
     """Settings of `hf-sugar prepare`."""
 
-    teachers: dict | str | None = setting(
-        "Frozen encoders: a mapping (in YAML or JSON) of image, text and cross, or 'tiny' for those in this package.",
-        None,
-    )
+    teachers: dict | str | None = setting("Frozen encoders: {image: ..., text: ..., cross: ...}, or 'tiny'.", None)
     teacher_cache_dir: str = setting("Where the embeddings are kept.", "teacher_cache")
-    dataset_dir: str | None = setting(
-        "Where rows, images and embeddings are written as a dataset, to be pushed or streamed.", None
-    )
+    dataset_dir: str | None = setting("Where rows and embeddings are written as a dataset, to be streamed.", None)
     split: str = setting("Split of datasets that have several.", "train")
     seed: int = setting("Seed of the mixture of several sources, for dataset_dir.", 42)
 

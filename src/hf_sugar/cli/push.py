@@ -18,9 +18,7 @@ class PushArguments:
     private: bool = setting("Make a new repository private.", False)
     revision: str | None = setting("Branch to commit to, made if it is not there. Defaults to main.", None)
     create_pr: bool = setting("Open a pull request instead.", False)
-    base_model: str | None = setting(
-        "Hub id of the model that the training started from. Needed for an adapter of a local backbone.", None
-    )
+    base_model: str | None = setting("Hub id of the model that was trained. Needed if it is a local one.", None)
     license: str | None = setting("Licence for the card. Defaults to what the base model states, if it does.", None)
     commit_message: str = setting("Title of the commit.", "Upload Sugar model with hf_sugar")
 

@@ -86,12 +86,12 @@ def train(
         raise ValueError("`train_data` is not set: name the data to train on.")
     TripleEncoder.arguments(args.teachers)  # what is wrong there shows before the model is loaded
     args = copy.copy(args)
-    args.model_init_kwargs = {
+    loading = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **(args.model_init_kwargs or {}),
     }
+    args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
     args.on_bad_row = data.on_bad_row
     reading = {"seed": args.seed, "on_bad_row": data.on_bad_row, "image_root": data.image_root}
     eval_dataset = load_data(data.eval_data, "validation", **reading) if data.eval_data else None
