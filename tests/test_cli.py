@@ -240,9 +240,11 @@ def test_a_mistake_is_one_line(argv):
 
 
 def test_a_model_that_cannot_be_reached_is_named(place):
-    done = run("embed", "org/nowhere", str(place / "llava.json"), "--debug")
+    done = run("chat", "org/nowhere")
+    assert done.returncode == 2 and done.stderr.startswith("error: The model 'org/nowhere' cannot be loaded.")
+    assert len(done.stderr.splitlines()) == 1
+    done = run("chat", "org/nowhere", "--debug")
     assert done.returncode == 2 and "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: The model 'org/nowhere' cannot be loaded.")
 
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monkeypatch):

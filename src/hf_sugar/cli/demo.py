@@ -293,7 +293,3 @@ def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
             values = [result[name].value for result in results]
             mean[name] = f"{np.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})"
     return mean
-
-
-def main(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -> None:
-    demo(args, data, evaluation)

@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int | None:
     settings = parse(name, COMMANDS[name], argv[1:])
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("hf_sugar").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # the error says it again
     result = getattr(importlib.import_module(f"hf_sugar.cli.{name}"), name)(*settings)
     return result if name == "check" else None
 
