@@ -84,7 +84,8 @@ def train(
         return found
     if data.train_data is None:
         raise ValueError("`train_data` is not set: name the data to train on.")
-    TripleEncoder.arguments(args.teachers)  # what is wrong there shows before the model is loaded
+    if args.teachers is not None and args.structure_weight > 0:
+        TripleEncoder.from_teachers(args.teachers, device="cpu")  # reads no weights, and tells a wrong name at once
     args = copy.copy(args)
     loading = {
         "revision": model.model_revision,

@@ -135,11 +135,6 @@ class TripleEncoder:
             kwargs:
                 Passed on to the constructor.
         """
-        return cls(**cls.arguments(teachers), **kwargs)
-
-    @staticmethod
-    def arguments(teachers: str | dict[str, Any] | None) -> dict[str, Any]:
-        """Arguments of the constructor that the `teachers` setting stands for; what is wrong with it is an error."""
         roles = {"image", "text", "cross"}
         if isinstance(teachers, str):
             from hf_sugar.world import world_teachers
@@ -161,7 +156,7 @@ class TripleEncoder:
             )
         if teachers.keys() & roles:
             teachers = {**dict.fromkeys(roles), **teachers}
-        return teachers
+        return cls(**teachers, **kwargs)
 
     @property
     def _teachers(self) -> list[Teacher]:
