@@ -514,17 +514,11 @@ class TestWrongAdapter:
         expected = embed(model, inputs)
         for number, (change, message) in enumerate(
             [
-                (lambda w: w.pop(LORA), r"missing: vlm\.model\.language_model\.layers\.0\.self_attn\.q_proj\.lora_A"),
-                (lambda w: w.pop(HEAD), r"missing: retrieval_projector\.linear_2\.weight"),
-                (lambda w: w.update({LORA + "x": torch.ones(1)}), r"unexpected: vlm\.model\..*\.lora_A\.weightx"),
-                (
-                    lambda w: w.update({LORA: torch.ones(5, 32)}),
-                    r"of another shape: vlm.*lora_A\.weight \(5, 32\) instead",
-                ),
-                (
-                    lambda w: w.update({HEAD: torch.ones(8, 32)}),
-                    r"of another shape: retrieval_projector.* \(8, 32\) instead",
-                ),
+                (lambda w: w.pop(LORA), r"0\.self_attn\.q_proj\.lora_A\.weight missing instead of \(4, 32\)"),
+                (lambda w: w.pop(HEAD), r"retrieval_projector\.linear_2\.weight missing instead of \(16, 32\)"),
+                (lambda w: w.update({LORA + "x": torch.ones(1)}), r"\.lora_A\.weightx \(1,\) instead of none"),
+                (lambda w: w.update({LORA: torch.ones(5, 32)}), r"lora_A\.weight \(5, 32\) instead of \(4, 32\)"),
+                (lambda w: w.update({HEAD: torch.ones(8, 32)}), r"linear_2\.weight \(8, 32\) instead of \(16, 32\)"),
             ]
         ):
             with pytest.raises(ValueError, match=message):
@@ -533,18 +527,17 @@ class TestWrongAdapter:
 
     def test_without_a_head(self, place, tmp_path):
         trained(place / "llava", modules_to_save=None).get_base_model().save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"missing: retrieval_projector\.linear_1\.bias"):
+        with pytest.raises(ValueError, match=r"retrieval_projector\.linear_1\.bias missing"):
             SugarForConditionalGeneration.from_pretrained(tmp_path)
 
     def test_another_backbone(self, place, tmp_path):
         tiny.llava(hidden_size=64).save_pretrained(tmp_path / "wider")
-        message = r"another backbone.*text_config\.hidden_size 64 instead of 32"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"wider' lacks weights: .* \(384, 64\) instead of \(384, 32\)"):
             SugarForConditionalGeneration.from_pretrained(
                 place / "adapter", backbone_name_or_path=str(tmp_path / "wider")
             )
         model = SugarForConditionalGeneration.from_backbone(tmp_path / "wider", retrieval_dim=16)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"does not fit this backbone: .* \(4, 32\) instead of \(4, 64\)"):
             model.load_sugar_adapter(place / "adapter")
 
     @pytest.mark.parametrize(
@@ -640,11 +633,9 @@ class TestWrongAdapter:
         with pytest.raises(ValueError, match=r"checkpoint '.*llava' lacks weights: vlm\.lm_head\.weight"):
             SugarForConditionalGeneration.from_pretrained(place / "adapter", backbone_name_or_path=str(broken))
 
-    @pytest.mark.parametrize("field, value", [("image_pooling", "last"), ("retrieval_dim", 8)])
-    def test_other_settings(self, place, field, value):
-        settings = {"retrieval_dim": 16, field: value}
-        model = SugarForConditionalGeneration.from_backbone(place / "llava", **settings)
-        with pytest.raises(ValueError, match=f"was trained with {field}=.*this model has {value!r}"):
+    def test_other_pooling(self, place):
+        model = SugarForConditionalGeneration.from_backbone(place / "llava", retrieval_dim=16, image_pooling="last")
+        with pytest.raises(ValueError, match="was trained with image_pooling='mean'; this model has 'last'"):
             model.load_sugar_adapter(place / "adapter")
 
 

@@ -1,7 +1,6 @@
 """Adapters of a Sugar model, which bring the retrieval projector with them. PEFT does the work."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,19 +17,6 @@ from .fingerprint_sugar import fingerprint, same_fingerprint, unwrapped
 logger = logging.get_logger(__name__)
 
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter file
-# Settings of a backbone that its weights are made for: where two differ, they are different backbones.
-SHAPE_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "embed_dim",
-    "intermediate_size",
-    "num_hidden_layers",
-    "depth",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "patch_size",
-)
 
 
 class SugarAdapterMixin:
@@ -44,29 +30,23 @@ class SugarAdapterMixin:
         Several can be attached; `set_adapter(name)` switches both.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`):
-                Hub id or directory that has an `adapter/` folder.
-            adapter_name (`str`, *optional*, defaults to `"default"`):
-                Name to switch to it by.
-            subfolder (`str`, *optional*):
-                Where in the repository it is, if not at the top.
-            hub_kwargs:
-                `revision`, `token`, `cache_dir`, `local_files_only`.
+            pretrained_model_name_or_path (`str` or `Path`): Hub id or directory that has an `adapter/` folder.
+            adapter_name (`str`, *optional*, defaults to `"default"`): name to switch to it by.
+            subfolder (`str`, *optional*): where in the repository it is, if not at the top.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
             `ValueError`: if a weight is missing, unexpected or of another shape, if it was trained on another
                 backbone, or if it has no retrieval projector. A model never goes on with a random projector.
         """
         peft = _peft()
+        where = f"The adapter in {pretrained_model_name_or_path}"
         config = self.config_class.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
-        require_same_shapes(pretrained_model_name_or_path, config, self.config)
-        for field in ("retrieval_dim", "image_pooling"):
-            if getattr(config, field) != getattr(self.config, field):
-                raise ValueError(
-                    f"The adapter in {pretrained_model_name_or_path} was trained with {field}="
-                    f"{getattr(config, field)!r}; this model has {getattr(self.config, field)!r}. Load the model with "
-                    f"`{field}={getattr(config, field)!r}`."
-                )
+        if config.image_pooling != self.config.image_pooling:
+            raise ValueError(
+                f"{where} was trained with image_pooling={config.image_pooling!r}; this model has "
+                f"{self.config.image_pooling!r}. Load the model with the adapter's."
+            )
         hub_kwargs["subfolder"] = str(Path(subfolder, ADAPTER_SUBFOLDER))
         cached_file(pretrained_model_name_or_path, "adapter_config.json", **hub_kwargs)
         file = cached_file(pretrained_model_name_or_path, "adapter_model.safetensors", **hub_kwargs)
@@ -83,63 +63,54 @@ class SugarAdapterMixin:
         # what it should hold is found out on a model without weights, so that this one stays as it is if it is wrong
         with torch.device("meta"):
             empty = type(self)(copy.deepcopy(self.config))
-        peft.inject_adapter_in_model(copy.deepcopy(peft_config), empty, low_cpu_mem_usage=True)
-        expected = peft.get_peft_model_state_dict(empty, save_embedding_layers=False)
-        wrong = {
-            "missing": expected.keys() - state_dict.keys(),
-            "unexpected": state_dict.keys() - expected.keys(),
-            "of another shape": {
-                f"{key} {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}"
-                for key in expected.keys() & state_dict.keys()
-                if state_dict[key].shape != expected[key].shape
-            },
+        projector = {
+            f"retrieval_projector.{key}": value for key, value in empty.retrieval_projector.named_parameters()
         }
-        if not any(key.startswith("retrieval_projector.") for key in state_dict):
-            wrong["missing"] |= {key for key in empty.state_dict() if key.startswith("retrieval_projector.")}
-        if any(wrong.values()):
-            listing = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in wrong.items() if keys)
+        peft.inject_adapter_in_model(copy.deepcopy(peft_config), empty, low_cpu_mem_usage=True)
+        expected = projector | peft.get_peft_model_state_dict(empty, save_embedding_layers=False)
+        wanted, found = (
+            {key: tuple(value.shape) for key, value in weights.items()} for weights in (expected, state_dict)
+        )
+        wrong = [
+            f"{key} {found.get(key, 'missing')} instead of {wanted.get(key, 'none')}"
+            for key in wanted.keys() | found.keys()
+            if wanted.get(key) != found.get(key)
+        ]
+        if wrong:
             raise ValueError(
-                f"The adapter in {pretrained_model_name_or_path} does not fit this backbone ({listing}). Load it on the "
-                "backbone that it was trained on, which its config.json names."
+                f"{where} does not fit this backbone: {first_few(wrong)}. Load it on the backbone that it was trained on, "
+                "which its config.json names."
             )
         if config.backbone_fingerprint and not same_fingerprint(config.backbone_fingerprint, fingerprint(self.vlm)):
             raise ValueError(
-                f"The adapter in {pretrained_model_name_or_path} was trained on another backbone than this one: the shapes "
-                f"are the same, the weights are not. It was trained on {config.backbone_name_or_path!r} (revision "
-                f"{config.backbone_revision}); this is {self.config.name_or_path!r}."
+                f"{where} was trained on another backbone than this one: the shapes are the same, the weights are not. It was "
+                f"trained on {config.backbone_name_or_path!r} (revision {config.backbone_revision}); this is "
+                f"{self.config.name_or_path!r}."
             )
         peft.inject_adapter_in_model(peft_config, self, adapter_name)
         if all(weight.dtype == torch.float32 for weight in state_dict.values()):
             # on a half-precision backbone PEFT injects in half precision, but trains and loads in float32
-            peft.tuners.tuners_utils.cast_adapter_dtype(self, adapter_name)
+            peft.functional.cast_adapter_dtype(self, adapter_name)
         peft.set_peft_model_state_dict(self, state_dict, adapter_name)
         self._hf_peft_config_loaded = True
         self.set_adapter(adapter_name)
         self.requires_grad_(False)
         self.eval()
 
-    # Those of transformers do the same, but 5.24 refuses to with any PEFT before 0.22.
+    # Those of transformers leave out the projector; and 5.24 refuses any PEFT before 0.22.
 
     def set_adapter(self, adapter_name: str):
-        """
-        Switch to an adapter, with its retrieval projector.
-
-        Args:
-            adapter_name (`str`):
-                Name that it was loaded under.
-        """
+        """Switch to an adapter, with its retrieval projector, by the name that it was loaded under."""
         attached = getattr(self, "peft_config", {})
         if not isinstance(adapter_name, str) or adapter_name not in attached:
             raise ValueError(
                 f"There is no adapter {adapter_name!r}. Name one of these: {', '.join(attached) or 'none'}."
             )
-        inference_mode = attached[adapter_name].inference_mode
-        _peft().functional.set_adapter(self, adapter_name, inference_mode=inference_mode)
+        _peft().functional.set_adapter(self, adapter_name, inference_mode=attached[adapter_name].inference_mode)
 
     def active_adapters(self) -> list[str]:
         """Name of the active adapter, in a list."""
-        adapter = self._active_adapter()
-        if adapter is None:
+        if (adapter := self._active_adapter()) is None:
             raise ValueError("There is no adapter.")
         return [adapter]
 
@@ -155,11 +126,6 @@ class SugarAdapterMixin:
         for module in self._adapter_modules():
             module.enable_adapters(True)
         self.set_adapter(adapter)  # frozen or not as before
-
-    def _adapter_modules(self) -> Iterator[nn.Module]:
-        peft = _peft()
-        kinds = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.AuxiliaryTrainingWrapper)
-        return (module for module in self.modules() if isinstance(module, kinds))
 
     def merge_and_unload(self):
         """
@@ -180,18 +146,17 @@ class SugarAdapterMixin:
         if tied:
             # PEFT (0.21) would add what an adapter changes in one of them to both of them, or twice
             outputs.weight = nn.Parameter(outputs.weight.detach().clone())
-        adapters = set(self._adapter_modules())
-        off = ()
-        for name, module in list(self.named_modules()):
-            if module not in adapters or name.startswith(off):
+        inside = ()
+        for name, module in self._adapter_modules(names=True):
+            if name.startswith(inside):
                 continue
-            if isinstance(module, _peft().utils.AuxiliaryTrainingWrapper):
-                module = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            if hasattr(module, "unload_and_optionally_merge_module"):
+                merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
             else:
                 module.merge()
-                module = module.get_base_layer()
-            self.set_submodule(name, module)
-            off += (f"{name}.",)
+                merged = module.get_base_layer()
+            self.set_submodule(name, merged)
+            inside += (f"{name}.",)
         if tied:
             inputs, outputs = self.get_input_embeddings(), self.get_output_embeddings()
             tied = torch.equal(inputs.weight, outputs.weight)
@@ -208,12 +173,46 @@ class SugarAdapterMixin:
                 parameter.requires_grad_(True)
         return self
 
-    def _require_full_precision(self, purpose: str):
-        if hasattr(self.config, "quantization_config"):
-            raise ValueError(
-                f"The weights are quantized. To {purpose}, load the model without `quantization_config`; save an adapter "
-                "that is not saved yet first (`save_pretrained`)."
-            )
+    def export_adapter(self, save_directory: str | Path):
+        """
+        Write the LoRA weights of the active adapter for the backbone's own class, without the retrieval projector:
+        `PeftModel.from_pretrained(backbone, save_directory)` generates what this model generates.
+
+        Args:
+            save_directory (`str` or `Path`): directory to write to.
+        """
+        adapter = self._active_adapter()
+        if adapter is None:
+            raise ValueError("There is no adapter to export; `export_backbone` writes the whole backbone.")
+        peft = _peft()
+        peft_config = copy.copy(self.peft_config[adapter])
+        # by their full names: a pattern was written for the names of this class
+        modules = {name.removeprefix("vlm."): module for name, module in self._adapter_modules(names=True)}
+        modules = {name: module for name, module in modules.items() if not name.startswith("retrieval_projector")}
+        wrappers = {
+            name for name, module in modules.items() if isinstance(module, peft.utils.AuxiliaryTrainingWrapper)
+        }
+        peft_config.target_modules = {
+            name for name in modules.keys() - wrappers if name.rpartition(".")[0] not in wrappers
+        }
+        peft_config.modules_to_save = [
+            name for name in wrappers if isinstance(modules[name], peft.utils.ModulesToSaveWrapper)
+        ] or None
+        peft_config.exclude_modules = None
+        peft_config.ensure_weight_tying = False  # each of the two by its own name and weights
+        weights = self._adapter_weights(adapter).items()
+        weights = {key.removeprefix("vlm."): value for key, value in weights if key.startswith("vlm.")}
+        source = self.config.backbone_name_or_path or self.config.name_or_path
+        revision = self.config.backbone_revision or self.config._commit_hash
+        with whole_directory(save_directory) as directory:
+            _save_adapter(directory, peft_config, weights, source, revision)
+
+    def _adapter_modules(self, names: bool = False) -> list:
+        """Modules of PEFT, or with `names` pairs of name and module."""
+        peft = _peft()
+        kinds = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.AuxiliaryTrainingWrapper)
+        found = [(name, module) for name, module in self.named_modules() if isinstance(module, kinds)]
+        return found if names else [module for _, module in found]
 
     def _active_adapter(self) -> str | None:
         """Name of the adapter that is on, whoever put it there: this class, transformers or a `PeftModel` around it."""
@@ -225,6 +224,18 @@ class SugarAdapterMixin:
                 f"Several adapters are active ({', '.join(sorted(names))}). Make one of them active with `set_adapter`."
             )
         return names.pop() if names else None
+
+    def _require_full_precision(self, purpose: str):
+        if hasattr(self.config, "quantization_config"):
+            raise ValueError(
+                f"The weights are quantized. To {purpose}, load the model without `quantization_config`; save an adapter "
+                "that is not saved yet first (`save_pretrained`)."
+            )
+
+    def _adapter_weights(self, adapter: str, state_dict=None) -> dict[str, torch.Tensor]:
+        if state_dict is not None:
+            state_dict = {key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()}
+        return _peft().get_peft_model_state_dict(self, state_dict, adapter, save_embedding_layers=False)
 
     def _save_adapter_repository(self, directory: Path, adapter: str, state_dict=None):
         check_peft_config(self.peft_config[adapter])
@@ -242,62 +253,13 @@ class SugarAdapterMixin:
         vars(config).pop("quantization_config", None)
         config.save_pretrained(directory)
         custom_object_save(self, directory)
-
-        weights = self._adapter_weights(adapter, state_dict)
-        peft_config = copy.copy(self.peft_config[adapter])
-        peft_config.base_model_name_or_path = config.backbone_name_or_path
-        peft_config.revision = config.backbone_revision
-        _save_adapter(directory / ADAPTER_SUBFOLDER, peft_config, weights)
-
-    def _adapter_weights(self, adapter: str, state_dict=None) -> dict[str, torch.Tensor]:
-        if state_dict is not None:
-            state_dict = {key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()}
-        return _peft().get_peft_model_state_dict(self, state_dict, adapter, save_embedding_layers=False)
-
-    def export_adapter(self, save_directory: str | Path):
-        """
-        Write the LoRA weights of the active adapter for the backbone's own class, without the retrieval projector:
-        `PeftModel.from_pretrained(backbone, save_directory)` generates what this model generates.
-
-        Args:
-            save_directory (`str` or `Path`):
-                Directory to write to.
-        """
-        adapter = self._active_adapter()
-        if adapter is None:
-            raise ValueError("There is no adapter to export; `export_backbone` writes the whole backbone.")
-        weights = {
-            key.removeprefix("vlm."): value
-            for key, value in self._adapter_weights(adapter).items()
-            if key.startswith("vlm.")
-        }
-        peft_config = copy.copy(self.peft_config[adapter])
-        # by their full names: a pattern was written for the names of this class
-        peft = _peft()
-        wrappers = {
-            name: module
-            for name, module in self.named_modules()
-            if isinstance(module, peft.utils.AuxiliaryTrainingWrapper)
-        }
-        peft_config.target_modules = {
-            name.removeprefix("vlm.")
-            for name, module in self.named_modules()
-            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
-            and name.startswith("vlm.")
-            and name.rpartition(".")[0] not in wrappers
-        }
-        peft_config.modules_to_save = [
-            name.removeprefix("vlm.")
-            for name, module in wrappers.items()
-            if name.startswith("vlm.") and isinstance(module, peft.utils.ModulesToSaveWrapper)
-        ] or None
-        peft_config.exclude_modules = None
-        # each of the two by its own name and weights
-        peft_config.ensure_weight_tying = False
-        peft_config.base_model_name_or_path = self.config.backbone_name_or_path or self.config.name_or_path
-        peft_config.revision = self.config.backbone_revision or self.config._commit_hash
-        with whole_directory(save_directory) as directory:
-            _save_adapter(directory, peft_config, weights)
+        _save_adapter(
+            directory / ADAPTER_SUBFOLDER,
+            copy.copy(self.peft_config[adapter]),
+            self._adapter_weights(adapter, state_dict),
+            config.backbone_name_or_path,
+            config.backbone_revision,
+        )
 
 
 def _peft():
@@ -309,8 +271,9 @@ def _peft():
     return peft
 
 
-def _save_adapter(directory: Path, peft_config, weights: dict[str, torch.Tensor]):
+def _save_adapter(directory: Path, peft_config, weights: dict[str, torch.Tensor], source: str, revision: str | None):
     directory.mkdir(parents=True, exist_ok=True)
+    peft_config.base_model_name_or_path, peft_config.revision = source, revision
     peft_config.inference_mode = True
     peft_config.auto_mapping = None  # it would name a module of this process
     peft_config.save_pretrained(directory)
@@ -320,16 +283,7 @@ def _save_adapter(directory: Path, peft_config, weights: dict[str, torch.Tensor]
 
 
 def check_peft_config(peft_config):
-    """
-    Refuse what an adapter repository cannot hold.
-
-    Args:
-        peft_config ([`~peft.PeftConfig`]):
-            Configuration of PEFT.
-
-    Raises:
-        `ValueError`: naming the setting.
-    """
+    """Refuse a [`~peft.PeftConfig`] of what an adapter repository cannot hold, by a `ValueError` that names the setting."""
     if getattr(peft_config, "bias", "none") != "none":
         raise ValueError(
             f"`bias={peft_config.bias!r}` of the PEFT configuration changes the biases of the backbone itself, which no "
@@ -341,23 +295,6 @@ def check_peft_config(peft_config):
             f"A {type(peft_config).__name__} cannot be loaded into a model again. Use an adapter of weights, `LoraConfig` "
             "for example."
         )
-
-
-def require_same_shapes(adapter, expected, found):
-    wrong = list(_differences(expected.vlm_config.to_dict(), found.vlm_config.to_dict(), "vlm_config"))
-    if wrong:
-        raise ValueError(
-            f"The adapter in {adapter} was trained on another backbone than this one: {first_few(wrong)}. Its config.json "
-            "names the one it was trained on."
-        )
-
-
-def _differences(expected: dict, found: dict, prefix: str):
-    for key, value in expected.items():
-        if isinstance(value, dict) and isinstance(found.get(key), dict):
-            yield from _differences(value, found[key], f"{prefix}.{key}")
-        elif key in SHAPE_FIELDS and found.get(key) != value:
-            yield f"{prefix}.{key} {found.get(key)!r} instead of {value!r}"
 
 
 def first_few(names, count: int = 4) -> str:

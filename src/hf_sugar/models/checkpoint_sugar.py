@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from .adapter_sugar import SugarAdapterMixin, first_few, require_same_shapes
+from .adapter_sugar import SugarAdapterMixin, first_few
 from .files_sugar import damage, whole_directory
 from .fingerprint_sugar import fingerprint, same_fingerprint
 
@@ -24,18 +24,13 @@ class SugarCheckpointMixin(SugarAdapterMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """
         Load a full checkpoint, an adapter repository or a plain backbone, from the Hub or a directory. Weights are
-        read from safetensors files only.
-
-        An adapter repository (as [`SugarTrainer`] and `save_pretrained` write it under PEFT) holds the LoRA weights and
-        the retrieval projector in `adapter/`; the backbone comes from the place that its configuration names, at the
-        revision it was trained on. Nothing but weights is read from there. If the backbone is somewhere else by now,
-        pass `backbone_name_or_path`.
+        read from safetensors files only. An adapter repository holds the LoRA weights and the retrieval projector in
+        `adapter/`; the backbone's weights, and nothing else, come from the place and revision that its configuration
+        names. If the backbone is somewhere else by now, pass `backbone_name_or_path`.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`):
-                Hub id or directory.
-            args, config, kwargs:
-                As in [`~transformers.PreTrainedModel.from_pretrained`], and fields of [`SugarConfig`].
+            pretrained_model_name_or_path (`str` or `Path`): Hub id or directory.
+            args, config, kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`], and fields of [`SugarConfig`].
 
         Raises:
             `ValueError`: if weights are missing, if the adapter's are not exactly those that the model expects, or if the
@@ -72,21 +67,22 @@ class SugarCheckpointMixin(SugarAdapterMixin):
 
     @classmethod
     def _load_weights(cls, pretrained_model_name_or_path, *args, **kwargs):
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
-            directory = cached_file(
-                pretrained_model_name_or_path,
-                CONFIG_NAME,
-                **{key: kwargs[key] for key in (*HUB_ACCESS, "revision", "subfolder") if key in kwargs},
-            )
-            raise OSError(damage(Path(directory).parent)) from error
-        if info["missing_keys"]:
+            hub = {key: kwargs[key] for key in (*HUB_ACCESS, "revision", "subfolder") if key in kwargs}
+            raise OSError(
+                damage(Path(cached_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)).parent)
+            ) from error
+        wrong = list(info["missing_keys"])
+        wrong += [
+            f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
+        ]
+        if wrong:
             raise ValueError(
-                f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks weights: {first_few(info['missing_keys'])}. It is "
-                "not complete, or not of this model: save or download it again."
+                f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks weights: {first_few(wrong)}. It is not complete, "
+                "or not of this model: save or download it again."
             )
         model._loaded_from = model.config.name_or_path, fingerprint(model.vlm)
         return model, info
@@ -100,17 +96,14 @@ class SugarCheckpointMixin(SugarAdapterMixin):
                 "training. Pass `backbone_name_or_path`."
             )
         kwargs["revision"] = config.backbone_revision
-        hub = {key: kwargs[key] for key in (*HUB_ACCESS, "revision") if key in kwargs}
         try:
-            found, _ = cls.config_class.get_config_dict(config.backbone_name_or_path, **hub)
+            return cls._load_weights(config.backbone_name_or_path, *args, config=config, **kwargs)
         except OSError as error:
             raise OSError(
                 f"The adapter in {adapter} is for the backbone {config.backbone_name_or_path!r} (revision "
                 f"{config.backbone_revision}), which cannot be loaded: {error}\nIf it is somewhere else, pass "
                 "`backbone_name_or_path`."
             ) from error
-        require_same_shapes(adapter, config, cls.config_class.from_dict(found))
-        return cls._load_weights(config.backbone_name_or_path, *args, config=config, **kwargs)
 
     def backbone_source(self) -> tuple[str, str | None]:
         """
@@ -133,16 +126,8 @@ class SugarCheckpointMixin(SugarAdapterMixin):
         library: a full checkpoint, or an adapter repository if an adapter is attached.
 
         Args:
-            save_directory (`str` or `Path`):
-                Directory to write to.
-            is_main_process (`bool`, *optional*, defaults to `True`):
-                Whether this process writes.
-            state_dict (`dict`, *optional*):
-                Weights to save instead of the model's own.
-            push_to_hub (`bool`, *optional*, defaults to `False`):
-                Whether to push it too.
-            kwargs:
-                Other arguments of [`~transformers.PreTrainedModel.save_pretrained`].
+            save_directory, is_main_process, state_dict, push_to_hub, kwargs:
+                As in [`~transformers.PreTrainedModel.save_pretrained`].
         """
         adapter = self._active_adapter()
         if adapter is None:
@@ -174,14 +159,11 @@ class SugarCheckpointMixin(SugarAdapterMixin):
         Write the backbone as the plain checkpoint of its own class, without the retrieval projector.
 
         Args:
-            save_directory (`str` or `Path`):
-                Directory to write to.
+            save_directory (`str` or `Path`): directory to write to.
             merge (`bool`, *optional*, defaults to `False`):
                 Whether to merge the active adapter first (see `merge_and_unload`; the model stays merged).
-            processor ([`SugarProcessor`], *optional*):
-                Processor to write with it, as the backbone's own class too.
-            kwargs:
-                Arguments of `save_pretrained`.
+            processor ([`SugarProcessor`], *optional*): written with it, as the backbone's own class too.
+            kwargs: arguments of `save_pretrained`.
 
         Raises:
             `ValueError`: if an adapter is attached and `merge` is not set, or if the weights are quantized.
