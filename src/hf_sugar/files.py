@@ -1,7 +1,6 @@
-"""Files and directories that are whole or not there."""
+"""Files that are whole or not there."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,24 +9,14 @@ from pathlib import Path
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
-    A path beside `path` to write a file or a directory to. It takes the name `path` when the block ends, and is removed
-    when the block raises: what had that name before is replaced as a whole, or stays as it was.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            File or directory. Directories above it are made.
+    A path to write a file to, which takes the name `path` when the block ends: what had that name is replaced as a whole,
+    or stays as it was. Directories above it are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         yield new
-        if path.is_dir():  # no system call replaces a directory that is not empty
-            os.replace(path, old)
         os.replace(new, path)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        if new.is_dir():
-            shutil.rmtree(new)
-        else:
-            new.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)

@@ -8,12 +8,11 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from .. import models
-from ..files import replacing
 from ..models import SugarForConditionalGeneration, SugarProcessor
+from ..models.files_sugar import whole_directory
 
 
 logger = logging.get_logger(__name__)
@@ -98,26 +97,19 @@ def slice_end_template(processor: SugarProcessor) -> str:
     return template.replace("CHAT_TEMPLATE", processor.chat_template)
 
 
-def find_inexact_input(processor: SugarProcessor, backbone_processor: ProcessorMixin, template: str) -> str | None:
+def find_inexact_input(processor: SugarProcessor, template: str) -> str | None:
     """
-    Look for an input that stock modules would embed in another way. They take the last token of the conversation as
-    `template` (see [`slice_end_template`]) cuts it. That is the last slice's last token if the cut conversation has the
-    tokens of the whole one up to there, and no more.
-
-    Returns:
-        `str` or `None`: what differs, if anything does.
+    What differs for an input that stock modules would embed in another way, if there is one. They take the last token of
+    the conversation as `template` (see [`slice_end_template`]) cuts it. That is the last slice's last token if the cut
+    conversation has the tokens of the whole one up to there, and no more.
     """
+    backbone_processor = processor.to_backbone()
     texts = ["circle", "A circle.", "(1)", "end\u2026", "\u5713", "\u2b55"]
     image = {"type": "image", "image": Image.new("RGB", (64, 48), "gray")}
     documents = [[{"type": "text", "text": text}] for text in texts]
     documents += [[image], [*documents[0], image], [image, *documents[1]], [image, image]]
     conversations = [[{"role": "user", "content": content}] for content in documents]
-    conversations.append(
-        [
-            {"role": "user", "content": [image, *documents[0]]},
-            {"role": "assistant", "content": documents[1]},
-        ]
-    )
+    conversations.append([*conversations[-1], {"role": "assistant", "content": documents[1]}])
     for messages in conversations:
         trained = processor.encode_conversations([messages])
         marked = (trained["slice_ids"][0] == trained["slice_ids"].max()).nonzero()
@@ -145,12 +137,10 @@ def export_sentence_transformers(
     modules would take another token than the last of the slice.
 
     Args:
-        model ([`SugarForConditionalGeneration`]):
-            The model. An adapter is merged, and the model stays merged.
-        processor ([`SugarProcessor`]):
-            Its processor.
+        model ([`SugarForConditionalGeneration`]): an adapter is merged, and the model stays merged.
+        processor ([`SugarProcessor`]): its processor.
         save_directory (`str` or `Path`):
-            Directory to write to. It may hold an earlier export, which is replaced as a whole, or stays if this fails.
+            Directory to write to. It may hold an earlier export, which is replaced, or stays if this fails.
 
     Returns:
         `bool`: whether the modules are all stock ones, so that it loads without `trust_remote_code`.
@@ -161,26 +151,20 @@ def export_sentence_transformers(
     directory = Path(save_directory)
     if directory.exists() and any(directory.iterdir()) and not (directory / "modules.json").is_file():
         raise ValueError(f"{directory} is not empty and holds no earlier export. Name another directory.")
-    backbone_processor = processor.to_backbone()
     template = slice_end_template(processor)
     stock = model.config.image_pooling == "last"
-    if stock:
-        inexact = find_inexact_input(processor, backbone_processor, template)
-        if inexact is not None:
-            stock = False
-            logger.warning(
-                f"Stock modules of sentence-transformers would not take the last token of the slice: {inexact}. A module "
-                "of its own is written instead, so that loading needs `trust_remote_code=True`."
-            )
+    if stock and (inexact := find_inexact_input(processor, template)):
+        stock = False
+        logger.warning(
+            f"Stock modules of sentence-transformers would not take the last token of the slice: {inexact}. A module of its "
+            "own is written instead, so that loading needs `trust_remote_code=True`."
+        )
 
     name = "sentence_transformers.sentence_transformer.modules"
     first = f"{name}.Transformer" if stock else "sugar_transformer.SugarTransformer"
-    paths = ["", "1_Pooling", "2_Dense", "3_Dense", "4_Normalize"]
-    types = [first, *(f"{name}.{path[2:]}" for path in paths[1:])]
-    modules = [
-        {"idx": index, "name": str(index), "path": path, "type": kind}
-        for index, (path, kind) in enumerate(zip(paths, types))
-    ]
+    modules = [{"idx": 0, "name": "0", "path": "", "type": first}]
+    for index, kind in enumerate(("Pooling", "Dense", "Dense", "Normalize"), 1):
+        modules.append({"idx": index, "name": str(index), "path": f"{index}_{kind}", "type": f"{name}.{kind}"})
     call = {"method": "forward", "method_output_name": "last_hidden_state"}
     transformer: dict[str, Any] = {
         "transformer_task": "feature-extraction",
@@ -213,10 +197,8 @@ def export_sentence_transformers(
         },
         "4_Normalize/config.json": {"module_input_name": "sentence_embedding"},
     }
-    for path, linear, activation in (
-        ("2_Dense", projector.linear_1, projector.act),
-        ("3_Dense", projector.linear_2, nn.Identity()),
-    ):
+    dense = (("2_Dense", projector.linear_1, projector.act), ("3_Dense", projector.linear_2, nn.Identity()))
+    for path, linear, activation in dense:
         files[f"{path}/config.json"] = {
             "in_features": linear.in_features,
             "out_features": linear.out_features,
@@ -225,12 +207,12 @@ def export_sentence_transformers(
         }
     readme = README.replace("TRUST", "" if stock else ", trust_remote_code=True")
     readme = readme.replace("NOTES", STOCK_NOTES if stock else CUSTOM_NOTES)
-    with replacing(directory) as directory:
+    with whole_directory(directory) as directory:
         model.export_backbone(directory, merge=True, processor=processor)
         for path, content in files.items():
             (directory / path).parent.mkdir(exist_ok=True)
             (directory / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for path, linear in (("2_Dense", projector.linear_1), ("3_Dense", projector.linear_2)):
+        for path, linear, _ in dense:
             weights = {f"linear.{key}": value.contiguous() for key, value in linear.state_dict().items()}
             save_file(weights, directory / path / "model.safetensors", metadata={"format": "pt"})
         if not stock:

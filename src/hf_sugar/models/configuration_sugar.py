@@ -20,10 +20,8 @@ class SugarConfig(PreTrainedConfig):
     directory or Hub id can be used as it is.
 
     Args:
-        vlm_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the backbone. Defaults to LLaVA-1.5.
-        retrieval_dim (`int`, *optional*, defaults to `768`):
-            Size of the embeddings.
+        vlm_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the backbone. Defaults to LLaVA-1.5.
+        retrieval_dim (`int`, *optional*, defaults to `768`): size of the embeddings.
         retrieval_hidden_size (`int`, *optional*):
             Width of the projector's hidden layer. Defaults to the backbone's hidden size.
         image_pooling (`"mean"` or `"last"`, *optional*, defaults to `"mean"`):
@@ -33,13 +31,10 @@ class SugarConfig(PreTrainedConfig):
             Standard deviation of the projector's initial weights. Defaults to one over the square root of the
             backbone's hidden size: much less would make the embeddings so short that normalising them blows up the
             gradient.
-        backbone_name_or_path (`str`, *optional*):
-            Set in an adapter repository: where the backbone's weights are.
-        backbone_revision (`str`, *optional*):
-            Set in an adapter repository: commit of the backbone that the adapter was trained on.
+        backbone_name_or_path, backbone_revision (`str`, *optional*):
+            Set in an adapter repository: where the backbone's weights are, and their commit.
         backbone_fingerprint (`str`, *optional*):
-            Set in an adapter repository: some numbers of every weight of the backbone, by which another backbone of the
-            same shapes is recognised.
+            Set in an adapter repository: tells another backbone of the same shapes from it.
     """
 
     model_type = "sugar"
@@ -94,7 +89,6 @@ class SugarConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path} has no config.json of a model: it is missing or damaged. It needs the "
                 "`model_type` of a backbone, or `vlm_config`. Copy or download the checkpoint again."
             )
-        config.pop("backbone_sample", None)  # of early adapter repositories
         return config, kwargs
 
 

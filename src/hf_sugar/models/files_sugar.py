@@ -16,12 +16,8 @@ ADAPTER_SUBFOLDER = "adapter"
 @contextmanager
 def whole_directory(directory: str | Path) -> Iterator[Path]:
     """
-    A place to write a checkpoint to. When the block ends, the files from there are moved into `directory`, and what is left
-    of another checkpoint goes; other files stay. Where the block is broken off, `directory` stays as it was.
-
-    Args:
-        directory (`str` or `Path`):
-            New or existing directory.
+    A place to write a checkpoint to. When the block ends, the files from there are moved into `directory`, new or not, and
+    what is left of another checkpoint goes; other files stay. Where the block is broken off, `directory` stays as it was.
     """
     directory = Path(directory)
     new = directory / ".incomplete"
@@ -30,14 +26,13 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
     try:
         yield new
         files = [file.relative_to(new) for file in new.rglob("*") if file.is_file()]
-        files.sort(key=lambda file: file.name == CONFIG_NAME)
+        files.sort(key=lambda file: file == Path(CONFIG_NAME))
         if Path(CONFIG_NAME) in files:
             # first out and last in: nothing can be loaded in between
             (directory / CONFIG_NAME).unlink(missing_ok=True)
             for pattern in ("model*.safetensors*", f"{ADAPTER_SUBFOLDER}/adapter_*"):
                 for file in directory.glob(pattern):
-                    if file.relative_to(directory) not in files:
-                        file.unlink()
+                    file.unlink()
         for file in files:
             (directory / file).parent.mkdir(exist_ok=True)
             os.replace(new / file, directory / file)

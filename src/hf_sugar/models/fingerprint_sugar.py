@@ -18,14 +18,11 @@ SAMPLED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def fingerprint(model: nn.Module, adapters: bool = False) -> str:
     """
     What tells models apart: a few numbers of every weight, each beside a checksum of the weight's name. Quantized weights
-    and those that are not whole on this process (sharded, offloaded) are left out. Compare two of them with
-    [`same_fingerprint`], not with `==`.
+    and those that are not whole on this process (sharded, offloaded) are left out. To be compared by [`same_fingerprint`].
 
     Args:
-        model (`torch.nn.Module`):
-            The whole model, or its backbone (`model.vlm`).
-        adapters (`bool`, *optional*, defaults to `False`):
-            Whether the active adapter counts too. By default it is the model without adapters.
+        model (`torch.nn.Module`): the whole model, or its backbone (`model.vlm`).
+        adapters (`bool`, *optional*, defaults to `False`): whether the active adapter counts too.
 
     Returns:
         `str`: 16 characters for each weight.
@@ -55,15 +52,9 @@ def same_fingerprint(first: str, second: str) -> bool:
     """
     Whether two [`fingerprint`]s are of the same weights, in whatever precision each was loaded. What only one of them
     has, because the other was quantized, is not compared.
-
-    Args:
-        first, second (`str`):
-            Fingerprints.
     """
-    if first == second:
-        return True
     if not (first.startswith(PREFIX) and second.startswith(PREFIX)):
-        return False
+        return first == second
     tables = []
     for text in (first, second):
         records = np.frombuffer(base64.b64decode(text.removeprefix(PREFIX)), SAMPLE)
@@ -71,9 +62,8 @@ def same_fingerprint(first: str, second: str) -> bool:
     common = tables[0].keys() & tables[1].keys()
     if not common:
         return not all(tables)  # of one of them, nothing is known
-    ours, theirs = (
-        torch.from_numpy(np.stack([table[name] for name in common])).view(torch.bfloat16).float() for table in tables
-    )
+    values = (np.stack([table[name] for name in common]) for table in tables)
+    ours, theirs = (torch.from_numpy(array).view(torch.bfloat16).float() for array in values)
     # a unit in the last place, because float16 is rounded twice, and the smallest that float16 has
     return torch.allclose(ours, theirs, rtol=2**-7, atol=1e-7, equal_nan=True)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.image_utils import load_image
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.utils import is_torchvision_available, logging
 
@@ -55,27 +55,25 @@ def image_of(value: Any, where: str) -> Image.Image:
     Args:
         value (`PIL.Image.Image`, `Path` or `str`):
             The image, or its file, web address (downloaded unless `HF_HUB_OFFLINE` is set) or `data:` address.
-        where (`str`):
-            What the error calls it.
+        where (`str`): what the error calls it.
 
     Raises:
         `ValueError`: if there is none that can be read.
     """
+    if not isinstance(value, Image.Image | str | Path):
+        raise ValueError(f"{where}: an image is of type {type(value).__name__}. Give a PIL image, a path or a URL.")
+    image = value
     try:
-        if isinstance(value, Image.Image):
-            return to_rgb(value)
-        if isinstance(value, str) and value.startswith("data:"):
-            return to_rgb(load_image(value))
-        if isinstance(value, str) and value.startswith(("http://", "https://")):
+        if str(value).startswith("data:"):
+            image = io.BytesIO(urlopen(value).read())
+        elif str(value).startswith(("http://", "https://")):
             response = get_session().get(value, timeout=60)
             response.raise_for_status()
-            return to_rgb(Image.open(io.BytesIO(response.content)))
-        if isinstance(value, str | Path):
-            return to_rgb(Image.open(value))
+            image = io.BytesIO(response.content)
+        return to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
     except Exception as error:  # Pillow and the network have many
-        source = f"{str(value)[:200]!r} " if isinstance(value, str | Path) else ""
+        source = "" if isinstance(value, Image.Image) else f"{str(value)[:200]!r} "
         raise ValueError(f"{where}: the image {source}cannot be read: {error}") from error
-    raise ValueError(f"{where}: an image is of type {type(value).__name__}. Give a PIL image, a path or a URL.")
 
 
 def _content_part(item: Any, where: str) -> dict[str, Any]:
@@ -138,14 +136,11 @@ class SugarProcessor(ProcessorMixin):
         Load the processor of a Sugar checkpoint or of a plain backbone.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`):
-                Hub id or directory.
-            kwargs:
-                Arguments of `AutoProcessor.from_pretrained`.
+            pretrained_model_name_or_path (`str` or `Path`): Hub id or directory.
+            kwargs: arguments of `AutoProcessor.from_pretrained`.
 
         Raises:
-            `ImportError`: if the processor of this family takes videos too, and torchvision, which those need, is not
-                installed.
+            `ImportError`: if it needs torchvision, which is not installed.
             `OSError`: if a file is missing or damaged.
         """
         stored, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
@@ -161,10 +156,9 @@ class SugarProcessor(ProcessorMixin):
         try:
             processor = backbone_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (AttributeError, ImportError, KeyError, RecursionError, ValueError) as error:
-            # what transformers raises for a missing torchvision: not every time it says so
-            signs = ("torchvision", "VIDEO_PROCESSOR_MAPPING", "recursion")
-            needs_torchvision = any(sign.lower() in str(error).lower() for sign in signs)
-            if needs_torchvision and not is_torchvision_available():
+            # transformers 5.20 to 5.24 raise all of these for a missing torchvision, and do not always name it
+            signs = re.search("torchvision|VIDEO_PROCESSOR_MAPPING|recursion", str(error), re.IGNORECASE)
+            if signs and not is_torchvision_available():
                 raise ImportError(
                     f"The processor of {pretrained_model_name_or_path} needs torchvision, because this family takes "
                     "videos too or resizes its images with it. Run `pip install torchvision`."
@@ -179,13 +173,7 @@ class SugarProcessor(ProcessorMixin):
 
     @classmethod
     def from_processor(cls, processor: ProcessorMixin) -> "SugarProcessor":
-        """
-        Give a processor that is already loaded the methods of this class; it is changed in place and returned.
-
-        Args:
-            processor (`ProcessorMixin`):
-                The backbone's processor.
-        """
+        """Give a backbone's processor that is already loaded the methods of this class; it is changed in place."""
         if isinstance(processor, SugarProcessor):
             return processor
         processor = _with_slices(processor)
@@ -195,7 +183,7 @@ class SugarProcessor(ProcessorMixin):
         return processor
 
     def to_backbone(self) -> ProcessorMixin:
-        """The processor as the backbone's own class again, for [`~SugarForConditionalGeneration.export_backbone`]."""
+        """A copy that is of the backbone's own class again."""
         processor = copy.deepcopy(self)
         processor.__class__ = type(self).__mro__[2]
         return processor
@@ -238,16 +226,13 @@ class SugarProcessor(ProcessorMixin):
                 `{"type": "text", "text": ...}`), a list of those (interleaved, in this order), or a row with `messages`
                 and `images` in the conversational vision format. All but rows are taken as one user message, as documents
                 are in training. One item that is no list may be given as it is.
-            max_length (`int`, *optional*):
-                Longest sequence that the model takes.
+            max_length (`int`, *optional*): longest sequence that the model takes.
 
         Returns:
-            `BatchFeature`: PyTorch tensors `input_ids`, `attention_mask`, `slice_ids` of shape `(batch, length)`, and
-            `pixel_values` where there are images.
+            `BatchFeature`: as of [`~SugarProcessor.encode_conversations`].
 
         Raises:
-            `ValueError`: for an empty text or list, an image that cannot be read, another type, a special token in a text,
-                or a sequence that is too long; names the item.
+            `ValueError`: for an item that is empty, of another type, cannot be read or is too long; names the item.
         """
         if isinstance(items, str | Path | Image.Image | dict):
             items = [items]
@@ -291,21 +276,17 @@ class SugarProcessor(ProcessorMixin):
                 For each conversation which text carries the next-token loss: `"answers"` (what the assistant says and
                 the end-of-turn token after it), `"captions"` (texts that follow an image in their message), `"text"`
                 (all text), or `None` for no loss. When given, `labels` are returned.
-            names (`list[str]`, *optional*):
-                What error messages call the conversations.
-            max_length (`int`, *optional*):
-                Longest sequence that the model takes, image tokens included.
-            padding_side (`str`, *optional*, defaults to `"right"`):
-                Side of the padding.
+            names (`list[str]`, *optional*): what error messages call the conversations.
+            max_length (`int`, *optional*): longest sequence that the model takes, image tokens included.
+            padding_side (`str`, *optional*, defaults to `"right"`): side of the padding.
 
         Returns:
-            `BatchFeature`: the tensors of the backbone's processor, `slice_ids` `(batch, length)` long, and `labels`
-            `(batch, length)` long when `loss_on` is given.
+            `BatchFeature`: the tensors of the backbone's processor (`input_ids`, `attention_mask`, `pixel_values` and
+            others), `slice_ids` and, with `loss_on`, `labels`, both of shape `(batch, length)`.
 
         Raises:
             `ValueError`: if the chat template drops, changes or reorders parts, if the processor adds to the text, if a
-                text contains a special token, if a sequence is longer than `max_length`, or if no text carries the
-                loss that `loss_on` asks for.
+                text contains a special token, if a sequence is too long, or if no text carries the loss.
         """
         names = names or [f"conversation {index}" for index in range(len(conversations))]
         rendered = [self._render(messages, name) for messages, name in zip(conversations, names)]
@@ -376,33 +357,33 @@ class SugarProcessor(ProcessorMixin):
     def _render(self, messages: list[dict[str, Any]], name: str) -> tuple[str, list[tuple]]:
         """The text of a conversation and, for each slice in order: is it an image, where its text starts and ends,
         where its loss ends, and the kinds of loss that cover it."""
-        texts, slices, marked, unmarked, last = [], [], [], [], set()
+        texts, slices, marked, unmarked, ends_turn = [], [], [], [], set()
         image_tokens = self.tokenizer.convert_ids_to_tokens(self._feature_token_ids)
         special = _special_tokens(self.tokenizer, len(self.tokenizer), self.image_token, *image_tokens)
         for message in messages:
-            role, seen_image, parts = message["role"], False, []
+            role, parts, plain = message["role"], [], []
+            kinds = {"text", "answers"} if role == "assistant" and message.get("learn", True) else {"text"}
             for part in message["content"]:
                 if part["type"] == "image":
-                    seen_image = True
-                    slices.append(None)
+                    kinds = kinds | {"captions"}
+                    slices.append((None, kinds))
                     parts.append({"type": "image"})
+                    plain.append({"type": "image"})
                     continue
-                kinds = {"text"} | ({"captions"} if seen_image else set())
-                kinds |= {"answers"} if role == "assistant" and message.get("learn", True) else set()
-                if role != "system":
-                    slices.append((len(texts), role, kinds))
                 if typed := special.search(part["text"]):
                     raise ValueError(
                         f"{name}: the text {part['text'][:60]!r} contains {typed.group()!r}, a special token of this model. "
                         "Remove it; where it stands for an image, make it an image part."
                     )
+                if role != "system":
+                    slices.append((len(texts), kinds))
                 parts.append({"type": "text", "text": _MARK.format(len(texts))})
+                plain.append({"type": "text", "text": part["text"]})
                 texts.append(part["text"])
-            if parts and parts[-1]["type"] == "text":
-                last.add(len(texts) - 1)
+            if role == "assistant" and parts and parts[-1]["type"] == "text":
+                ends_turn.add(len(texts) - 1)
             marked.append({"role": role, "content": parts})
-            kept = [{key: part[key] for key in ("type", "text") if key in part} for part in message["content"]]
-            unmarked.append({"role": role, "content": kept})
+            unmarked.append({"role": role, "content": plain})
         try:
             rendered = self.apply_chat_template(marked, tokenize=False)
         except TemplateError as error:
@@ -412,49 +393,39 @@ class SugarProcessor(ProcessorMixin):
             ) from error
 
         # The template has put marks and image tokens somewhere; put the texts in and note where each slice is.
-        pieces, spans, position, cursor, found = [], {}, 0, 0, []
+        text, spans, cursor, found = "", {}, 0, []
         for match in re.finditer(f"{_MARK_RE}|{re.escape(self.image_token)}", rendered):
-            literal = rendered[cursor : match.start()]
-            piece = match.group() if match["text"] is None else texts[int(match["text"])]
-            start = position + len(literal)
-            position = start + len(piece)
-            pieces += [literal, piece]
+            text += rendered[cursor : match.start()]
             cursor = match.end()
             if match["text"] is None:
                 found.append(None)
-            else:
-                found.append(int(match["text"]))
-                loss_end = position
-                if found[-1] in last:
-                    # what ends the turn belongs to the answer: the model has to learn to stop
-                    rest = rendered[cursor:].lstrip()
-                    if stop := special.match(rest):
-                        loss_end += len(rendered) - cursor - len(rest) + stop.end()
-                spans[found[-1]] = (start, position, loss_end)
-        text = "".join(pieces) + rendered[cursor:]
+                text += match.group()
+                continue
+            number, start = int(match["text"]), len(text)
+            found.append(number)
+            text += texts[number]
+            loss_end = len(text)
+            if number in ends_turn:
+                # what ends the turn belongs to the answer: the model has to learn to stop
+                rest = rendered[cursor:].lstrip()
+                if stop := special.match(rest):
+                    loss_end += len(rendered) - cursor - len(rest) + stop.end()
+            spans[number] = start, len(text), loss_end
+        text += rendered[cursor:]
 
-        expected = [None if part is None else part[0] for part in slices]
-        system = set(range(len(texts))) - {n for n in expected if n is not None}
-        if [n for n in found if n not in system] != expected:
+        expected = [number for number, _ in slices]
+        system = set(range(len(texts))) - set(expected)
+        if [number for number in found if number not in system] != expected:
             raise ValueError(
                 f"{name}: the chat template of this checkpoint drops or reorders parts of the conversation. Set "
                 "`processor.chat_template` to one that keeps images and texts in their order."
             )
-        plain = self.apply_chat_template(unmarked, tokenize=False)
-        if plain != text:
+        if self.apply_chat_template(unmarked, tokenize=False) != text:
             raise ValueError(
                 f"{name}: the chat template changes a text (most templates trim it). Remove the white space at the "
                 "ends of the texts, and anything else that the template rewrites."
             )
-        result = []
-        for part in slices:
-            if part is None:
-                result.append((True, 0, 0, 0, set()))
-            else:
-                number, role, kinds = part
-                start, end, stop_end = spans[number]
-                result.append((False, start, end, stop_end if role == "assistant" else end, kinds))
-        return text, result
+        return text, [(number is None, *spans.get(number, (0, 0, 0)), kinds) for number, kinds in slices]
 
 
 def _with_slices(processor: ProcessorMixin) -> SugarProcessor:

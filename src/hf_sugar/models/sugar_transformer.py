@@ -2,12 +2,13 @@
 exported directory, with the processor's file, and needs nothing else of this library."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
 from sentence_transformers.sentence_transformer.modules import Transformer
 
-from .processing_sugar import SugarProcessor, image_of
+from .processing_sugar import SugarProcessor
 
 
 class SugarTransformer(Transformer):
@@ -16,12 +17,9 @@ class SugarTransformer(Transformer):
     the pooling after it: a mean over it is then the embedding that [`SugarForConditionalGeneration.embed`] projects.
 
     Args:
-        model_name_or_path (`str`):
-            Directory or Hub id of the export.
         image_pooling (`"mean"` or `"last"`, *optional*, defaults to `"mean"`):
             What represents an image: all its tokens or the last one.
-        kwargs:
-            Arguments of the stock module.
+        model_name_or_path, kwargs: as of the stock module.
     """
 
     config_keys = [*Transformer.config_keys, "image_pooling"]
@@ -35,10 +33,8 @@ class SugarTransformer(Transformer):
     def preprocess(self, inputs: list[Any], prompt: str | None = None, **kwargs) -> dict[str, Any]:
         """
         Args:
-            inputs (`list`):
-                Texts, images, mappings of them, and messages, as the stock module takes them.
-            prompt (`str`, *optional*):
-                Put before each input as a system message.
+            inputs (`list`): texts, images, mappings of them, and messages, as the stock module takes them.
+            prompt (`str`, *optional*): put before each input as a system message.
 
         Returns:
             `dict`: model inputs, and `last_slice` of shape `(batch, length)`, 1 on the tokens to pool.
@@ -52,7 +48,7 @@ class SugarTransformer(Transformer):
         conversations = values["message"]
         if prompt:
             conversations = self.input_formatter.prepend_prompt_to_messages(conversations, prompt)
-        items = [{"messages": messages, "images": _images(messages)} for messages in conversations]
+        items = [{"messages": messages, "images": list(_images(messages))} for messages in conversations]
         features = self.slice_processor.embed_inputs(items, max_length=self.max_seq_length)
 
         slice_ids = features.pop("slice_ids")
@@ -67,13 +63,10 @@ class SugarTransformer(Transformer):
         return {**super().forward(inputs, **kwargs), "attention_mask": features["last_slice"]}
 
 
-def _images(messages: list[dict[str, Any]]) -> list[Image.Image]:
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    images = []
-    for part in parts:
-        if part["type"] == "image":
-            value = next((part[name] for name in ("image", "url", "path") if name in part), None)
-            if "base64" in part:
-                value = f"data:image/png;base64,{part['base64']}"
-            images.append(image_of(value, "An image part"))
-    return images
+def _images(messages: list[dict[str, Any]]) -> Iterator[Image.Image | str]:
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] == "image" and "base64" in part:
+                yield f"data:image/png;base64,{part['base64']}"
+            elif part["type"] == "image":
+                yield next((part[name] for name in ("image", "url", "path") if name in part), None)
