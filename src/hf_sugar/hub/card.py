@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,35 +31,17 @@ CITATION = """\
     year      = 2024,
 }"""
 
-_STRUCTURE_SETTINGS = (
-    "delta",
-    "positions_per_sample",
-    "label_kernel",
-    "label_normalization",
-    "structure_reduction",
-    "gather_across_devices",
-    "flip_captions",
-)
-_SETTINGS = (
-    "structure_weight",
-    *_STRUCTURE_SETTINGS,
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "train_sampling_strategy",
-    "max_length",
-    "bf16",
-    "fp16",
-    "seed",
-)
-_PEFT_SETTINGS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora")
-_LICENSE_FIELDS = ("license", "license_name", "license_link")
+# of a run, what is told to anyone
+STRUCTURE_SETTINGS = (
+    "delta positions_per_sample label_kernel label_normalization structure_reduction gather_across_devices flip_captions"
+).split()
+SETTINGS = (
+    f"structure_weight {' '.join(STRUCTURE_SETTINGS)} learning_rate lr_scheduler_type warmup_steps optim weight_decay "
+    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy max_length "
+    "bf16 fp16 seed"
+).split()
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+PEFT_SETTINGS = "peft_type r lora_alpha lora_dropout target_modules use_dora use_rslora".split()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -78,16 +61,14 @@ def public_name(name_or_path: str) -> str:
 
 def stated_license(name_or_path: str, api: HfApi | None = None) -> dict[str, Any]:
     """`license`, `license_name` and `license_link` as the card of a directory or (with `api`) of a Hub id states them."""
-    data: Any = None
+    data: Any = {}
     card = Path(name_or_path) / "README.md"
     if card.is_file():
-        data = metadata_load(card)
+        data = metadata_load(card) or {}
     elif api is not None and is_hub_id(name_or_path):
-        try:
-            data = api.model_info(name_or_path).card_data
-        except RepositoryNotFoundError:
-            pass
-    return {key: data[key] for key in _LICENSE_FIELDS if data and data.get(key)}
+        with suppress(RepositoryNotFoundError):
+            data = api.model_info(name_or_path).card_data or {}
+    return {key: data[key] for key in LICENSE_FIELDS if data.get(key)}
 
 
 def _license_name(stated: dict[str, Any]) -> str | None:
@@ -105,20 +86,25 @@ def dataset_names(dataset) -> list[str]:
 
 
 def run_facts(trainer: "SugarTrainer") -> dict[str, Any]:
-    """What the card says of a training run, for `json.dump`. Of local paths only the last component is kept, so that it can
-    be shown to anyone."""
+    """What the card says of a training run, for `json.dump`. It can be shown to anyone."""
     settings = trainer.args.to_dict()
     unused = {"num_train_epochs" if trainer.args.max_steps > 0 else "max_steps"}
     if not trainer.args.structure_weight:
-        unused |= set(_STRUCTURE_SETTINGS)
+        unused |= set(STRUCTURE_SETTINGS)
     model = trainer.accelerator.unwrap_model(trainer.model)
     lora = None
     if hasattr(model, "peft_config"):
         peft = model.peft_config[model.active_adapter].to_dict()
-        lora = {key: peft[key] for key in _PEFT_SETTINGS if peft.get(key)}
+        lora = {key: peft[key] for key in PEFT_SETTINGS if peft.get(key)}
         if isinstance(lora.get("target_modules"), set | list):
             lora["target_modules"] = " ".join(sorted(lora["target_modules"]))
-    quantization = getattr(model.config, "quantization_config", None)  # an attribute of quantized models alone
+    quantization = None
+    if hasattr(model.config, "quantization_config"):
+        fields = model.config.to_dict()["quantization_config"]
+        quantization = [
+            f"{key} {fields[key]}" for key in fields if key.startswith(("load_in", "bnb_4bit")) and fields[key]
+        ]
+        quantization = ", ".join([str(fields["quant_method"]), *quantization])
     base = model.config.name_or_path
     return {
         "base_model": public_name(base) if base else None,
@@ -131,18 +117,12 @@ def run_facts(trainer: "SugarTrainer") -> dict[str, Any]:
             for role, path in trainer.teachers.items()
         },
         "lora": lora,
-        "quantization": None if quantization is None else _quantization(quantization),
+        "quantization": quantization,
         "steps": trainer.state.global_step,
         "processes": trainer.accelerator.num_processes,
-        "settings": {name: settings[name] for name in _SETTINGS if name not in unused},
+        "settings": {name: settings[name] for name in SETTINGS if name not in unused},
         "environment": environment(),
     }
-
-
-def _quantization(config) -> str:
-    fields = config if isinstance(config, dict) else config.to_dict()
-    kept = {key: value for key, value in fields.items() if key.startswith(("load_in", "bnb_4bit")) and value}
-    return ", ".join([str(fields["quant_method"]), *(f"{key} {value}" for key, value in kept.items())])
 
 
 def is_foreign(directory: Path) -> bool:
@@ -171,18 +151,13 @@ def model_card(
     `report.json` of `hf-sugar train` or `hf-sugar evaluate` if there is one in the directory.
 
     Args:
-        directory (`str` or `Path`):
-            Full checkpoint or adapter directory.
-        repo_id (`str`, *optional*):
-            Where it is going to be on the Hub. Defaults to the name of the directory.
+        directory (`str` or `Path`): full checkpoint or adapter directory.
+        repo_id (`str`, *optional*): where it is going to be on the Hub. Defaults to the name of the directory.
         base_model (`str`, *optional*):
             Hub id of the model that the training started from. Defaults to what the run recorded.
-        license (`str`, *optional*):
-            Licence of this model. Defaults to what the base model states, if it does.
-        tags (`list[str]`, *optional*):
-            Further tags.
-        api ([`~huggingface_hub.HfApi`], *optional*):
-            What to ask the Hub for licences with. Without it nobody is asked.
+        license (`str`, *optional*): licence of this model. Defaults to what the base model states, if it does.
+        tags (`list[str]`, *optional*): further tags.
+        api ([`~huggingface_hub.HfApi`], *optional*): asks the Hub for licences. Without it nobody is asked.
     """
     directory = Path(directory)
     repo_id = repo_id or directory.absolute().name
@@ -202,33 +177,30 @@ def model_card(
     report = read_json(directory / "report.json")
     name = repo_id.split("/")[-1]
     eval_results = _eval_results(report) or None
-
+    on_hub = base is not None and is_hub_id(base)
     data = ModelCardData(
         # the Hub's own snippet is then `AutoModel...from_pretrained(..., trust_remote_code=True)`, which is right for
         # adapters too: the configuration and the code are in the root, the LoRA weights below it
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         **({"license": license} if license else base_license),
-        base_model=base if base and is_hub_id(base) else None,
-        base_model_relation=("adapter" if adapter else "finetune") if base and is_hub_id(base) else None,
+        base_model=base if on_hub else None,
+        base_model_relation=("adapter" if adapter else "finetune") if on_hub else None,
         datasets=datasets or None,
         tags=["hf_sugar", "sugar", "multimodal-retrieval", "trl", *(["lora"] if adapter else []), *(tags or [])],
         model_name=name if eval_results else None,
         eval_results=eval_results,
     )
-    runs = {
-        run_name: {
-            metric: Estimate(**value) if isinstance(value, dict) else value for metric, value in results.items()
-        }
-        for run_name, results in report.get("runs", {}).items()
-    }
+    runs = report.get("runs", {})
+    for results in runs.values():
+        results |= {metric: Estimate(**value) for metric, value in results.items() if isinstance(value, dict)}
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
         adapter=adapter,
-        base=f"[{base}](https://huggingface.co/{base})" if data.base_model else base,
+        base=f"[{base}](https://huggingface.co/{base})" if on_hub else base,
         base_license=_license_name(base_license),
         run=run,
         config=config,
@@ -271,17 +243,16 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult]:
     """The figures of the last run of a report, in the form of the Hub."""
     results = []
     settings = report.get("settings", {})
-    for name, value in (list(report.get("runs", {}).values()) or [{}])[-1].items():
+    *_, run = {}, *report.get("runs", {}).values()
+    for name, value in run.items():
         if not isinstance(value, dict):
             continue
         source, _, metric = name.rpartition("/")
-        task, field = "retrieval", "interleaved_data"
+        task, field = "retrieval", "image_text_data" if "_to_" in metric else "interleaved_data"
         if metric == "exact_match":
             task, field = "image-text-to-text", "generation_data"
         elif metric.endswith("_score"):
             task, field = "winoground", "winoground_data"
-        elif "_to_" in metric:
-            field = "image_text_data"
         data = settings.get(field)
         data = data.get(source, data.get("path")) if isinstance(data, dict) else data
         data = _public_sources(data[0] if isinstance(data, list) and len(data) == 1 else data)

@@ -12,32 +12,16 @@ from .card import is_foreign, is_hub_id, model_card, public_name, read_json, wri
 
 # Named one by one, so that nothing else in a training directory is ever published: optimizer states, `training_args.bin`
 # (a pickle, with paths and tokens), logs, teacher caches, data.
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "processor_config.json",
-    "*preprocessor_config.json",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*_sugar.py",
-    "README.md",
-    "LICENSE*",
-    f"{ADAPTER_SUBFOLDER}/adapter_config.json",
-    f"{ADAPTER_SUBFOLDER}/*.safetensors",
-)
+FILES = (
+    "config.json generation_config.json *.safetensors *.safetensors.index.json processor_config.json "
+    "*preprocessor_config.json chat_template.* additional_chat_templates/*.jinja tokenizer*.json tokenizer.model "
+    "special_tokens_map.json added_tokens.json vocab.json merges.txt *_sugar.py README.md LICENSE* "
+    f"{ADAPTER_SUBFOLDER}/adapter_config.json {ADAPTER_SUBFOLDER}/*.safetensors"
+).split()
 
 
 def checkpoint_files(directory: str | Path) -> list[Path]:
-    """The files of a full checkpoint or adapter directory that are published, relative to it. Raises a `ValueError` where
-    it is not a Sugar checkpoint, or lacks its weights or its processor."""
+    """The files of a full checkpoint or adapter directory that are published, relative to it; refuses an incomplete one."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory: name the directory of a Sugar checkpoint.")
@@ -54,32 +38,29 @@ def checkpoint_files(directory: str | Path) -> list[Path]:
     else:
         index = read_json(directory / "model.safetensors.index.json")
         needed |= set(index.get("weight_map", {"": "model.safetensors"}).values())
-    files = {file.relative_to(directory) for pattern in _FILES for file in directory.glob(pattern) if file.is_file()}
+    files = {file.relative_to(directory) for pattern in FILES for file in directory.glob(pattern) if file.is_file()}
     if missing := needed - {file.as_posix() for file in files}:
         raise ValueError(f"{directory} lacks {', '.join(sorted(missing))}: save the model and its processor there.")
     return sorted(files)
 
 
 def public_configs(directory: str | Path, api: HfApi, base_model: str | None = None) -> dict[str, bytes]:
-    """The configuration files that name the backbone of an adapter, by path in the repository, without names of this
-    machine: with those of `base_model`, a Hub id, if it is given. Empty for a full checkpoint. Raises a `ValueError` where
-    the adapter was trained on a local directory and `base_model` does not say where others find it."""
-    directory = Path(directory)
-    config = read_json(directory / "config.json")
+    """Of an adapter the configuration files, by path, with `base_model` in them if it is given; refuses one of a local
+    backbone without it."""
+    config = read_json(Path(directory, "config.json"))
     backbone = config.get("backbone_name_or_path")
-    if backbone is None:
-        return {}
-    if base_model is None and not is_hub_id(backbone):
+    if base_model is None and backbone is not None and not is_hub_id(backbone):
         raise ValueError(
             f"The adapter in {directory} was trained on the local directory {public_name(backbone)!r}, which nobody else "
             "has. Push that backbone and name it (`--base_model me/backbone`, or `base_model=` in Python), or merge the "
             "adapter and push the full checkpoint."
         )
-    if base_model is not None:
-        config |= {"backbone_name_or_path": base_model, "backbone_revision": api.model_info(base_model).sha}
+    if base_model is None or backbone is None:
+        return {}
     name = f"{ADAPTER_SUBFOLDER}/adapter_config.json"
-    adapter = read_json(directory / name)
-    adapter |= {"base_model_name_or_path": config["backbone_name_or_path"], "revision": config["backbone_revision"]}
+    adapter, commit = read_json(Path(directory, name)), api.model_info(base_model).sha
+    config |= {"backbone_name_or_path": base_model, "backbone_revision": commit}
+    adapter |= {"base_model_name_or_path": base_model, "revision": commit}
     contents = {"config.json": config, name: adapter}
     return {path: (json.dumps(content, indent=2) + "\n").encode() for path, content in contents.items()}
 
@@ -103,28 +84,18 @@ def push_checkpoint(
     else that is in the directory. A card is written unless somebody wrote one by hand.
 
     Args:
-        directory (`str` or `Path`):
-            Full checkpoint or adapter directory.
-        repo_id (`str`):
-            Where to. The repository is made if it is not there.
+        directory (`str` or `Path`): full checkpoint or adapter directory.
+        repo_id (`str`): where to. The repository is made if it is not there.
         private (`bool`, *optional*):
             Whether a new repository is private. Defaults to the setting of the account or organisation.
-        revision (`str`, *optional*):
-            Branch to commit to, made if it is not there. Defaults to `"main"`.
-        create_pr (`bool`, *optional*, defaults to `False`):
-            Whether to open a pull request instead.
+        revision (`str`, *optional*): branch to commit to, made if it is not there. Defaults to `"main"`.
+        create_pr (`bool`, *optional*, defaults to `False`): whether to open a pull request instead.
         base_model (`str`, *optional*):
             Hub id of the model that the training started from. Needed for an adapter of a local backbone.
-        license (`str`, *optional*):
-            Licence of this model, for the card. Defaults to what the base model states, if it does.
-        tags (`list[str]`, *optional*):
-            Further tags for the card.
-        commit_message (`str`, *optional*):
-            Title of the commit.
-        token (`str`, *optional*):
-            Access token. Defaults to the one of `hf auth login` or `HF_TOKEN`.
-        blocking (`bool`, *optional*, defaults to `True`):
-            Whether to wait for the upload.
+        license, tags: as of [`model_card`].
+        commit_message (`str`, *optional*): title of the commit.
+        token (`str`, *optional*): access token. Defaults to the one of `hf auth login` or `HF_TOKEN`.
+        blocking (`bool`, *optional*, defaults to `True`): whether to wait for the upload.
 
     Returns:
         [`~huggingface_hub.CommitInfo`], or a `Future` of it if `blocking=False`.
@@ -158,13 +129,11 @@ def push_checkpoint(
 
 
 def complete_directory(directory: str | Path, repo_id: str, name_or_path: str) -> None:
-    """Make ready the directory that a model's own `push_to_hub` is about to upload to `repo_id`: configurations without the
-    names of this machine, and a card in place of the empty one of transformers. `name_or_path` is where the model was
-    loaded from."""
+    """Make ready the directory that `push_to_hub` of a model, loaded from `name_or_path`, is about to upload to `repo_id`: it
+    refuses an adapter of a local backbone, and puts a card in the place of the empty one of transformers."""
     directory = Path(directory)
     api = HfApi(library_name="hf_sugar", library_version=__version__)
-    for name, content in public_configs(directory, api).items():
-        (directory / name).write_bytes(content)
+    public_configs(directory, api)
     if is_foreign(directory):
         base_model = name_or_path if is_hub_id(name_or_path) and name_or_path != repo_id else None
         model_card(directory, repo_id, base_model=base_model, api=api).save(directory / "README.md")
