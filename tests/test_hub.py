@@ -143,15 +143,15 @@ class TestPush:
 
     def test_branch_and_pull_request(self, hub, place):
         main(["push", str(place / "full"), "--repo_id", "branches"])
+        before = len(hub.requests)
         main(["push", str(place / "full"), "--repo_id", "branches", "--revision", "try", "--license", "mit"])
         main(["push", str(place / "full"), "--repo_id", "branches", "--create_pr", "--license", "bsd-3-clause"])
-        refs = HfApi().list_repo_refs("me/branches", include_pull_requests=True)
-        assert [ref.name for ref in refs.branches] == ["main", "try"]
-        assert [ref.name for ref in refs.pull_requests] == ["refs/pr/1"]
-        for revision, license in (("main", "apache-2.0"), ("try", "mit"), ("refs/pr/1", "bsd-3-clause")):
+        licenses = {"main": "apache-2.0", "try": "mit", "refs/pr/1": "bsd-3-clause"}
+        assert hub.repositories["me/branches"].branches.keys() == licenses.keys()
+        for revision, license in licenses.items():
             assert ModelCard(hub.files("me/branches", revision)["README.md"].decode()).data.license == license
         # unchanged weights are not sent again
-        assert len(HfApi().list_repo_commits("me/branches")) == 2
+        assert not any(request.startswith("PUT") for request in hub.requests[before:])
 
     def test_a_card_written_by_hand_stays(self, hub, place, tmp_path):
         for name in ("config.json", "model.safetensors", "processor_config.json"):
@@ -198,7 +198,8 @@ class TestPush:
         trainer = SugarTrainer(backbone, args, train_dataset=rows([conversation], 4), peft_config=LoraConfig(r=4))
         trainer.train()
         saved = pushed(hub, "me/trained")
-        assert HfApi().list_repo_commits("me/trained")[0].title == "Training in progress, step 1"
+        *_, last = hub.repositories["me/trained"].commits.values()
+        assert last.title == "Training in progress, step 1"
         (tmp_path / "out" / ".env").write_text("SECRET=1")
         trainer.push_to_hub(tags=["mine"])
         files = pushed(hub, "me/trained")
