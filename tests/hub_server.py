@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -72,7 +72,6 @@ class Repository:
     private: bool
     commits: dict[str, Commit]
     branches: dict[str, str]
-    pull_requests: list[str] = field(default_factory=list)
 
 
 class HubServer:
@@ -286,12 +285,12 @@ class _Handler(BaseHTTPRequestHandler):
         oid = git_oid(self.oid.encode() + self.body)
         url = f"{self.hub.endpoint}/{self.repo_id}"
         answer = {"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}"}
-        self.repository.commits[oid] = Commit(title, files)
+        branches = self.repository.branches
         if self.query.get("create_pr") == ["1"]:
-            self.repository.pull_requests.append(oid)
-            self.revision = f"refs/pr/{len(self.repository.pull_requests)}"
-            answer["pullRequestUrl"] = f"{url}/discussions/{len(self.repository.pull_requests)}"
-        self.repository.branches[self.revision] = oid
+            number = 1 + sum(branch.startswith("refs/pr/") for branch in branches)
+            self.revision = f"refs/pr/{number}"
+            answer["pullRequestUrl"] = f"{url}/discussions/{number}"
+        self.repository.commits[oid], branches[self.revision] = Commit(title, files), oid
         return self._json(answer)
 
     def _branch(self, branch):

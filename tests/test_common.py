@@ -11,7 +11,7 @@ import re
 import sys
 import tarfile
 import unittest
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -75,14 +75,8 @@ def mixins(tmp_path_factory, pytestconfig):
         (package / name).parent.mkdir(exist_ok=True)
         (package / name).write_text(text)
     tiny.image().save(path / "image.png")
-    for mark in (
-        "accelerate_tests",
-        "flash_attn_test",
-        "flash_attn_3_test",
-        "flash_attn_4_test",
-        "torch_compile_test",
-        "slow",
-    ):
+    flash = [f"flash_attn_{version}test" for version in ("", "3_", "4_")]
+    for mark in ("accelerate_tests", *flash, "torch_compile_test", "slow"):
         pytestconfig.addinivalue_line("markers", mark)
     # the mixins look the class up among those of transformers, to know that it has labels
     names = {"sugar": SugarForConditionalGeneration.__name__}
@@ -150,43 +144,33 @@ class Outcomes(unittest.TestResult):
             self.addFailure(test, error)
 
 
-def run(case: type[unittest.TestCase]) -> dict[str, tuple[str, str]]:
-    result = Outcomes()
-    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
-    return result.outcomes
-
-
-def shorten(names: list[str], every: set[str]) -> str:
-    """Names without the parameters of parameterized tests, and how many of those there are."""
-    counts = Counter()
-    for name in names:
-        parameters = re.match(r"(\w+?)_\d+(_\w+)?$", name)
-        stem = parameters and any(re.match(parameters[1] + "_0+(_|$)", other) for other in every)
-        counts[parameters[1] if stem else name] += 1
-    return ", ".join(f"`{name}`" + (f" ({count})" if count > 1 else "") for name, count in sorted(counts.items()))
-
-
 def table(stock: dict, sugar: dict) -> str:
-    """Tests that ended alike, for a like reason, in one row."""
-    rows = defaultdict(list)
+    """How many passed, and those that fail or end otherwise than with the stock class."""
+    counts = []
+    for name, found in (("stock class", stock), ("Sugar", sugar)):
+        count = Counter(outcome for outcome, _ in found.values())
+        counts.append(f"{name}: {count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped")
+    rows = []
     for name in sorted(stock):
         (before, reason), (after, why) = stock[name], sugar[name]
         if after == "failed":
             known = [text for start, text in WHY.items() if name.startswith(start)]
             assert known, f"{name} fails: mend the class, or say in WHY why it cannot pass.\n{why}"
             why = known[0]
-        elif before != "failed":
-            why = re.sub(r"<class [^>]+>", "the processor", why or reason)
-        rows[after, before, why].append(name)
-    lines = ["| stock class | Sugar | tests | why |", "|---|---|---|---|"]
-    for (after, before, why), names in sorted(rows.items()):
-        lines.append(f"| {before} | {after} | {shorten(names, stock.keys())} | {why} |")
-    total = [Counter(outcome for outcome, _ in found.values()) for found in (stock, sugar)]
-    counts = "; ".join(
-        f"{name}: " + ", ".join(f"{count[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
-        for name, count in zip(("stock class", "Sugar"), total)
-    )
-    return f"{counts}.\n\n" + "\n".join(lines) + "\n"
+        if after == "failed" or after != before:
+            rows.append(f"| {before} | {after} | `{name}` | {why or reason} |")
+    if rows:
+        rows = ["", "| stock class | Sugar | test | why |", "|---|---|---|---|", *rows]
+    return "\n".join(["; ".join(counts) + ".", *rows, ""])
+
+
+def check(*cases: type[unittest.TestCase]):
+    results = []
+    for case in cases:
+        results.append(Outcomes())
+        unittest.defaultTestLoader.loadTestsFromTestCase(case).run(results[-1])
+    found = table(*(result.outcomes for result in results))
+    assert found in DOCUMENT.read_text(encoding="utf-8"), found
 
 
 def test_models(mixins):
@@ -205,8 +189,7 @@ def test_models(mixins):
         all_model_classes = (SugarForConditionalGeneration,)
         additional_model_inputs = ["pixel_values", "slice_ids"]
 
-    found = table(run(Stock), run(Sugar))
-    assert found in DOCUMENT.read_text(encoding="utf-8"), found
+    check(Stock, Sugar)
 
 
 def test_processors(mixins):
@@ -234,5 +217,4 @@ def test_processors(mixins):
         # of both classes, as `from_pretrained` makes it
         processor_class = type(SugarProcessor.from_processor(tiny.processor()))
 
-    found = table(run(Stock), run(Sugar))
-    assert found in DOCUMENT.read_text(encoding="utf-8"), found
+    check(Stock, Sugar)

@@ -67,7 +67,8 @@ class SugarCheckpointMixin(SugarAdapterMixin):
 
     @classmethod
     def _load_weights(cls, pretrained_model_name_or_path, *args, **kwargs):
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
+        other_shapes_are_fine = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
@@ -76,9 +77,9 @@ class SugarCheckpointMixin(SugarAdapterMixin):
                 damage(Path(cached_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)).parent)
             ) from error
         wrong = list(info["missing_keys"])
-        wrong += [
-            f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
-        ]
+        if not other_shapes_are_fine:
+            shapes = info["mismatched_keys"]
+            wrong += [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in shapes]
         if wrong:
             raise ValueError(
                 f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks weights: {first_few(wrong)}. It is not complete, "
