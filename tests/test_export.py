@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,10 +23,11 @@ from hf_sugar.export.sentence_transformers import find_inexact_input, slice_end_
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 
 
-needs_sentence_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("sentence_transformers") is None,
-    reason="sentence-transformers is not installed: pip install -c constraints.txt -e '.[sentence-transformers]'",
-)
+def needs_sentence_transformers(test):
+    missing = importlib.util.find_spec("sentence_transformers") is None
+    reason = "sentence-transformers is not installed: pip install -c constraints.txt -e '.[sentence-transformers]'"
+    return pytest.mark.extras(pytest.mark.skipif(missing, reason=reason)(test))
+
 
 IMAGES = [tiny.image(1), tiny.image(2, 40, 60)]
 
@@ -46,6 +48,10 @@ def exported(tmp_path_factory):
         arguments = ["--format", "sentence-transformers", "--output", str(path / pooling / "export")]
         main(["export", str(path / pooling / "sugar"), *arguments])
     return path
+
+
+def sugar(directory):
+    return SugarForConditionalGeneration.from_pretrained(directory), SugarProcessor.from_pretrained(directory)
 
 
 def types(directory) -> list[str]:
@@ -77,11 +83,8 @@ def test_files(exported, pooling):
 
 def test_projector_is_two_dense_modules(exported):
     directory = exported / "last" / "export"
-    model = SugarForConditionalGeneration.from_pretrained(exported / "last" / "sugar")
-    for path, linear in (
-        ("2_Dense", model.retrieval_projector.linear_1),
-        ("3_Dense", model.retrieval_projector.linear_2),
-    ):
+    projector = sugar(exported / "last" / "sugar")[0].retrieval_projector
+    for path, linear in (("2_Dense", projector.linear_1), ("3_Dense", projector.linear_2)):
         config, weights = read(directory / path / "config.json"), load_file(directory / path / "model.safetensors")
         assert (config["out_features"], config["in_features"]) == tuple(linear.weight.shape)
         assert config["bias"] == (linear.bias is not None)
@@ -94,13 +97,8 @@ def test_backbone_of_an_adapter_repository(tmp_path):
     tiny.llava().save_pretrained(tmp_path / "llava")
     tiny.processor().save_pretrained(tmp_path / "llava")
     model = SugarForConditionalGeneration.from_backbone(tmp_path / "llava", retrieval_dim=16)
-    lora = LoraConfig(
-        r=4,
-        target_modules=r"^vlm\.model\.language_model\..*\.(?:q_proj|v_proj)$",
-        modules_to_save=["retrieval_projector"],
-        init_lora_weights=False,
-    )
-    model = get_peft_model(model, lora).get_base_model()
+    lora = dict(r=4, target_modules=r"^vlm\.model\.language_model\..*\.(?:q_proj|v_proj)$", init_lora_weights=False)
+    model = get_peft_model(model, LoraConfig(**lora, modules_to_save=["retrieval_projector"])).get_base_model()
     model.save_pretrained(tmp_path / "adapter")
     processor = SugarProcessor.from_pretrained(tmp_path / "llava")
     processor.save_pretrained(tmp_path / "adapter")
@@ -175,42 +173,34 @@ def test_module_of_its_own_where_the_last_token_is_another(tmp_path):
 
 
 def test_errors_name_the_setting(exported, tmp_path):
-    sugar = str(exported / "last" / "sugar")
-    with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
-        main(["export", "--output", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match="`output_dir` is not set"):
-        main(["export", sugar])
-    with pytest.raises(ValueError, match="`format` is 'gguf'"):
-        main(["export", sugar, "--output", str(tmp_path / "out"), "--format", "gguf"])
-    with pytest.raises(ValueError, match="`dtype`"):
-        main(["export", sugar, "--output", str(tmp_path / "out"), "--dtype", "float17"])
-    with pytest.raises(OSError, match="nowhere"):
-        main(["export", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])
-    tiny.llava().save_pretrained(tmp_path / "llava")
-    with pytest.raises(ValueError, match="'llava', which has no retrieval projector"):
-        main(["export", str(tmp_path / "llava"), "--output", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match="exists and is not empty"):
-        main(["export", sugar, "--output", sugar])
+    checkpoint, llava, out = exported / "last" / "sugar", tmp_path / "llava", ["--output", tmp_path / "out"]
+    tiny.llava().save_pretrained(llava)
+    for arguments, message in (
+        (out, "`model_name_or_path` is not set"),
+        ([checkpoint], "`output_dir` is not set"),
+        ([checkpoint, *out, "--format", "gguf"], "`format` is 'gguf'"),
+        ([checkpoint, *out, "--dtype", "float17"], "`dtype`"),
+        ([tmp_path / "nowhere", *out], "nowhere"),
+        ([llava, *out], "'llava', which has no retrieval projector"),
+        ([checkpoint, "--output", checkpoint], "exists and is not empty"),
+    ):
+        with pytest.raises((OSError, ValueError), match=message):
+            main(["export", *map(str, arguments)])
     assert os.listdir(tmp_path) == ["llava"]
 
 
-def test_a_failed_export_leaves_what_was_there(exported, tmp_path, monkeypatch):
-    model = SugarForConditionalGeneration.from_pretrained(exported / "last" / "sugar")
-    processor = SugarProcessor.from_pretrained(exported / "last" / "sugar")
+def test_a_failed_export_leaves_what_was_there(exported, tmp_path):
+    model, processor = sugar(exported / "last" / "sugar")
     export_sentence_transformers(model, processor, tmp_path / "again")
     before = {file: file.stat() for file in (tmp_path / "again").rglob("*") if file.is_file()}
-
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_sugar.export.sentence_transformers.save_file", fail)
+    with patch("hf_sugar.export.sentence_transformers.save_file", side_effect=OSError("disk full")):
         with pytest.raises(OSError, match="disk full"):
             main(["export", str(exported / "last" / "sugar"), "--output", str(tmp_path / "out")])
         with pytest.raises(OSError, match="disk full"):
             export_sentence_transformers(model, processor, tmp_path / "again")
     assert not any((tmp_path / "out").iterdir())
     assert {file: file.stat() for file in (tmp_path / "again").rglob("*") if file.is_file()} == before
+    export_sentence_transformers(model, processor, tmp_path / "again")
     with pytest.raises(ValueError, match="holds no earlier export"):
         export_sentence_transformers(model, processor, tmp_path)
 
@@ -221,24 +211,22 @@ def load(directory, pooling: str):
     return SentenceTransformer(str(directory), trust_remote_code=pooling == "mean", device="cpu")
 
 
-def own(model, processor, items) -> torch.Tensor:
+def embed(model, processor, items) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([model.embed(**processor.embed_inputs([item])) for item in items])
 
 
-@pytest.mark.extras
 @needs_sentence_transformers
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_sentence_transformers_gives_the_same_embeddings(exported, tmp_path, pooling):
     theirs = load(exported / pooling / "export", pooling)
-    model = SugarForConditionalGeneration.from_pretrained(exported / pooling / "sugar").eval()
-    processor = SugarProcessor.from_pretrained(exported / pooling / "sugar")
+    model, processor = sugar(exported / pooling / "sugar")
     first, second = IMAGES
     third = tiny.image(3)
     third.save(tmp_path / "third.png")
 
     def same(inputs, items):
-        expected = own(model, processor, items)
+        expected = embed(model, processor, items)
         assert len(items) == 1 or torch.pdist(expected).min() > 1e-3
         for batch_size in (1, 32):
             found = theirs.encode(inputs, batch_size=batch_size, convert_to_tensor=True)
@@ -256,15 +244,8 @@ def test_sentence_transformers_gives_the_same_embeddings(exported, tmp_path, poo
     same(IMAGES, IMAGES)
     mixed = ["a red circle", first, {"text": "what?", "image": second}, {"image": first, "text": "what?"}]
     same([*mixed, str(tmp_path / "third.png")], ["a red circle", first, ["what?", second], [first, "what?"], third])
-    parts = [
-        ["what is this?"],
-        [first],
-        [first, "what is this?"],
-        ["what is this?", first],
-        [first, second],
-        ["a", first, "b", second, "c."],
-        ["a", first, second, "b", second],
-    ]
+    parts = [["what is this?"], [first], [first, "what is this?"], ["what is this?", first], [first, second]]
+    parts += [["a", first, "b", second, "c."], ["a", first, second, "b", second]]
     same([message(*part) for part in parts], parts)
     # as the README says: a text that names a file, or an address, is a text in a message
     texts = [message(str(tmp_path / "third.png")), message("https://example.org/third.png")]
@@ -275,10 +256,9 @@ def test_sentence_transformers_gives_the_same_embeddings(exported, tmp_path, poo
     same([message(first, "what?") + answer], [{"messages": plain, "images": [first]}])
     system = [{"role": "system", "content": "Find this."}, {"role": "user", "content": "a star"}]
     found = theirs.encode(["a star"], prompt="Find this.", convert_to_tensor=True)
-    torch.testing.assert_close(found, own(model, processor, [{"messages": system}]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, embed(model, processor, [{"messages": system}]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.extras
 @needs_sentence_transformers
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_sentence_transformers_saves_compares_and_refuses(exported, tmp_path, pooling):
@@ -298,7 +278,6 @@ def test_sentence_transformers_saves_compares_and_refuses(exported, tmp_path, po
         model.encode([message("a"), "b"])
 
 
-@pytest.mark.extras
 @needs_sentence_transformers
 def test_what_stock_modules_do_otherwise(exported):
     """The notes in the exported README, checked; the module of its own does none of it."""
@@ -308,18 +287,16 @@ def test_what_stock_modules_do_otherwise(exported):
     turned = IMAGES[1].copy()
     turned.getexif()[0x0112] = 6
     for pooling in ("last", "mean"):
-        model = SugarForConditionalGeneration.from_pretrained(exported / pooling / "sugar").eval()
-        processor = SugarProcessor.from_pretrained(exported / pooling / "sugar")
+        model, processor = sugar(exported / pooling / "sugar")
         transparent.save(exported / "transparent.png")
         items = ["a star \n", sixteen_bit, turned, exported / "transparent.png"]
         theirs = load(exported / pooling / "export", pooling)
-        found = theirs.encode(
-            [str(i) if isinstance(i, Path) else i for i in items], batch_size=1, convert_to_tensor=True
-        )
-        distances = (found - own(model, processor, items)).abs().amax(dim=1)
+        inputs = [str(item) if isinstance(item, Path) else item for item in items]
+        found = theirs.encode(inputs, batch_size=1, convert_to_tensor=True)
+        distances = (found - embed(model, processor, items)).abs().amax(dim=1)
         assert (distances > 1e-3).all() if pooling == "last" else (distances < 1e-5).all(), distances
         if pooling == "last":
-            stripped = own(model, processor, ["a star"])
+            stripped = embed(model, processor, ["a star"])
             torch.testing.assert_close(found[:1], stripped, atol=1e-5, rtol=0)
         theirs.max_seq_length = 6
         if pooling == "mean":
@@ -327,7 +304,6 @@ def test_what_stock_modules_do_otherwise(exported):
                 theirs.encode(["a red circle left of a star"])
 
 
-@pytest.mark.extras
 @needs_sentence_transformers
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("family", ["llava_next", "idefics3", "gemma3"])
@@ -341,13 +317,12 @@ def test_other_families(tmp_path, family, pooling):
     theirs = load(tmp_path, "last" if stock else "mean")
     documents = ["a red circle", *IMAGES]
     found = theirs.encode(documents, convert_to_tensor=True)
-    torch.testing.assert_close(found, own(model, processor, documents), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, embed(model, processor, documents), atol=1e-5, rtol=0)
     parts = [["a", IMAGES[1]], [IMAGES[0], "b"], ["a", *IMAGES]]
     found = theirs.encode([message(*part) for part in parts], convert_to_tensor=True)
-    torch.testing.assert_close(found, own(model, processor, parts), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, embed(model, processor, parts), atol=1e-5, rtol=0)
 
 
-@pytest.mark.extras
 @needs_sentence_transformers
 def test_loads_where_this_library_is_not(exported, tmp_path):
     """In a process that cannot import it, with an empty module cache; without the flag the code is not run."""
@@ -375,7 +350,6 @@ numpy.save({str(tmp_path / "found.npy")!r}, model.encode(["a red circle", image]
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    model = SugarForConditionalGeneration.from_pretrained(exported / "mean" / "sugar").eval()
-    processor = SugarProcessor.from_pretrained(exported / "mean" / "sugar")
-    expected = own(model, processor, ["a red circle", IMAGES[0]])
+    model, processor = sugar(exported / "mean" / "sugar")
+    expected = embed(model, processor, ["a red circle", IMAGES[0]])
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "found.npy")), expected, atol=1e-5, rtol=0)

@@ -26,6 +26,8 @@ from hf_sugar.hub import model_card
 USER = "jane-roe"
 SECRETS = [str(Path.home()), tempfile.gettempdir() + os.sep, str(Path(__file__).parents[1]), USER, HubServer.token]
 CODE = {file.name for file in Path(models.__file__).parent.glob("*_sugar.py")}
+MODEL = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 PROCESSOR = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -43,12 +45,9 @@ def place(tmp_path_factory):
     teachers = tiny.teachers(path / "teachers")
     (path / "teachers" / "cross" / "README.md").write_text("---\nlicense: mit\n---\n# A CLIP\n")
     for name, peft_config in (("full", None), ("lora", LoraConfig(r=4))):
-        args = config(
-            path / name, teachers, max_steps=2, save_strategy="steps", save_steps=2, hub_token=HubServer.token
-        )
-        trainer = SugarTrainer(
-            str(path / "llava"), args, train_dataset=rows([conversation, caption], 8), peft_config=peft_config
-        )
+        settings = dict(max_steps=2, save_strategy="steps", save_steps=2, hub_token=HubServer.token)
+        args, data = config(path / name, teachers, **settings), rows([conversation, caption], 8)
+        trainer = SugarTrainer(str(path / "llava"), args, train_dataset=data, peft_config=peft_config)
         trainer.dataset_names = [str(path / "captions.parquet"), "org/stories"]
         trainer.train()
         trainer.save_model()
@@ -91,8 +90,7 @@ class TestPush:
     def test_full_checkpoint(self, hub, place, items, tmp_path):
         main(["push", str(place / "full"), "--repo_id", "full", "--private"])
         files = pushed(hub, "me/full")
-        model = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-        assert set(files) == model | CODE | PROCESSOR
+        assert set(files) == MODEL | CODE | PROCESSOR
         # the token and the paths are there to be found in what stayed behind
         assert set(secrets_in((place / "full" / "training_args.bin").read_bytes())) >= {USER, HubServer.token}
 
@@ -129,8 +127,7 @@ class TestPush:
     def test_adapter(self, hub, backbone, place, items, tmp_path):
         main(["push", str(place / "lora"), "--repo_id", "me/lora", "--base_model", backbone])
         files = pushed(hub, "me/lora")
-        adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
-        assert set(files) == {"README.md", "config.json"} | adapter | CODE | PROCESSOR
+        assert set(files) == {"README.md", "config.json"} | ADAPTER | CODE | PROCESSOR
         commit = HfApi().model_info(backbone).sha
         stored = json.loads(files["config.json"])
         assert (stored["backbone_name_or_path"], stored["backbone_revision"]) == (backbone, commit)
@@ -166,35 +163,26 @@ class TestPush:
 
     def test_refuses_what_is_not_a_sugar_checkpoint(self, hub, place, tmp_path):
         before = len(hub.requests)
-        with pytest.raises(ValueError, match="plain 'llava' model"):
-            main(["push", str(place / "llava"), "--repo_id", "x"])
-        with pytest.raises(ValueError, match="has no config.json"):
-            main(["push", str(tmp_path), "--repo_id", "x"])
-        with pytest.raises(ValueError, match="is not a directory"):
-            main(["push", str(tmp_path / "nothing"), "--repo_id", "x"])
-        with pytest.raises(ValueError, match="`repo_id` is not set"):
-            main(["push", str(place / "full")])
-        (tmp_path / "config.json").write_bytes((place / "full" / "config.json").read_bytes())
-        with pytest.raises(ValueError, match="lacks model.safetensors, processor_config.json"):
-            main(["push", str(tmp_path), "--repo_id", "x"])
-        # nobody else could load it
-        with pytest.raises(ValueError, match="local directory 'llava'.*--base_model"):
-            main(["push", str(place / "lora"), "--repo_id", "x"])
+        (tmp_path / "half").mkdir()
+        (tmp_path / "half" / "config.json").write_bytes((place / "full" / "config.json").read_bytes())
+        for arguments, message in (
+            ([place / "llava", "--repo_id", "x"], "plain 'llava' model"),
+            ([tmp_path, "--repo_id", "x"], "has no config.json"),
+            ([tmp_path / "nothing", "--repo_id", "x"], "is not a directory"),
+            ([place / "full"], "`repo_id` is not set"),
+            ([tmp_path / "half", "--repo_id", "x"], "lacks model.safetensors, processor_config.json"),
+            # nobody else could load it
+            ([place / "lora", "--repo_id", "x"], "local directory 'llava'.*--base_model"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                main(["push", *map(str, arguments)])
         assert len(hub.requests) == before
 
     def test_trainer(self, hub, backbone, place, tmp_path):
         teachers = {name: str(place / "teachers" / name) for name in ("image", "text", "cross")}
-        args = config(
-            tmp_path / "out",
-            teachers,
-            max_steps=1,
-            push_to_hub=True,
-            hub_model_id="trained",
-            hub_private_repo=True,
-            hub_token=HubServer.token,
-            save_strategy="steps",
-            save_steps=1,
-        )
+        settings = dict(push_to_hub=True, hub_model_id="trained", hub_private_repo=True, hub_token=HubServer.token)
+        settings |= dict(max_steps=1, save_strategy="steps", save_steps=1)
+        args = config(tmp_path / "out", teachers, **settings)
         trainer = SugarTrainer(backbone, args, train_dataset=rows([conversation], 4), peft_config=LoraConfig(r=4))
         trainer.train()
         saved = pushed(hub, "me/trained")
@@ -203,19 +191,15 @@ class TestPush:
         (tmp_path / "out" / ".env").write_text("SECRET=1")
         trainer.push_to_hub(tags=["mine"])
         files = pushed(hub, "me/trained")
-        assert {name for name in files if "/" in name} == {
-            "adapter/adapter_config.json",
-            "adapter/adapter_model.safetensors",
-        }
+        assert {name for name in files if "/" in name} == ADAPTER
         assert set(files) == set(saved) and ".env" not in files and "training_args.bin" not in files
         assert json.loads(files["config.json"])["backbone_revision"] == HfApi().model_info(backbone).sha
         data = metadata(files, tmp_path)
         # the licence is asked of the Hub
         assert data["base_model"] == backbone and data["license"] == "apache-2.0" and "mine" in data["tags"]
         assert HfApi().model_info("me/trained").private
-        assert (
-            trainer.push_to_hub(blocking=False, tags=["other"]).result(30).oid == HfApi().model_info("me/trained").sha
-        )
+        commit = trainer.push_to_hub(blocking=False, tags=["other"]).result(30)
+        assert commit.oid == HfApi().model_info("me/trained").sha
 
     def test_trainer_says_before_training_what_cannot_be_pushed(self, hub, place, tmp_path):
         data = rows([conversation], 4)
@@ -231,10 +215,7 @@ class TestPush:
         model.push_to_hub("me/model")
         SugarProcessor.from_pretrained(place / "full").push_to_hub("me/model")
         files = pushed(hub, "me/model")
-        assert (
-            set(files)
-            == {"README.md", "config.json", "generation_config.json", "model.safetensors"} | CODE | PROCESSOR
-        )
+        assert set(files) == MODEL | CODE | PROCESSOR
         assert ModelCard(files["README.md"].decode()).data.pipeline_tag == "image-text-to-text"
         assert torch.equal(embed("me/model", items), embed(place / "full", items))
         # a card that is there already is left alone, but for tags
@@ -269,13 +250,10 @@ class TestLoad:
         for name, arguments in (("full", []), ("lora", ["--base_model", backbone])):
             main(["push", str(place / name), "--repo_id", f"snippet-{name}", *arguments])
             commits[name] = HfApi().model_info(f"me/snippet-{name}").sha
-            snippet = re.findall(
-                r"```python\n(.*?)```", hub.files(f"me/snippet-{name}")["README.md"].decode(), re.DOTALL
-            )
-            snippet = snippet[1].replace(
-                "trust_remote_code=True", f'trust_remote_code=True, revision="{commits[name]}"'
-            )
-            (tmp_path / f"{name}.py").write_text(snippet)
+            card = hub.files(f"me/snippet-{name}")["README.md"].decode()
+            _, snippet = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+            flag = "trust_remote_code=True"
+            (tmp_path / f"{name}.py").write_text(snippet.replace(flag, f'{flag}, revision="{commits[name]}"'))
             # what is there now cannot be loaded
             HfApi().upload_file(repo_id=f"me/snippet-{name}", path_in_repo="config.json", path_or_fileobj=b"{}")
             expected[name] = embed(place / name, ["a red circle", tmp_path / "photo.jpg"])
@@ -291,13 +269,8 @@ class TestLoad:
         )
         environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
         environment |= {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1", **hub.environment}
-        run = subprocess.run(
-            [sys.executable, "-c", script, HfApi().model_info(backbone).sha],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-c", script, HfApi().model_info(backbone).sha]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         result = json.loads((tmp_path / "result.json").read_text())
         for name, embeddings in result.items():
@@ -317,6 +290,7 @@ class TestLoad:
 class TestCard:
     def test_the_server_checks_metadata(self, hub, place):
         """As the Hub does; so that the other tests can fail."""
+        HfApi().create_repo("metadata", exist_ok=True)
         for wrong in (
             "base_model: /home/me/llava",
             "tags: sugar",
@@ -324,7 +298,6 @@ class TestCard:
             "pipeline_tag: retrieving",
             "a: [",
         ):
-            HfApi().create_repo("metadata", exist_ok=True)
             card = f"---\n{wrong}\n---\n".encode()
             with pytest.raises(ValueError, match="Invalid metadata"):
                 HfApi().upload_file(repo_id="me/metadata", path_in_repo="README.md", path_or_fileobj=card)
@@ -352,11 +325,9 @@ class TestCard:
         card = model_card(tmp_path, "me/measured")
         card.validate()
         assert not secrets_in(str(card).encode())
-        results = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(str(card)).data.eval_results}
-        assert results == {
-            ("captions.parquet", "image_to_text_recall@1"): 41.25,
-            ("org/questions", "exact_match"): 41.25,
-        }
+        results = {(r.dataset_name, r.metric_type, r.metric_value) for r in ModelCard(str(card)).data.eval_results}
+        measured = {("captions.parquet", "image_to_text_recall@1"), ("org/questions", "exact_match")}
+        assert results == {(*names, 41.25) for names in measured}
         text = str(card)
         assert "| seen/image_to_text_recall@1 | 41.2 [30.0, 52.5] |" in text
         assert "hf-sugar evaluate --config evaluate.yaml --model_name_or_path me/measured" in text

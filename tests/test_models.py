@@ -35,7 +35,7 @@ def raw_dir(raw, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(raw_dir):
-    return SugarForConditionalGeneration.from_pretrained(raw_dir, dtype=torch.float32, retrieval_dim=16)
+    return SugarForConditionalGeneration.from_pretrained(raw_dir, retrieval_dim=16)
 
 
 @pytest.fixture(scope="module")
@@ -109,32 +109,21 @@ class TestModel:
         assert torch.equal(model.generate(**inputs, max_new_tokens=8, **kwargs), expected)
 
     def test_embeddings_are_the_projected_means_of_exactly_their_tokens(self, raw, model, processor):
-        item = ITEMS[2]
-        inputs = processor.embed_inputs([item])
-        ids = inputs["input_ids"][0].tolist()
+        inputs = processor.embed_inputs([ITEMS[2]])
+        ids, decode = inputs["input_ids"][0].tolist(), processor.tokenizer.decode
+        # found by counting, not by the processor's marks: four tokens an image of 28 pixels in patches of 14
+        places = [i for i, token in enumerate(ids) if token == 4]
+        first, last = (
+            next(i for i in range(start, len(ids)) if decode(ids[: i + 1]).endswith(text))
+            for start, text in ((0, "a blue square"), (places[-1], "left of a star é"))
+        )
+        assert first < places[0] and len(places) == 8
         with torch.no_grad():
             embeddings = model(**inputs).embeddings[0]
             inputs.pop("slice_ids")
             hidden = raw.model(**inputs).last_hidden_state[0]
-            # found by counting, not by the processor's marks: four tokens an image of 28 pixels in patches of 14
-            places = [i for i, token in enumerate(ids) if token == 4]
-            text = processor.tokenizer.decode(ids[: places[0]])
-            assert text.rstrip().endswith("a blue square")
-            end_of_first = next(
-                i for i in range(len(ids)) if processor.tokenizer.decode(ids[: i + 1]).endswith("a blue square")
-            )
-            end_of_last = max(
-                i for i in range(len(ids)) if processor.tokenizer.decode(ids[: i + 1]).endswith("left of a star é")
-            )
-            pooled = torch.stack(
-                [
-                    hidden[end_of_first],
-                    hidden[places[:4]].mean(0),
-                    hidden[places[4:]].mean(0),
-                    hidden[end_of_last],
-                ]
-            )
-            expected = torch.nn.functional.normalize(model.retrieval_projector(pooled), dim=-1)
+            pooled = [hidden[first], hidden[places[:4]].mean(0), hidden[places[4:]].mean(0), hidden[last]]
+            expected = torch.nn.functional.normalize(model.retrieval_projector(torch.stack(pooled)), dim=-1)
         torch.testing.assert_close(embeddings, expected, atol=1e-6, rtol=0)
 
     def test_embed_is_the_last_slice_of_forward_and_skips_the_lm_head(self, model, processor):
@@ -163,18 +152,13 @@ class TestModel:
         model.save_pretrained(tmp_path, max_shard_size="100KB")
         (tmp_path / "notes.txt").touch()
         old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
             patch.setattr(type(model.config), "save_pretrained", Mock(side_effect=OSError("disk full")))
-            with pytest.raises(OSError, match="disk full"):
-                deepcopy(model).save_pretrained(tmp_path)
+            deepcopy(model).save_pretrained(tmp_path)
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
         model.save_pretrained(tmp_path)
-        assert {file.name for file in tmp_path.glob("*") if file.suffix != ".py"} == {
-            "config.json",
-            "generation_config.json",
-            "model.safetensors",
-            "notes.txt",
-        }
+        names = {file.name for file in tmp_path.iterdir() if file.suffix != ".py"}
+        assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.txt"}
 
     def test_from_vlm_wraps_the_model_itself(self, raw, processor):
         wrapped = SugarForConditionalGeneration.from_vlm(raw, retrieval_dim=8)
@@ -286,8 +270,7 @@ class TestProcessor:
         tiny.image(9).save(path)
         image = {"type": "image", "image": str(path)}
         row = {"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [path]}
-        data = {"type": "image", "url": "data:image/png;base64," + b64encode(path.read_bytes()).decode()}
-        batch = processor.embed_inputs([tiny.image(9), path, [path], image, [image], data, row])
+        batch = processor.embed_inputs([tiny.image(9), path, [path], image, [image], row])
         assert all(torch.equal(batch["input_ids"][0], ids) for ids in batch["input_ids"])
         assert all(torch.equal(batch["pixel_values"][0], pixels) for pixels in batch["pixel_values"])
         for item in ("redcircle", tiny.image(9), path, image, row):
@@ -307,25 +290,28 @@ class TestProcessor:
             "items[0]: 'picture.png' is taken as a text; for the image in that file, give `Path('picture.png')`."
         ]
 
-    def test_an_image_at_a_web_address_is_that_of_the_file(self, processor, tmp_path, monkeypatch):
+    def test_an_image_at_an_address_is_that_of_the_file(self, processor, tmp_path, monkeypatch):
         clear = tiny.image(1).convert("RGBA")
         clear.putalpha(0)
         clear.save(tmp_path / "clear.png")
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
         Thread(target=server.serve_forever, daemon=True).start()
 
-        def fetch(name):
-            url = f"http://127.0.0.1:{server.server_port}/{name}"
+        def pixels(url):
             return processor.embed_inputs([{"type": "image", "url": url}])["pixel_values"]
 
+        address = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(ValueError, match=r"items\[0\]: the image 'http.*offline mode"):
-            fetch("clear.png")
+            pixels(f"{address}/clear.png")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        found = fetch("clear.png")
+        found = pixels(f"{address}/clear.png")
         with pytest.raises(ValueError, match="404"):
-            fetch("none.png")
+            pixels(f"{address}/none.png")
         server.shutdown()
-        assert torch.equal(found, processor.embed_inputs([tmp_path / "clear.png"])["pixel_values"])
+        expected = pixels(tmp_path / "clear.png")
+        assert torch.equal(found, expected)
+        data = b64encode((tmp_path / "clear.png").read_bytes()).decode()
+        assert torch.equal(pixels(f"data:image/png;base64,{data}"), expected)
 
     def test_images_of_every_mode(self):
         """16 bits keep their highest 8, transparent pixels are laid over white, other modes show what RGB shows."""
@@ -366,14 +352,11 @@ class TestProcessor:
         with pytest.raises(ValueError, match=message):
             processor.embed_inputs(["good", item])
 
-    def test_nothing_to_embed(self, processor):
+    def test_bad_calls(self, processor):
         with pytest.raises(ValueError, match="There are no items to embed"):
             processor.embed_inputs([])
-
-    def test_too_long_is_an_error_that_counts_image_tokens(self, processor):
-        with pytest.raises(
-            ValueError, match=r"items\[1\] has \d+ tokens after its 2 image\(s\) are expanded; the limit is 12"
-        ):
+        message = r"items\[1\] has \d+ tokens after its 2 image\(s\) are expanded; the limit is 12"
+        with pytest.raises(ValueError, match=message):
             processor.embed_inputs(["a", [tiny.image(), tiny.image()]], max_length=12)
 
     def test_template_that_reorders_by_hand(self, processor):

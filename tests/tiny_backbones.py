@@ -10,68 +10,57 @@ from tiny import tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, ProcessorMixin, set_seed
 
 
-# Chat templates as the families publish them, cut down to users and assistants with images and texts.
-CHATML = (
-    "{{% for message in messages %}}<|im_start|>{{{{ message['role'] }}}}\n{{% for part in message['content'] %}}"
-    "{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"
-    "<|im_end|>\n{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+def template(
+    before: str, image: str, after: str, start: str = "", prompt: str = "", text: str = "part['text']"
+) -> str:
+    """Chat template as a family publishes it, cut down to users and assistants with images and texts."""
+    parts = f"{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ {text} }}}}{{% endif %}}"
+    message = f"{before}{{% for part in message['content'] %}}{parts}{{% endfor %}}{after}"
+    prompt = f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    return f"{start}{{% for message in messages %}}{message}{{% endfor %}}{prompt}"
+
+
+def chatml(image: str) -> str:
+    start = "<|im_start|>{{ message['role'] }}\n"
+    return template(start, image, "<|im_end|>\n", prompt="<|im_start|>assistant\n")
+
+
+IDEFICS_TEMPLATE = template(
+    "{{ message['role'] | capitalize }}{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}",
+    "<image>",
+    "<end_of_utterance>\n",
+    start="<|im_start|>",
+    prompt="Assistant:",
 )
-INTERNVL_TEMPLATE = CHATML.format(image="<IMG_CONTEXT>\n")
-QWEN_TEMPLATE = CHATML.format(image="<|vision_start|><|image_pad|><|vision_end|>")
-IDEFICS_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
-    "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+GEMMA_TEMPLATE = template(
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n",
+    "<start_of_image>",
+    "<end_of_turn>\n",
+    start="{{ bos_token }}",
+    prompt="<start_of_turn>model\n",
+    text="part['text'] | trim",
 )
-GEMMA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>"
-    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+MISTRAL_TEMPLATE = template(
+    "{{ '[INST]' if message['role'] == 'user' }}",
+    "[IMG]",
+    "{{ '[/INST]' if message['role'] == 'user' else eos_token }}",
+    start="{{ bos_token }}",
 )
-MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST]{% endif %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}[IMG]{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{{ '[/INST]' if message['role'] == 'user' else eos_token }}{% endfor %}"
-)
-AYA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|START_OF_TURN_TOKEN|>{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|END_OF_TURN_TOKEN|>"
-    "{% endfor %}"
-)
+AYA_TEMPLATE = template("<|START_OF_TURN_TOKEN|>", "<image>", "<|END_OF_TURN_TOKEN|>", start="{{ bos_token }}")
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
 
 
 def text(model_type: str, **kwargs) -> dict:
-    return (
-        dict(
-            model_type=model_type,
-            vocab_size=416,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        | kwargs
-    )
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    limits = dict(num_key_value_heads=2, vocab_size=416, max_position_embeddings=2048)
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return dict(model_type=model_type) | sizes | limits | tokens | kwargs
 
 
 def vision(model_type: str | None = None, **kwargs) -> dict:
-    tower = dict(
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
+    sizes = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    tower = dict(image_size=28, patch_size=14) | sizes
     return tower | ({} if model_type is None else {"model_type": model_type}) | kwargs
 
 
@@ -87,6 +76,8 @@ def pil(family: str, name: str, **kwargs):
 
 SQUARE = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
 COUNTED = dict(patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+LLAVA = dict(chat_template=tiny.LLAVA_TEMPLATE, **COUNTED)
+TILES = dict(size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=4)
 
 
 @contextmanager
@@ -116,12 +107,9 @@ def make_processor(family: str, name: str, image_processor, tokens, **kwargs) ->
 
 
 def _llava():
-    tokens = tokenizer(image_token="<image>")
     config = dict(text_config=text("llama"), vision_config=clip(), image_token_index=4, image_seq_length=4)
-    processor = make_processor(
-        "llava", "Llava", pil("clip", "CLIP", **SQUARE), tokens, chat_template=tiny.LLAVA_TEMPLATE, **COUNTED
-    )
-    return config, processor
+    images = pil("clip", "CLIP", **SQUARE)
+    return config, make_processor("llava", "Llava", images, tokenizer(image_token="<image>"), **LLAVA)
 
 
 def _vipllava():
@@ -129,74 +117,36 @@ def _vipllava():
     return config | dict(vision_config=clip(num_hidden_layers=6), vision_feature_layers=[-2, -3]), processor
 
 
-def _llava_next():
+def _llava_next(family="llava_next", name="LlavaNext", **tokens):
     images = pil("llava_next", "LlavaNext", image_grid_pinpoints=PINPOINTS, **SQUARE)
-    processor = make_processor(
-        "llava_next",
-        "LlavaNext",
-        images,
-        tokenizer(image_token="<image>"),
-        chat_template=tiny.LLAVA_TEMPLATE,
-        **COUNTED,
-    )
-    config = dict(
-        text_config=text("mistral"), vision_config=clip(), image_token_index=4, image_grid_pinpoints=PINPOINTS
-    )
-    return config, processor
+    processor = make_processor(family, name, images, tokenizer(image_token="<image>", **tokens), **LLAVA)
+    config = dict(text_config=text("mistral"), vision_config=clip(), image_token_index=4)
+    return config | dict(image_grid_pinpoints=PINPOINTS), processor
 
 
 def _llava_next_video():
-    config, _ = _llava_next()
-    tokens = tokenizer(image_token="<image>", video_token="<video>")
-    images = pil("llava_next", "LlavaNext", image_grid_pinpoints=PINPOINTS, **SQUARE)
-    processor = make_processor(
-        "llava_next_video", "LlavaNextVideo", images, tokens, chat_template=tiny.LLAVA_TEMPLATE, **COUNTED
-    )
-    return config | dict(text_config=text("llama"), video_token_index=tokens.video_token_id), processor
+    config, processor = _llava_next("llava_next_video", "LlavaNextVideo", video_token="<video>")
+    video_token_id = processor.tokenizer.video_token_id
+    return config | dict(text_config=text("llama"), video_token_index=video_token_id), processor
 
 
 def _llava_onevision():
     tokens = tokenizer(image_token="<image>", video_token="<video>")
     images = pil("llava_onevision", "LlavaOnevision", size={"height": 28, "width": 28}, image_grid_pinpoints=PINPOINTS)
-    processor = make_processor(
-        "llava_onevision",
-        "LlavaOnevision",
-        images,
-        tokens,
-        num_image_tokens=4,
-        vision_feature_select_strategy="full",
-        chat_template=tiny.LLAVA_TEMPLATE,
-    )
-    config = dict(
-        text_config=text("qwen2"),
-        vision_config=siglip(),
-        image_token_index=4,
-        video_token_index=tokens.video_token_id,
-        image_grid_pinpoints=PINPOINTS,
-    )
-    return config, processor
+    settings = dict(num_image_tokens=4, vision_feature_select_strategy="full", chat_template=tiny.LLAVA_TEMPLATE)
+    config = dict(text_config=text("qwen2"), vision_config=siglip(), image_token_index=4)
+    config |= dict(video_token_index=tokens.video_token_id, image_grid_pinpoints=PINPOINTS)
+    return config, make_processor("llava_onevision", "LlavaOnevision", images, tokens, **settings)
 
 
 def _video_llava():
-    tokens = tokenizer(image_token="<image>", video_token="<video>")
     from transformers import VideoLlavaImageProcessor
 
-    processor = make_processor(
-        "video_llava",
-        "VideoLlava",
-        VideoLlavaImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        tokens,
-        patch_size=14,
-        chat_template=tiny.LLAVA_TEMPLATE,
-    )
-    config = dict(
-        text_config=text("llama"),
-        vision_config=clip(),
-        image_token_index=4,
-        video_token_index=tokens.video_token_id,
-        image_seq_length=4,
-    )
-    return config, processor
+    tokens = tokenizer(image_token="<image>", video_token="<video>")
+    settings = dict(patch_size=14, chat_template=tiny.LLAVA_TEMPLATE)
+    processor = make_processor("video_llava", "VideoLlava", VideoLlavaImageProcessor(**SQUARE), tokens, **settings)
+    config = dict(text_config=text("llama"), vision_config=clip(), image_token_index=4, image_seq_length=4)
+    return config | dict(video_token_index=tokens.video_token_id), processor
 
 
 def _qwen(family: str, name: str, text_config: dict, **vision_config):
@@ -208,52 +158,31 @@ def _qwen(family: str, name: str, text_config: dict, **vision_config):
         vision_end_token="<|vision_end|>",
     )
     images = pil("qwen2_vl", "Qwen2VL", patch_size=14, min_pixels=56 * 56, max_pixels=112 * 112)
-    config = dict(
-        text_config=text(**text_config),
-        vision_config=dict(
-            depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32, patch_size=14
-        )
-        | vision_config,
-        image_token_id=tokens.image_token_id,
-        video_token_id=tokens.video_token_id,
-        vision_start_token_id=tokens.vision_start_token_id,
-        vision_end_token_id=tokens.vision_end_token_id,
-    )
-    return config, make_processor(family, name, images, tokens, chat_template=QWEN_TEMPLATE)
+    sizes = dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32, patch_size=14)
+    config = dict(text_config=text(**text_config), vision_config=sizes | vision_config)
+    for token in ("image", "video", "vision_start", "vision_end"):
+        config[f"{token}_token_id"] = getattr(tokens, f"{token}_token_id")
+    template = chatml("<|vision_start|><|image_pad|><|vision_end|>")
+    return config, make_processor(family, name, images, tokens, chat_template=template)
+
+
+def rope(*section: int, **kwargs) -> dict:
+    return {"rope_type": "default", "mrope_section": list(section), "rope_theta": 10000.0, **kwargs}
 
 
 def _qwen2_vl():
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    return _qwen(
-        "qwen2_vl",
-        "Qwen2VL",
-        dict(model_type="qwen2_vl_text", rope_parameters=rope),
-        embed_dim=16,
-        hidden_size=32,
-        mlp_ratio=2,
-    )
+    text_config = dict(model_type="qwen2_vl_text", rope_parameters=rope(1, 1, 2))
+    return _qwen("qwen2_vl", "Qwen2VL", text_config, embed_dim=16, hidden_size=32, mlp_ratio=2)
 
 
 def _qwen2_5_vl():
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    return _qwen(
-        "qwen2_5_vl",
-        "Qwen2_5_VL",
-        dict(model_type="qwen2_5_vl_text", rope_parameters=rope),
-        fullatt_block_indexes=[1],
-        window_size=56,
-    )
+    text_config = dict(model_type="qwen2_5_vl_text", rope_parameters=rope(1, 1, 2))
+    return _qwen("qwen2_5_vl", "Qwen2_5_VL", text_config, fullatt_block_indexes=[1], window_size=56)
 
 
 def _qwen3_vl():
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "mrope_interleaved": True}
-    return _qwen(
-        "qwen3_vl",
-        "Qwen3VL",
-        dict(model_type="qwen3_vl_text", head_dim=8, rope_parameters=rope),
-        deepstack_visual_indexes=[0, 1],
-        num_position_embeddings=16,
-    )
+    text_config = dict(model_type="qwen3_vl_text", head_dim=8, rope_parameters=rope(2, 1, 1, mrope_interleaved=True))
+    return _qwen("qwen3_vl", "Qwen3VL", text_config, deepstack_visual_indexes=[0, 1], num_position_embeddings=16)
 
 
 def _idefics():
@@ -280,9 +209,7 @@ def _internvl():
         context_image_token="<IMG_CONTEXT>",
         video_token="<video>",
     )
-    images = pil(
-        "got_ocr2", "GotOcr2", size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=4
-    )
+    images = pil("got_ocr2", "GotOcr2", **TILES)
     config = dict(
         text_config=text("qwen2"),
         vision_config=vision(image_size=[28, 28], patch_size=[14, 14]),
@@ -290,9 +217,8 @@ def _internvl():
         image_seq_length=1,
         downsample_ratio=0.5,
     )
-    return config, make_processor(
-        "internvl", "InternVL", images, tokens, image_seq_length=1, chat_template=INTERNVL_TEMPLATE
-    )
+    settings = dict(image_seq_length=1, chat_template=chatml("<IMG_CONTEXT>\n"))
+    return config, make_processor("internvl", "InternVL", images, tokens, **settings)
 
 
 def _gemma3():
@@ -302,11 +228,7 @@ def _gemma3():
         boi_token="<start_of_image>",
         eoi_token="<end_of_image>",
     )
-    images = pil(
-        "gemma3",
-        "Gemma3",
-        size={"height": 28, "width": 28},
-    )
+    images = pil("gemma3", "Gemma3", size={"height": 28, "width": 28})
     config = dict(
         text_config=text("gemma3_text", head_dim=8),
         vision_config=siglip(),
@@ -353,34 +275,12 @@ def _mistral3():
 
 
 def _aya_vision():
-    tokens = tokenizer(
-        "<|START_OF_TURN_TOKEN|>",
-        "<|END_OF_TURN_TOKEN|>",
-        "<|START_OF_IMG|>",
-        "<|END_OF_IMG|>",
-        "<|IMG_PATCH|>",
-        "TILE",
-        "TILE_GLOBAL",
-    )
-    images = pil(
-        "got_ocr2", "GotOcr2", size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=4
-    )
-    config = dict(
-        text_config=text("cohere2", head_dim=8),
-        vision_config=siglip(),
-        image_token_index=tokens.convert_tokens_to_ids("<|IMG_PATCH|>"),
-        downsample_factor=2,
-    )
-    return config, make_processor(
-        "aya_vision",
-        "AyaVision",
-        images,
-        tokens,
-        patch_size=14,
-        downsample_factor=2,
-        img_size=28,
-        chat_template=AYA_TEMPLATE,
-    )
+    turns = ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>")
+    tokens = tokenizer(*turns, "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL")
+    config = dict(text_config=text("cohere2", head_dim=8), vision_config=siglip(), downsample_factor=2)
+    config |= dict(image_token_index=tokens.convert_tokens_to_ids("<|IMG_PATCH|>"))
+    settings = dict(patch_size=14, downsample_factor=2, img_size=28, chat_template=AYA_TEMPLATE)
+    return config, make_processor("aya_vision", "AyaVision", pil("got_ocr2", "GotOcr2", **TILES), tokens, **settings)
 
 
 FAMILIES = {
