@@ -8,6 +8,7 @@ and compares the embeddings and the answer."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -43,13 +44,8 @@ scores = model.embed(**processor.embed_inputs(["a red circle to the left of a bl
 print("found first:", photos[scores.argmax()].name, "and by the index:", expected["first"])
 assert photos[scores.argmax()].name == expected["first"]
 question = [{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is this?"}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": question}],
-    add_generation_prompt=True,
-    tokenize=True,
-    return_dict=True,
-    return_tensors="pt",
-)
+settings = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+inputs = processor.apply_chat_template([{"role": "user", "content": question}], **settings)
 answer = model.generate(**inputs, max_new_tokens=64)
 print("answer:", processor.decode(answer[0], skip_special_tokens=True))
 assert answer.tolist() == expected["answer"]
@@ -69,14 +65,13 @@ def main(directory: Path):
     run("git", "clone", "-q", ROOT.as_uri(), "hf_sugar")
     [install] = re.findall(r"^(pip install \./hf_sugar)\b", readme, re.MULTILINE)
     run(python, "-m", *install.split(), stdout=subprocess.DEVNULL)
-    run("rm", "-rf", "hf_sugar")
+    shutil.rmtree(directory / "hf_sugar")
     run(python, "-m", "pip", "list")
 
     where = "import hf_sugar; print(hf_sugar.__path__[0])"
     package = Path(run(python, "-c", where, stdout=subprocess.PIPE, text=True).stdout.strip())
     for name, folder in TINY.items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        subprocess.run(["cp", "-r", package / "world" / "weights" / folder, directory / name], check=True)
+        shutil.copytree(package / "world" / "weights" / folder, directory / name)
     records = json.loads((ROOT / "examples" / "clipart" / "llava_train.json").read_text())[:8]
     (directory / "photos").mkdir()
     convert = "import sys; from PIL import Image; Image.open(sys.argv[1]).convert('RGB').save(sys.argv[2])"
@@ -85,7 +80,7 @@ def main(directory: Path):
         source = ROOT / "examples" / "clipart" / record["image"]
         subprocess.run([python, "-c", convert, source, directory / name], check=True)
         record["image"] = name
-    subprocess.run(["cp", directory / records[0]["image"], directory / "photo.jpg"], check=True)
+    shutil.copy(directory / records[0]["image"], directory / "photo.jpg")
     (directory / "llava.json").write_text(json.dumps(records))
 
     snippets = re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
