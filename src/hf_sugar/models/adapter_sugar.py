@@ -129,12 +129,8 @@ class SugarAdapterMixin:
 
     def merge_and_unload(self):
         """
-        Merge the active adapters into the weights and take the adapters off: what is left is a full model, which
-        `save_pretrained` writes as a full checkpoint. To train another adapter on it, save it and load it from there:
-        an adapter names the place of its backbone.
-
-        Returns:
-            [`SugarForConditionalGeneration`]: the model itself.
+        Merge the active adapters into the weights and take the adapters off; the model itself is returned. To train
+        another adapter on it, save it and load it from there: an adapter names the place of its backbone.
 
         Raises:
             `ValueError`: if the weights are quantized, because the sum would be rounded to the few bits of the backbone.
@@ -177,9 +173,6 @@ class SugarAdapterMixin:
         """
         Write the LoRA weights of the active adapter for the backbone's own class, without the retrieval projector:
         `PeftModel.from_pretrained(backbone, save_directory)` generates what this model generates.
-
-        Args:
-            save_directory (`str` or `Path`): directory to write to.
         """
         adapter = self._active_adapter()
         if adapter is None:
@@ -187,17 +180,13 @@ class SugarAdapterMixin:
         peft = _peft()
         peft_config = copy.copy(self.peft_config[adapter])
         # by their full names: a pattern was written for the names of this class
-        modules = {name.removeprefix("vlm."): module for name, module in self._adapter_modules(names=True)}
-        modules = {name: module for name, module in modules.items() if not name.startswith("retrieval_projector")}
-        wrappers = {
-            name for name, module in modules.items() if isinstance(module, peft.utils.AuxiliaryTrainingWrapper)
-        }
-        peft_config.target_modules = {
-            name for name in modules.keys() - wrappers if name.rpartition(".")[0] not in wrappers
-        }
-        peft_config.modules_to_save = [
-            name for name in wrappers if isinstance(modules[name], peft.utils.ModulesToSaveWrapper)
-        ] or None
+        modules = self._adapter_modules(names=True)
+        modules = {name.removeprefix("vlm."): module for name, module in modules if name.startswith("vlm.")}
+        wrappers = [n for n, module in modules.items() if isinstance(module, peft.utils.AuxiliaryTrainingWrapper)]
+        inside = tuple(f"{name}." for name in wrappers)
+        peft_config.target_modules = {n for n in modules if n not in wrappers and not n.startswith(inside)}
+        saved = [n for n in wrappers if isinstance(modules[n], peft.utils.ModulesToSaveWrapper)]
+        peft_config.modules_to_save = saved or None
         peft_config.exclude_modules = None
         peft_config.ensure_weight_tying = False  # each of the two by its own name and weights
         weights = self._adapter_weights(adapter).items()

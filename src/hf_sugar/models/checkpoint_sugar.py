@@ -108,9 +108,8 @@ class SugarCheckpointMixin(SugarAdapterMixin):
 
     def backbone_source(self) -> tuple[str, str | None]:
         """
-        Name and commit of the place where the backbone's weights are, which an adapter repository needs. The name is empty
-        where they are nowhere: not loaded, or changed since then (merged, trained, resized). After saving them, say where
-        by `config.name_or_path`.
+        Name and commit of the place where the backbone's weights are. The name is empty where they are nowhere: not
+        loaded, or changed since then (merged, trained, resized). After saving them, say where by `config.name_or_path`.
         """
         name, loaded = self._loaded_from
         if self.config.name_or_path == name and not same_fingerprint(loaded, fingerprint(self.vlm)):
@@ -123,12 +122,8 @@ class SugarCheckpointMixin(SugarAdapterMixin):
         self, save_directory, is_main_process: bool = True, state_dict=None, push_to_hub: bool = False, **kwargs
     ):
         """
-        Save what `from_pretrained` loads in one line, with the code, so that the Auto classes can load it without this
-        library: a full checkpoint, or an adapter repository if an adapter is attached.
-
-        Args:
-            save_directory, is_main_process, state_dict, push_to_hub, kwargs:
-                As in [`~transformers.PreTrainedModel.save_pretrained`].
+        Save a full checkpoint, or an adapter repository if an adapter is attached, with the code, so that the Auto classes
+        can load it without this library. Arguments are those of [`~transformers.PreTrainedModel.save_pretrained`].
         """
         adapter = self._active_adapter()
         if adapter is None:

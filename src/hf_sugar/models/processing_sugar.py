@@ -110,14 +110,11 @@ def _special_tokens(tokenizer: Any, size: int, *others: str) -> re.Pattern:
 
 class SugarProcessor(ProcessorMixin):
     """
-    The backbone's own processor, and the slices: which token of the model's input represents which image or text.
+    The backbone's own processor, and the slices: which token of the model's input represents which image or text. An
+    instance is of two classes, this one and the backbone's (`LlavaProcessor` for LLaVA).
 
-    An instance is of two classes, this one and the backbone's (`LlavaProcessor` for LLaVA), so everything that the
-    backbone's processor does, it does.
-
-    Where the chat template of a checkpoint does not keep the order of images and texts (LLaVA-1.5's does not), it is
-    replaced by one that does, and that equals LLaVA-1.5's in every other respect except that answers end with the
-    end-of-sequence token.
+    A chat template that does not keep the order of images and texts is replaced by one that does, and that equals
+    LLaVA-1.5's in every other respect except that answers end with the end-of-sequence token.
 
     Example:
 
@@ -264,9 +261,9 @@ class SugarProcessor(ProcessorMixin):
         """
         Render, tokenise and pad conversations, and mark their slices.
 
-        Every content part outside of system messages is one slice, numbered in reading order. A text slice marks its
-        last token, an image slice every token of that image that an image feature takes the place of (row breaks and
-        brackets around it are not). The tokens are those of `apply_chat_template(..., tokenize=True)`.
+        Every content part outside of system messages is one slice, numbered in reading order. A text slice marks its last
+        token, an image slice every token that a feature of the image takes the place of. The tokens are those of
+        `apply_chat_template(..., tokenize=True)`.
 
         Args:
             conversations (`list[list[dict]]`):
@@ -291,10 +288,8 @@ class SugarProcessor(ProcessorMixin):
         names = names or [f"conversation {index}" for index in range(len(conversations))]
         rendered = [self._render(messages, name) for messages, name in zip(conversations, names)]
         texts = [text for text, _ in rendered]
-        images = [
-            [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-            for messages in conversations
-        ]
+        contents = [[part for message in messages for part in message["content"]] for messages in conversations]
+        images = [[part["image"] for part in parts if part["type"] == "image"] for parts in contents]
         bos = self.tokenizer.bos_token
         batch = self(
             text=list(texts),  # expanded in place by the processor
@@ -321,23 +316,22 @@ class SugarProcessor(ProcessorMixin):
                     f"{name} has {lengths[row]} tokens after its {len(images[row])} image(s) are expanded; the limit is "
                     f"{max_length}. Shorten or split it, or drop it: cutting could go through an image."
                 )
-            input_ids = batch["input_ids"][row].numpy()
+            input_ids = batch["input_ids"][row]
             starts, ends = offsets[row, :, 0], offsets[row, :, 1]
-            is_image_token = np.isin(input_ids, self._feature_token_ids)
-            after = 0  # image placeholders before the slice
-            grown = 0  # characters that they have gained
+            is_image_token = np.isin(input_ids.numpy(), self._feature_token_ids)
+            of_images, grown = iter(placeholders[row]), 0  # characters that the placeholders so far have gained
             for number, (is_image, start, end, loss_end, loss_kinds) in enumerate(spans):
                 if is_image:
-                    start, end = placeholders[row][after]["new_span"]
-                    grown = end - placeholders[row][after]["span"][1]
-                    after += 1
+                    placeholder = next(of_images)
+                    start, end = placeholder["new_span"]
+                    grown = end - placeholder["span"][1]
                     tokens = np.flatnonzero((starts < end) & (ends > start) & is_image_token)
                 else:
                     start, end, loss_end = start + grown, end + grown, loss_end + grown
                     tokens = np.flatnonzero((starts < end) & (ends > start))[-1:]
                     if loss_on is not None and loss_on[row] in loss_kinds:
                         target = torch.from_numpy((starts < loss_end) & (ends > start))
-                        labels[row, target] = batch["input_ids"][row, target]
+                        labels[row, target] = input_ids[target]
                 slice_ids[row, tokens] = number
             if ends.max() > len(texts[row]) + grown:
                 raise ValueError(
