@@ -1,6 +1,7 @@
-"""Files that are whole or not there."""
+"""Files and directories that are whole or not there."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +10,20 @@ from pathlib import Path
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
-    A path to write a file to, which takes the name `path` when the block ends: what had that name is replaced as a whole,
-    or stays as it was. Directories above it are made.
+    A path to write a file or a directory to, which takes the name `path` when the block ends: what had that name is
+    replaced as a whole, or stays as it was. Directories above it are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         yield new
+        if path.is_dir():  # no system call replaces a directory that is not empty
+            os.replace(path, old)
         os.replace(new, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        new.unlink(missing_ok=True)
+        if new.is_dir():
+            shutil.rmtree(new)
+        else:
+            new.unlink(missing_ok=True)
