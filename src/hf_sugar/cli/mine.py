@@ -29,7 +29,8 @@ class MineArguments:
     num_negatives: int = setting("Most negatives of a row.", 4)
     num_candidates: int = setting("Hits that they are chosen from.", 50)
     margin: float = setting(
-        "How far from what is right the teachers have to call a negative: 0 is equal, 1 is the mean of such pairs.", 0.05
+        "How far from what is right the teachers have to call a negative: 0 is equal, 1 is the mean of such pairs.",
+        0.05,
     )
 
 
@@ -37,7 +38,9 @@ def mine(model: ModelArguments, args: MineArguments) -> Dataset:
     """Add hard negatives to a dataset and write it, to be trained on: see [`~retrieval.mine_negatives`]."""
     output = Path(args.output)
     if output.exists() and not args.overwrite:
-        raise ValueError(f"`output` {output} is there already. Name another directory, or set `overwrite` to replace it.")
+        raise ValueError(
+            f"`output` {output} is there already. Name another directory, or set `overwrite` to replace it."
+        )
     rows = load_data(args.data, args.split, on_bad_row=args.on_bad_row)
     encoder = TripleEncoder.from_teachers(args.teachers, device=distributed_state().device)
     index = model.load_index(args.index)
