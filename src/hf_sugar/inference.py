@@ -1,9 +1,9 @@
 """One embedder and one generator of a model, for the index, evaluation, the trainer, the harnesses and the demo."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -25,39 +25,14 @@ logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".md")
 
 
-class ItemError(ValueError):
-    """
-    What is wrong with one item of a list.
-
-    Args:
-        message (`str`):
-            The problem; it begins with `item <number>`.
-        item (`int`):
-            Position of the item.
-    """
-
-    def __init__(self, message: str, item: int):
-        super().__init__(message)
-        self.item = item
-
-
 def as_row(item: Any, where: str = "item") -> dict[str, Any]:
     """
-    An item as a row in the conversational vision format. Images keep whatever form they have.
-
-    Args:
-        item:
-            A text (`str`, whatever it says), a PIL image, the `Path` of an image or text file, a part
-            `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`, a list of those (interleaved, in this
-            order), or a row with `messages` and `images`.
-        where (`str`, *optional*, defaults to `"item"`):
-            What error messages call the item.
-
-    Returns:
-        `dict`: `messages`, `images`, `loss_on` and `id`.
+    An item as a row in the conversational vision format. An item is a text (`str`, whatever it says), a PIL image, the
+    `Path` of an image or text file, a part `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`, a list
+    of those (interleaved, in this order), or a row with `messages` and `images`. Images keep whatever form they have.
 
     Raises:
-        `TypeError`: if the item is of another type.
+        `TypeError`: if the item is of another type; calls it `where`.
         `ValueError`: if there is nothing in it, or a file does not exist.
     """
     if isinstance(item, dict) and "type" not in item:
@@ -65,9 +40,7 @@ def as_row(item: Any, where: str = "item") -> dict[str, Any]:
     content, images = [], []
     for part in item if isinstance(item, list | tuple) else [item]:
         if isinstance(part, str) and part.lower().endswith(IMAGE_SUFFIXES) and Path(part).is_file():
-            logger.warning(
-                "%s: %r is taken as a text; for the image in that file, give `Path(%r)`.", where, part, part
-            )
+            logger.warning("%s: %r is taken as a text; for the image in that file, give its `Path`.", where, part)
         if isinstance(part, Path) and not part.is_file():
             raise ValueError(f"{where}: the file {str(part)!r} does not exist.")
         if isinstance(part, Path) and part.suffix.lower() in TEXT_SUFFIXES:
@@ -78,56 +51,38 @@ def as_row(item: Any, where: str = "item") -> dict[str, Any]:
             if not part.strip():
                 raise ValueError(f"{where} is empty or holds an empty text; there is nothing to embed.")
             content.append({"type": "text", "text": part.strip()})
-        elif isinstance(part, Path | Image.Image):
-            content.append({"type": "image", "text": None})
-            images.append(part)
-        elif isinstance(part, dict) and part.get("type") == "image" and part.get("image") is not None:
-            content.append({"type": "image", "text": None})
-            images.append(part["image"])
-        else:
-            found = (
-                f"a part with the keys {', '.join(map(str, part))}" if isinstance(part, dict) else type(part).__name__
-            )
+            continue
+        image = part.get("image") if isinstance(part, dict) and part.get("type") == "image" else part
+        if image is None or (image is part and not isinstance(part, Path | Image.Image)):
+            found = f"a part with the keys {', '.join(part)}" if isinstance(part, dict) else type(part).__name__
             raise TypeError(
                 f"{where} is or holds {found}; give a text, a PIL image, the Path of an image or text file, a part "
                 '{"type": "image", "image": ...}, a list of those, or a row with `messages` and `images`.'
             )
+        content.append({"type": "image", "text": None})
+        images.append(image)
     if not content:
         raise ValueError(f"{where} is an empty list; there is nothing to embed.")
     return {"messages": [{"role": "user", "content": content}], "images": images, "loss_on": "text", "id": None}
-
-
-@lru_cache  # once a name
-def _warn_of_file(text: str) -> None:
-    logger.warning("%r is taken as a text; for the image in that file, give `Path(%r)`.", text, text)
 
 
 class SugarEmbedder:
     """
     Embedding function of a model: called with items, it returns their embeddings.
 
-    Items of similar length share a batch, to save padding. Long inputs are taken window by window, so a lazily decoded
-    column of a dataset never has all of its images in memory.
+    Items of similar length share a batch. Of a lazily decoded column of a dataset only some images are in memory.
 
     Args:
-        model ([`SugarForConditionalGeneration`]):
-            Model. It is in evaluation mode while it embeds, and in its former mode afterwards.
-        processor ([`SugarProcessor`]):
-            Processor of the model.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Items in one forward pass.
+        model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]):
+            What embeds. The model is in evaluation mode meanwhile, and in its former mode afterwards.
+        batch_size (`int`, *optional*, defaults to `32`): Items in one forward pass.
         project (`bool`, *optional*, defaults to `True`):
             Whether to use the retrieval projector. Without it the embedding is the pooled hidden state itself: the
             baseline for a checkpoint whose projector is not trained.
         pooling (`str`, *optional*, defaults to `"slice"`):
             `"slice"` for the embedding of the last slice, as trained. `"mean"` for the mean over all tokens of the
             item, another baseline for checkpoints without structure training.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
-
-    Attributes:
-        dim (`int`): dimension of the embeddings.
-        fingerprint (`str`): samples of the weights, see [`~models.fingerprint_sugar.fingerprint`].
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
 
     Raises:
         `ValueError`: for an unknown `pooling`, and for `"mean"` with a model that pools the last token of a slice.
@@ -159,21 +114,19 @@ class SugarEmbedder:
 
     @property
     def dim(self) -> int:
+        """`int`: dimension of the embeddings."""
         config = self.model.config
         return config.retrieval_dim if self.project else config.get_text_config().hidden_size
 
     @cached_property
     def fingerprint(self) -> str:
+        """`str`: samples of the weights, see [`~models.fingerprint_sugar.fingerprint`]."""
         trained = self.project and self.pooling == "slice"
         return fingerprint(self.model, adapters=True) + ("" if trained else f"#{self.pooling}, project={self.project}")
 
     def __call__(self, items: Sequence[Any]) -> np.ndarray:
         """
-        Embeddings of whole items.
-
-        Args:
-            items (`Sequence`):
-                Each as [`~inference.as_row`] takes it.
+        Embeddings of whole items, each as [`~inference.as_row`] takes it.
 
         Returns:
             `np.ndarray` of shape `(items, dim)`: float32, L2-normalised.
@@ -186,76 +139,78 @@ class SugarEmbedder:
         return np.stack([embeddings[-1] for embeddings in self.every_slice(items)])
 
     @torch.no_grad()
-    def every_slice(self, items: Sequence[Any], errors: dict[int, ItemError] | None = None) -> list[np.ndarray]:
+    def every_slice(
+        self, items: Sequence[Any], errors: dict[int, ValueError] | None = None, names: Sequence[str] | None = None
+    ) -> list[np.ndarray]:
         """
         Embeddings of all prefixes of items that end with a slice, from one forward pass.
 
         Args:
-            items (`Sequence`):
-                As for whole items.
-            errors (`dict[int, ItemError]`, *optional*):
+            items (`Sequence`): As for whole items, with the same errors.
+            errors (`dict[int, ValueError]`, *optional*):
                 Where to put what is wrong with which item. Without it the first bad item is an error.
+            names (`Sequence[str]`, *optional*): What errors call the items; by default `item 0` and so on.
 
         Returns:
             `list[np.ndarray]`: of shape `(slices, dim)` for each item; the last one is that of the whole item. `None`
             for the items in `errors`.
-
-        Raises:
-            `TypeError`, `ValueError`: as for whole items.
         """
         if isinstance(items, str | dict | Path | Image.Image):
             raise TypeError(f"`items` is a single {type(items).__name__}. Put it in a list.")
         if len(items) == 0:
             raise ValueError("There are no items to embed.")
+        names = names or [f"item {n}" for n in range(len(items))]
+
+        def read(n: int) -> dict[str, Any] | None:
+            try:
+                return as_row(items[n], names[n])
+            except ValueError as error:
+                if errors is None:
+                    raise
+                errors[n] = error
+                return None
+
         result: list[Any] = [None] * len(items)
-        with _evaluating(self.model), tqdm(total=len(items), desc="Embedding", disable=not self.progress) as bar:
-            for window in _windows(len(items), self.batch_size):
-                rows = {}
-                for n in window:
-                    try:
-                        rows[n] = as_row(items[n], f"item {n}")
-                    except ValueError as error:
-                        refuse(ItemError(str(error), n), errors)
-                for numbers in _batches(rows, self.batch_size):
-                    good, inputs = self._inputs(rows, numbers, errors)
-                    if good:
-                        for n, embeddings in zip(good, self._forward(inputs, good), strict=True):
-                            result[n] = embeddings
-                    bar.update(len(numbers))
+        with _evaluating(self.model):
+            for rows in _batches(len(items), read, self.batch_size, "Embedding", self.progress):
+                rows, inputs = self._inputs(rows, names, errors)
+                if rows:
+                    for n, embeddings in zip(rows, self._forward(inputs, [names[n] for n in rows]), strict=True):
+                        result[n] = embeddings
         return result
 
     def _inputs(
-        self, rows: dict[int, dict[str, Any]], numbers: list[int], errors: dict[int, ItemError] | None
-    ) -> tuple[list[int], BatchFeature | None]:
-        """Inputs of the model, and the items that are in them. In a batch that cannot be encoded, each is tried."""
-        names = [f"item {n}" for n in numbers]
+        self, rows: dict[int, dict[str, Any]], names: Sequence[str], errors: dict[int, ValueError] | None
+    ) -> tuple[dict[int, dict[str, Any]], BatchFeature | None]:
+        """The rows that can be encoded, and their inputs. Where a batch cannot be, each row is tried alone."""
         limit = self.model.config.get_text_config().max_position_embeddings
+        called = [names[n] for n in rows]
         try:
-            conversations = [_filled(rows[n], name) for n, name in zip(numbers, names, strict=True)]
-            return numbers, self.processor.encode_conversations(conversations, names=names, max_length=limit)
+            conversations = [_filled(row, name) for row, name in zip(rows.values(), called, strict=True)]
+            return rows, self.processor.encode_conversations(conversations, names=called, max_length=limit)
         except ValueError as error:
-            if len(numbers) == 1:
-                refuse(ItemError(str(error), numbers[0]), errors)
-                return [], None
-            good = [n for n in numbers if self._inputs(rows, [n], errors)[0]]
-            if len(good) == len(numbers):
+            if errors is None:
                 raise
-            return self._inputs(rows, good, errors) if good else ([], None)
+            if len(rows) == 1:
+                errors[next(iter(rows))] = error
+                return {}, None
+            good = {n: row for n, row in rows.items() if self._inputs({n: row}, names, errors)[0]}
+            if len(good) == len(rows):
+                raise
+            return self._inputs(good, names, errors) if good else ({}, None)
 
-    def _forward(self, inputs: BatchFeature, numbers: list[int]) -> list[np.ndarray]:
+    def _forward(self, inputs: BatchFeature, names: list[str]) -> list[np.ndarray]:
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
         if self.pooling == "mean":
             inputs["slice_ids"] = inputs["attention_mask"].long() - 1
         embeddings, mask = self.model.embed_slices(**inputs, project=self.project)
         embeddings = embeddings.float().cpu().numpy()
-        for n, row in zip(numbers, embeddings, strict=True):
+        for name, row in zip(names, embeddings, strict=True):
             if not np.isfinite(row).all():
                 raise ValueError(
-                    f"The embedding of item {n} is not finite in {self.model.dtype}. Load the model in bfloat16 or "
-                    "float32."
+                    f"The embedding of {name} is not finite in {self.model.dtype}. Load the model in bfloat16 or float32."
                 )
-        counts = mask.sum(dim=1).tolist()
-        return [row[:count] for row, count in zip(embeddings, counts, strict=True)]
+        return [row[:count] for row, count in zip(embeddings, mask.sum(dim=1).tolist(), strict=True)]
 
 
 class SugarGenerator:
@@ -263,18 +218,13 @@ class SugarGenerator:
     Generating function of a model: called with conversations, it returns the answers.
 
     Args:
-        model ([`SugarForConditionalGeneration`]):
-            Model. It is in evaluation mode while it generates, and in its former mode afterwards.
-        processor ([`SugarProcessor`]):
-            Processor of the model, with a chat template.
+        model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]):
+            What answers. The model is in evaluation mode meanwhile, and in its former mode afterwards.
         batch_size (`int`, *optional*, defaults to `32`):
             Conversations generated together, padded on the left. Those of similar length share a batch.
-        max_new_tokens (`int`, *optional*, defaults to `128`):
-            Longest answer.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
-        generation_kwargs:
-            Passed on to `model.generate`. Decoding is greedy unless `do_sample` says otherwise.
+        max_new_tokens (`int`, *optional*, defaults to `128`): Longest answer.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
+        generation_kwargs: Passed on to `model.generate`. Decoding is greedy unless `do_sample` says otherwise.
 
     Example:
 
@@ -299,13 +249,10 @@ class SugarGenerator:
         self.generation_kwargs = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_kwargs}
         self.max_length = model.config.get_text_config().max_position_embeddings
 
+    @torch.no_grad()
     def __call__(self, conversations: Sequence[dict[str, Any]]) -> list[str]:
         """
-        Answers to conversations.
-
-        Args:
-            conversations (`Sequence[dict]`):
-                Rows in the conversational vision format whose last turn is the user's.
+        Answers to conversations: rows in the conversational vision format whose last turn is the user's.
 
         Returns:
             `list[str]`: only new tokens, without special tokens or white space at the ends.
@@ -314,22 +261,17 @@ class SugarGenerator:
             `ValueError`: if a row is malformed, too long for the model, or refused by the chat template; names the row.
         """
         answers = [""] * len(conversations)
-        with (
-            torch.no_grad(),
-            _evaluating(self.model),
-            tqdm(total=len(conversations), desc="Generating", disable=not self.progress) as bar,
-        ):
-            for window in _windows(len(conversations), self.batch_size):
-                rows = {n: conversations[n] for n in window}
-                for numbers in _batches(rows, self.batch_size):
-                    names = [row_name(rows[n], n) for n in numbers]
-                    inputs = self.inputs([rows[n] for n in numbers], names, self.max_length)
-                    sequences = self.model.generate(**inputs, **self.generation_kwargs)
-                    new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
-                    decoded = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
-                    for n, answer in zip(numbers, decoded, strict=True):
-                        answers[n] = answer.strip()
-                    bar.update(len(numbers))
+        with _evaluating(self.model):
+            for rows in _batches(
+                len(conversations), conversations.__getitem__, self.batch_size, "Generating", self.progress
+            ):
+                names = [row_name(row, n) for n, row in rows.items()]
+                inputs = self.inputs(list(rows.values()), names, self.max_length)
+                sequences = self.model.generate(**inputs, **self.generation_kwargs)
+                new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
+                decoded = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
+                for n, answer in zip(rows, decoded, strict=True):
+                    answers[n] = answer.strip()
         return answers
 
     def inputs(
@@ -339,15 +281,8 @@ class SugarGenerator:
         max_length: int | None = None,
     ) -> BatchFeature:
         """
-        Inputs of the model, on its device, padded on the left.
-
-        Args:
-            conversations (`Sequence[dict]`):
-                As in a call.
-            names (`Sequence[str]`, *optional*):
-                What error messages call them.
-            max_length (`int`, *optional*):
-                Tokens above which a conversation is an error.
+        Inputs of the model, on its device, padded on the left. Errors call the conversations `names`; more than
+        `max_length` tokens are one.
         """
         names = names or [row_name(row, n) for n, row in enumerate(conversations)]
         filled = [_filled(row, name) for row, name in zip(conversations, names, strict=True)]
@@ -373,16 +308,8 @@ class SugarGenerator:
 
     def stream(self, conversation: dict[str, Any], **generation_kwargs: Any) -> Iterator[str]:
         """
-        Answer one conversation piece by piece.
-
-        Args:
-            conversation (`dict`):
-                As in a call.
-            generation_kwargs:
-                In place of those of the constructor.
-
-        Returns:
-            `Iterator[str]`: pieces of the answer. Generation ends when the iterator is closed.
+        Answer one conversation piece by piece, with `generation_kwargs` in place of those of the constructor. Generation
+        ends when the iterator is closed.
         """
         inputs = self.inputs([conversation], max_length=self.max_length)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -412,13 +339,6 @@ class SugarGenerator:
             raise errors[0]
 
 
-def refuse(error: ItemError, errors: dict[int, ItemError] | None) -> None:
-    """Note what is wrong with an item, or raise it where nothing is noted."""
-    if errors is None:
-        raise error
-    errors[error.item] = error
-
-
 def _filled(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The messages of a row with its images, decoded, in their parts."""
     images = row.get("images") or []
@@ -428,23 +348,27 @@ def _filled(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    if was_training:
-        model.eval()
+    training = model.training
+    model.eval()
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        model.train(training)
 
 
-def _windows(total: int, batch_size: int) -> Iterator[range]:
-    return (range(start, min(start + 16 * batch_size, total)) for start in range(0, total, 16 * batch_size))
-
-
-def _batches(rows: dict[int, dict[str, Any]], batch_size: int) -> Iterator[list[int]]:
-    order = sorted(rows, key=lambda n: _length(rows[n]), reverse=True)  # running out of memory shows early
-    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+def _batches(
+    total: int, read: Callable[[int], dict[str, Any] | None], batch_size: int, desc: str, progress: bool
+) -> Iterator[dict[int, dict[str, Any]]]:
+    """Rows by their numbers, those of similar length together. Of a long input some batches are read at a time."""
+    with tqdm(total=total, desc=desc, disable=not progress) as bar:
+        for start in range(0, total, 16 * batch_size):
+            window = range(start, min(start + 16 * batch_size, total))
+            rows = {n: row for n in window if (row := read(n)) is not None}
+            bar.update(len(window) - len(rows))
+            order = sorted(rows, key=lambda n: _length(rows[n]), reverse=True)  # running out of memory shows early
+            for first in range(0, len(order), batch_size):
+                yield {n: rows[n] for n in order[first : first + batch_size]}
+                bar.update(len(order[first : first + batch_size]))
 
 
 def _length(row: dict[str, Any]) -> tuple[int, int]:

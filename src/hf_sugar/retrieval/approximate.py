@@ -1,38 +1,21 @@
-"""The FAISS indexes of approximate search: which settings they take, and their files."""
+"""The FAISS indexes of approximate search: which settings they take, and how they are built."""
 
 import re
 from math import lcm
-from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
 
-from .storage import REBUILD, describe, write_atomically
-
 
 def check_factory(factory: str, search_options: str | None, dim: int | None = None, count: int | None = None) -> None:
-    """
-    Whether FAISS takes these settings, as far as it can be known before anything is embedded.
-
-    Args:
-        factory (`str`), search_options (`str`, *optional*):
-            As in [`SugarIndex`].
-        dim (`int`, *optional*):
-            Dimension of the embeddings.
-        count (`int`, *optional*):
-            How many there will be.
-
-    Raises:
-        `ValueError`: if not.
-    """
-    of_dim, width = f" for embeddings of dimension {dim}", dim
-    if dim is None:  # any that the subquantizers divide
-        subquantizers = lcm(*(int(m) or 1 for m in re.findall(r"PQ(\d+)", factory)))
-        of_dim, width = "", subquantizers * -(-1024 // subquantizers)
+    """An error unless FAISS takes these settings of [`SugarIndex`], as far as that can be known before anything is
+    embedded: with `dim`, if it is known, for `count` embeddings."""
+    # of an unknown dimension, one that the subquantizers divide
+    width = dim or 64 * lcm(*(int(m) or 1 for m in re.findall(r"PQ(\d+)", factory)))
     try:
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
+        of_dim = "" if dim is None else f" for embeddings of dimension {dim}"
         raise ValueError(f"FAISS does not take `factory={factory!r}`{of_dim} ({_reason(error)}).") from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or factory.startswith("IDMap"):
         raise ValueError(
@@ -70,38 +53,6 @@ def build_faiss(embeddings: np.ndarray, factory: str) -> faiss.Index:
             f"({_reason(error)}). Take fewer clusters, other subquantizers, or 'Flat'."
         ) from error
     return index
-
-
-def write_faiss(file: Path, index: faiss.Index) -> None:
-    """Write an index to a file."""
-    write_atomically(file, lambda path: faiss.write_index(index, str(path)))
-
-
-def read_faiss(directory: Path, described: list[Any], items: int, dim: int, memory_map: bool) -> faiss.Index:
-    """
-    The index that a file holds.
-
-    Args:
-        directory (`Path`), described (`list`):
-            Where it is, and what [`~retrieval.storage.describe`] said of it when it was written.
-        items (`int`), dim (`int`):
-            What it has to hold.
-        memory_map (`bool`):
-            Whether to leave it on the disk; its checksum is not compared then.
-
-    Raises:
-        `ValueError`: if it is anything else; names the file.
-    """
-    file = directory / described[0]
-    try:
-        if (file.stat().st_size != described[1]) if memory_map else (describe(file) != described):
-            raise OSError("its content is not what was written")
-        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if memory_map else 0)
-        if (index.ntotal, index.d, index.metric_type) != (items, dim, faiss.METRIC_INNER_PRODUCT):
-            raise OSError("it holds other items, of another dimension or metric")
-        return index
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}). {REBUILD}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -3,11 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..inference import SugarEmbedder
 from ..models.fingerprint_sugar import same_fingerprint
@@ -20,14 +18,10 @@ class Hit:
     One found document, or one place in it.
 
     Args:
-        index (`int`):
-            Number of the document in the index, for `index.documents`.
-        score (`float`):
-            Cosine with the query.
-        metadata (`dict[str, Any]`):
-            What was stored with the document.
-        slice (`int`, *optional*):
-            The slice after which the document was found, from 0, in an index of every slice.
+        index (`int`): Number of the document in the index, for `index.documents`.
+        score (`float`): Cosine with the query.
+        metadata (`dict[str, Any]`): What was stored with the document.
+        slice (`int`, *optional*): The slice after which it was found, from 0, in an index of every slice.
     """
 
     index: int
@@ -49,7 +43,7 @@ class Index(ABC):
 
     @abstractmethod
     def delete(self, documents: Sequence[int]) -> None:
-        """Take documents out, by their numbers."""
+        """Take documents out, by their numbers; an `IndexError` if one is not there."""
 
     @abstractmethod
     def search(self, queries: Sequence[Any] | np.ndarray, k: int = 5) -> list[list[Hit]]:
@@ -65,17 +59,17 @@ class Index(ABC):
         return Documents(self)
 
 
+@dataclass(frozen=True)
 class Documents:
     """The rows of an index, `index.documents[hit.index]`."""
 
-    def __init__(self, index: Index):
-        self._index = index
+    index: Index
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self._index.document(number)
+        return self.index.document(number)
 
 
 def check_embedder(embed: Any, fingerprint: str | None, by: str) -> str:
@@ -106,17 +100,9 @@ def embedded_queries(
     if not isinstance(queries, np.ndarray):
         if not isinstance(queries, Sequence) or isinstance(queries, str):
             raise TypeError(f"`queries` is a single {type(queries).__name__}. Put it in a list.")
-        for n, query in enumerate(queries):
-            if not isinstance(query, str | Path | list | tuple | dict | Image.Image):
-                raise TypeError(
-                    f"`queries[{n}]` is a {type(query).__name__}; give a text, an image or a list of those, or all "
-                    "queries as one array of embeddings."
-                )
         if embed is None:
             raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`, or embed the queries.")
-        if len(queries) == 0:
-            return np.empty((0, dim), dtype=np.float32)
-        queries = embed(queries)
+        queries = embed(queries) if len(queries) > 0 else np.empty((0, dim), np.float32)
     queries = checked(queries, "queries")
     if queries.shape[1] != dim:
         raise ValueError(

@@ -14,9 +14,10 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from ..data.images import load_image, stored_image, undecoded
-from ..inference import TEXT_SUFFIXES, ItemError, SugarEmbedder, as_row, refuse
+from ..inference import TEXT_SUFFIXES, SugarEmbedder, as_row
 from ..models.rows_sugar import IMAGE_SUFFIXES, check_row, fill_images, row_name
 
 
@@ -27,17 +28,12 @@ PARTS = ("auto", "question", "document", "images", "texts")
 
 def find_files(patterns: Sequence[str | os.PathLike]) -> list[Path]:
     """
-    Image and text files to index.
+    Image and text files to index, in alphabetical order, each once.
 
     Args:
         patterns (`Sequence[str | os.PathLike]`):
-            Files, folders (searched with all folders in them) and patterns such as `"photos/*.jpg"`.
-
-    Returns:
-        `list[Path]`: in alphabetical order, each once.
-
-    Raises:
-        `FileNotFoundError`: if nothing fits one of the patterns.
+            Files, folders (searched with all folders in them) and patterns such as `"photos/*.jpg"`. A
+            `FileNotFoundError` if nothing fits one of them.
     """
     found = set()
     for pattern in patterns:
@@ -45,55 +41,38 @@ def find_files(patterns: Sequence[str | os.PathLike]) -> list[Path]:
         files = [file for path in matches for file in (path.rglob("*") if path.is_dir() else [path])]
         files = [file for file in files if file.suffix.lower() in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES) and file.is_file()]
         if not files:
-            raise FileNotFoundError(
-                f"{str(pattern)!r} names no image or text file ({', '.join((*IMAGE_SUFFIXES, *TEXT_SUFFIXES))})."
-            )
+            suffixes = ", ".join((*IMAGE_SUFFIXES, *TEXT_SUFFIXES))
+            raise FileNotFoundError(f"{str(pattern)!r} names no image or text file ({suffixes}).")
         found |= set(files)
     return sorted(found)
 
 
-def blocks(items: Iterable[Any], size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, list[Any]]]:
-    """Every `ranks`-th block of `size` items with its number, beginning with block `rank`. Of a sequence only the wanted
-    blocks are read, and images of a dataset are not decoded."""
-    if isinstance(items, datasets.Dataset | datasets.IterableDataset):
-        items = undecoded(items)
-    if isinstance(items, Sequence | datasets.Dataset):
-        for number in range(rank, -(-len(items) // size), ranks):
-            yield number, [items[i] for i in range(number * size, min((number + 1) * size, len(items)))]
-        return
-    iterator, number = iter(items), 0
-    while block := list(islice(iterator, size)):
-        if number % ranks == rank:
-            yield number, block
-        number += 1
-
-
 @dataclass
 class Document:
-    """One item on its way into an index: what messages call it, what of it is embedded (as [`~inference.as_row`] takes
-    it), whether that is slices cut out of it, and the columns that are stored."""
+    """One item on its way into an index: what messages call it, what of it is embedded, and the columns that are stored."""
 
     name: str
     embedded: Any
-    sliced: bool
     metadata: str
     row: str | None
     images: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, item: Any, name: str, by: str, metadata: dict[str, Any] | None) -> "Document":
+    def of(cls, item: Any, name: str, by: str, metadata: dict[str, Any] | None, decode: bool) -> "Document":
         row, embedded = as_row(item, name), item
         if isinstance(item, dict) or by in ("images", "texts"):
             check_row(row, len(row["images"]), name, loss=False)
-            embedded = _embedded(row, by, name)
-        return cls(
-            name,
-            embedded,
-            embedded is not item and isinstance(embedded, list),
-            json.dumps(_default_metadata(item) if metadata is None else metadata, ensure_ascii=False),
-            json.dumps({key: row[key] for key in ("messages", "loss_on", "id")}, ensure_ascii=False),
-            [_stored(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])],
-        )
+            embedded = _embedded(row, by, name, decode)
+        images = [stored_image(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])]
+        for n, image in enumerate(images):
+            if image["bytes"] is None and not os.path.isfile(image["path"]):
+                load_image(image, f"{name}, images[{n}]")  # says what is wrong
+        if metadata is None and isinstance(item, Path | str):
+            metadata = {"path" if isinstance(item, Path) else "text": str(item)}
+        elif metadata is None:
+            metadata = {} if row["id"] is None else {"id": row["id"]}
+        stored = {key: row[key] for key in ("messages", "loss_on", "id")}
+        return cls(name, embedded, *(json.dumps(entry, ensure_ascii=False) for entry in (metadata, stored)), images)
 
     def digest(self) -> bytes:
         """Of the content: the bytes of its files, not their names."""
@@ -105,20 +84,54 @@ class Document:
 
 
 def read_documents(
-    items: Sequence[Any], metadata: Sequence[dict[str, Any]] | None, start: int, by: str, on_bad_row: str
-) -> list[Document]:
-    """Documents of some items, of which the first has the number `start`. With `on_bad_row="skip"` what cannot be read is
-    left out, with a warning."""
-    documents = []
-    for n, item in enumerate(items):
-        name = row_name(item, start + n) if isinstance(item, dict) else f"item {start + n}"
-        try:
-            documents.append(Document.of(item, name, by, None if metadata is None else metadata[n]))
-        except ValueError as error:
-            if on_bad_row == "error":
-                raise
-            logger.warning("Left out: %s", error)
-    return documents
+    items: Iterable[Any],
+    metadata: Sequence[dict[str, Any]] | None,
+    embed: Callable[[Sequence[Any]], np.ndarray],
+    by: str,
+    shard_size: int,
+    on_bad_row: str,
+    progress: bool,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[tuple[int, list[Document]]]:
+    """Documents of every `ranks`-th block of `shard_size` items, with the number of the block, beginning with block `rank`.
+    Of a sequence only the wanted blocks are read. With `on_bad_row="skip"` what cannot be read is left out, with a
+    warning."""
+    if shard_size < 1 or on_bad_row not in ("error", "skip"):
+        raise ValueError(f"`shard_size={shard_size}`, `on_bad_row={on_bad_row!r}`: use 1 or more, error or skip.")
+    if metadata is not None:
+        items = items if hasattr(items, "__len__") else list(items)
+        if len(metadata) != len(items):
+            raise ValueError(f"{len(metadata)} `metadata` for {len(items)} items. Give one for each item.")
+    if isinstance(items, datasets.Dataset | datasets.IterableDataset):
+        items = undecoded(items)
+    decode = not isinstance(embed, SugarEmbedder)
+    total = len(items) if hasattr(items, "__len__") else None
+    with tqdm(total=total, desc="Indexing", unit="document", disable=not progress or rank > 0) as bar:
+        for number, block in _blocks(items, shard_size, rank, ranks):
+            documents = []
+            for n, item in enumerate(block, number * shard_size):
+                name = row_name(item, n) if isinstance(item, dict) else f"item {n}"
+                try:
+                    documents.append(Document.of(item, name, by, None if metadata is None else metadata[n], decode))
+                except ValueError as error:
+                    if on_bad_row == "error":
+                        raise
+                    logger.warning("Left out: %s", error)
+            yield number, documents
+            bar.update(len(block) * ranks)
+
+
+def _blocks(items: Iterable[Any], size: int, rank: int, ranks: int) -> Iterator[tuple[int, list[Any]]]:
+    if isinstance(items, Sequence | datasets.Dataset):
+        for number in range(rank, -(-len(items) // size), ranks):
+            yield number, [items[i] for i in range(number * size, min((number + 1) * size, len(items)))]
+        return
+    iterator, number = iter(items), 0
+    while block := list(islice(iterator, size)):
+        if number % ranks == rank:
+            yield number, block
+        number += 1
 
 
 def embed_documents(
@@ -134,21 +147,18 @@ def embed_documents(
     """
     if every_slice and not isinstance(embed, SugarEmbedder):
         raise ValueError("`every_slice` needs a `SugarEmbedder` for `embed`: another function gives one embedding.")
-    errors: dict[int, ItemError] = {}
-    try:
-        if isinstance(embed, SugarEmbedder):
-            items = [document.embedded for document in documents]
-            found = embed.every_slice(items, errors) if on_bad_row == "skip" else embed.every_slice(items)
-            embeddings = [e if every_slice else e[-1:] for e in found if e is not None]
-        else:
-            items = _decoded(documents, errors if on_bad_row == "skip" else None)
-            embeddings = list(np.asarray(embed(items), dtype=np.float32)[:, None]) if items else []
-            if len(embeddings) != len(items):
-                raise ValueError(f"`embed` gave {len(embeddings)} embeddings for {len(items)} items.")
-    except ItemError as error:
-        raise ValueError(_named(error, documents)) from error
+    errors: dict[int, ValueError] = {}
+    items = [document.embedded for document in documents]
+    if isinstance(embed, SugarEmbedder):
+        names = [document.name for document in documents]
+        found = embed.every_slice(items, errors if on_bad_row == "skip" else None, names)
+        embeddings = [e if every_slice else e[-1:] for e in found if e is not None]
+    else:
+        embeddings = list(np.asarray(embed(items), dtype=np.float32)[:, None])
+        if len(embeddings) != len(items):
+            raise ValueError(f"`embed` gave {len(embeddings)} embeddings for {len(items)} items.")
     for error in errors.values():
-        logger.warning("Left out: %s", _named(error, documents))
+        logger.warning("Left out: %s", error)
     if embeddings:
         width = checked(np.concatenate(embeddings), "embeddings").shape[1]
         if dim is not None and width != dim:
@@ -156,29 +166,32 @@ def embed_documents(
     return [document for n, document in enumerate(documents) if n not in errors], embeddings
 
 
+def item_features(dim: int) -> datasets.Features:
+    """Columns of an index: a row for each embedding. The first of a document holds the document."""
+    vector, text = datasets.List(datasets.Value("float32"), length=dim), datasets.Value("string")
+    images = datasets.List(datasets.Image(decode=False))
+    number = datasets.Value("int32")
+    return datasets.Features(embeddings=vector, slice=number, metadata=text, row=text, images=images)
+
+
 def to_table(documents: Sequence[Document], embeddings: Sequence[np.ndarray]) -> pa.Table:
-    """Documents and their embeddings, of shape `(slices, dim)` each, as a table of `datasets`."""
-    vector = datasets.List(datasets.Value("float32"), length=embeddings[0].shape[1])
-    text, images = datasets.Value("string"), datasets.List(datasets.Image(decode=False))
-    columns = {"embeddings": datasets.List(vector), "metadata": text, "row": text, "images": images}
-    schema = datasets.Features(columns).arrow_schema
-    tables, start, size = [], 0, 0
-    for n, document in enumerate(documents):
-        size += sum(len(image["bytes"] or b"") for image in document.images)
-        if size > 1 << 30 or n == len(documents) - 1:  # an array of `datasets` holds at most 2 GB
-            some = documents[start : n + 1]
-            values = np.concatenate(embeddings[start : n + 1])
-            vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-            offsets = np.cumsum([0, *map(len, embeddings[start : n + 1])], dtype=np.int32)
-            columns = [
-                pa.ListArray.from_arrays(pa.array(offsets), vectors),
-                [document.metadata for document in some],
-                [document.row for document in some],
-                pa.array([document.images for document in some], schema.field("images").type),
-            ]
-            tables.append(pa.table(columns, schema=schema))
-            start, size = n + 1, 0
-    return pa.concat_tables(tables)
+    """Documents and their embeddings, of shape `(slices, dim)` each, as a table of [`item_features`]."""
+    if len(documents) > 1 and sum(len(i["bytes"] or b"") for d in documents for i in d.images) > 1 << 30:
+        half = len(documents) // 2  # an array of `datasets` holds at most 2 GB
+        return pa.concat_tables(
+            [to_table(documents[:half], embeddings[:half]), to_table(documents[half:], embeddings[half:])]
+        )
+    values = np.concatenate(embeddings)
+    schema = item_features(values.shape[1]).arrow_schema
+    first = [d for document, vectors in zip(documents, embeddings) for d in (document, *[None] * (len(vectors) - 1))]
+    columns = [
+        pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1]),
+        np.concatenate([np.arange(len(vectors), dtype=np.int32) for vectors in embeddings]),
+        [document.metadata for document, vectors in zip(documents, embeddings) for _ in vectors],
+        [document and document.row for document in first],
+        pa.array([document and document.images for document in first], schema.field("images").type),
+    ]
+    return pa.table(columns, schema=schema)
 
 
 def stored_row(row: str | None, images: list[dict[str, Any]]) -> dict[str, Any]:
@@ -203,9 +216,9 @@ def checked(embeddings: np.ndarray, name: str) -> np.ndarray:
     return embeddings
 
 
-def _embedded(row: dict[str, Any], by: str, where: str) -> Any:
-    """What of a row is embedded: parts in reading order, their images as they are stored; the row itself for a whole
-    conversation, whose roles count."""
+def _embedded(row: dict[str, Any], by: str, where: str, decode: bool) -> Any:
+    """What of a row is embedded: parts in reading order, their images as they are stored, or decoded for a function of the
+    user's; the row itself for a whole conversation, whose roles count."""
     messages = fill_images(row["messages"], row["images"])
     roles = {message["role"] for message in messages}
     if by == "auto":
@@ -217,37 +230,6 @@ def _embedded(row: dict[str, Any], by: str, where: str) -> Any:
     parts = [part for m in messages if m["role"] in asked for part in m["content"] if part["type"] in kinds]
     if not parts:
         raise ValueError(f"{where} has nothing to index by {by!r}. Index it by another part, or leave it out.")
-    return [part["text"] if part["type"] == "text" else part for part in parts]
-
-
-def _decoded(documents: list[Document], errors: dict[int, ItemError] | None) -> list[Any]:
-    """What a function of the user's takes: items as they were given; of rows their slices, with images decoded."""
-    items = []
-    for n, document in enumerate(documents):
-        try:
-            item = document.embedded
-            if document.sliced:
-                item = [s if isinstance(s, str) else load_image(s["image"], f"item {n}") for s in item]
-            items.append(item)
-        except ValueError as error:
-            refuse(ItemError(str(error), n), errors)
-    return items
-
-
-def _named(error: ItemError, documents: list[Document]) -> str:
-    return str(error).replace(f"item {error.item}", documents[error.item].name, 1)
-
-
-def _default_metadata(item: Any) -> dict[str, Any]:
-    if isinstance(item, dict):
-        return {} if item.get("id") is None else {"id": item["id"]}
-    if isinstance(item, Path):
-        return {"path": str(item)}
-    return {"text": item} if isinstance(item, str) else {}
-
-
-def _stored(image: Any, where: str) -> dict[str, Any]:
-    stored = stored_image(image, where)
-    if stored["bytes"] is None and not os.path.isfile(stored["path"]):
-        load_image(image, where)  # says what is wrong
-    return stored
+    if decode:
+        parts = [load_image(part["image"], where) if part["type"] == "image" else part for part in parts]
+    return [part["text"] if isinstance(part, dict) and part["type"] == "text" else part for part in parts]

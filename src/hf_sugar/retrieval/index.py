@@ -4,8 +4,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,18 @@ import faiss
 import numpy as np
 import pyarrow as pa
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from ..distributed import distributed_state
 from ..inference import SugarEmbedder
-from .approximate import build_faiss, check_factory, read_faiss, write_faiss
+from .approximate import build_faiss, check_factory
 from .base import Hit, Index, check_embedder, check_fingerprint, embedded_queries
-from .documents import Document, blocks, checked, embed_documents, read_documents, stored_row, to_table
-from .storage import REBUILD, Shard, Writer, describe, read_json, write_json
+from .documents import Document, checked, embed_documents, read_documents, stored_row, to_table
+from .storage import REBUILD, Shard, describe, read_faiss, read_json, write_atomically, write_json, writing
 
 
 logger = logging.getLogger(__name__)
+
+SETTINGS = ("by", "every_slice", "factory", "search_options")
 
 
 class SugarIndex(Index):
@@ -38,16 +42,15 @@ class SugarIndex(Index):
     of a process may share an index.
 
     Args:
-        embeddings (`np.ndarray` of shape `(items, dim)`):
-            L2-normalised embeddings.
+        embeddings (`np.ndarray` of shape `(items, dim)`): L2-normalised embeddings.
         metadata (`Sequence[dict[str, Any]]`, *optional*):
             One JSON-serialisable `dict` for each item, such as its path. Empty ones by default.
         fingerprint (`str`, *optional*):
-            Identifies the model the embeddings come from. Taken from `embed` where that is a [`SugarEmbedder`]. An
-            index loads only with the fingerprint it was saved with, for embeddings of two models cannot be compared.
+            Identifies the model the embeddings come from; taken from `embed` where that is a [`SugarEmbedder`]. An index
+            loads only with the fingerprint it was saved with, for embeddings of two models cannot be compared.
         embed (`Callable`, *optional*):
-            Turns a list of items into L2-normalised float32 embeddings, see [`SugarEmbedder`]. Not needed to search
-            with queries that are embedded already.
+            [`SugarEmbedder`], or a function from a list of items to L2-normalised float32 embeddings. Not needed to
+            search with queries that are embedded already.
         factory (`str`, *optional*, defaults to `"Flat"`):
             A FAISS factory string: `"Flat"` is exact, `"HNSW32"` and `"IVF1024,PQ32"` are approximate.
         search_options (`str`, *optional*):
@@ -84,8 +87,7 @@ class SugarIndex(Index):
         check_factory(factory, search_options, embeddings.shape[1], len(embeddings))
         self._set(embed, fingerprint, "auto", False, factory, search_options)
         entries = [json.dumps(entry, ensure_ascii=False) for entry in metadata or [{}] * len(embeddings)]
-        documents = [Document("", None, False, entry, None, []) for entry in entries]
-        self._arrange([Shard(to_table(documents, embeddings[:, None]))])
+        self._arrange([Shard(to_table([Document("", None, e, None, []) for e in entries], embeddings[:, None]))])
 
     def _set(self, embed, fingerprint, by, every_slice, factory, search_options):
         self.fingerprint = check_embedder(embed, fingerprint, by)
@@ -93,28 +95,27 @@ class SugarIndex(Index):
         self.factory, self.search_options = factory, search_options
         self.directory: Path | None = None
         self._stored: str | None = None  # `index.json` of the directory, as it was read or written
-        self._writer: Writer | None = None  # held from an `add` to the `save`
         self._memory_map = False
         self._lock = threading.RLock()
         self._arrange([])
 
     def _arrange(self, shards: list[Shard], index: faiss.Index | None = None) -> None:
-        """Take other shards; all that is made of them is made when it is needed."""
+        """Take other shards."""
         self._shards, self._faiss, self._faiss_file = shards, index, None
         self._table = pa.concat_tables([shard.table for shard in shards]) if shards else None
-        self._origins = self._flat = None
+        slices = np.concatenate([np.empty(0, np.int32), *(shard.slices for shard in shards)])
+        self._starts = np.flatnonzero(slices == 0)
+        self.origins = np.cumsum(slices == 0) - 1, slices
+        self.__dict__.pop("_matrices", None)
 
-    @property
+    @cached_property
     def _matrices(self) -> list[np.ndarray]:
         """One matrix, so that a search is one call of FAISS; mapped files stay where they are."""
-        if self._flat is None:
-            self._flat = [vectors for shard in self._shards for vectors in shard.vectors]
-            if not self._memory_map and len(self._flat) > 1:
-                self._flat = [np.concatenate(self._flat)]
-        return self._flat
+        matrices = [vectors for shard in self._shards for vectors in shard.vectors]
+        return matrices if self._memory_map or len(matrices) == 1 else [np.concatenate(matrices)]
 
     def __len__(self) -> int:
-        return 0 if self._table is None else self._table.num_rows
+        return len(self._starts)
 
     @property
     def dim(self) -> int:
@@ -127,22 +128,13 @@ class SugarIndex(Index):
         return np.concatenate(self._matrices)
 
     @property
-    def origins(self) -> tuple[np.ndarray, np.ndarray]:
-        """`tuple[np.ndarray, np.ndarray]`: document and slice of each of the `embeddings`."""
-        if self._origins is None:
-            counts = np.concatenate([shard.counts for shard in self._shards])
-            documents = np.repeat(np.arange(len(counts)), counts)
-            self._origins = documents, np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self._origins
-
-    @property
     def metadata(self) -> list[dict[str, Any]]:
         """`list[dict]`: that of all documents."""
-        return [json.loads(entry) for entry in self._table["metadata"].to_pylist()]
+        return [json.loads(entry) for entry in self._table["metadata"].take(self._starts).to_pylist()]
 
     @property
     def dataset(self) -> datasets.Dataset:
-        """`datasets.Dataset`: a row for each document: `embeddings` (vectors), `metadata` and `row` (JSON), `images`."""
+        """`datasets.Dataset`: the items, with their documents (`metadata` and `row` are JSON) where these begin."""
         return datasets.Dataset(self._table, fingerprint=os.urandom(8).hex())
 
     @classmethod
@@ -158,9 +150,7 @@ class SugarIndex(Index):
         factory: str = "Flat",
         search_options: str | None = None,
         directory: str | os.PathLike | None = None,
-        shard_size: int = 1024,
-        on_bad_row: str = "error",
-        progress: bool = False,
+        **kwargs: Any,
     ) -> "SugarIndex":
         """
         Embed documents and index them.
@@ -171,47 +161,26 @@ class SugarIndex(Index):
         a fingerprint says that the model is the same.
 
         Args:
-            items (`Iterable`):
-                Rows of [`hf_sugar.data.load_data`] or any dataset of that format, or whatever else
-                [`~inference.as_row`] takes. A `str` is always a text.
-            embed (`Callable`):
-                [`SugarEmbedder`], or a function from a list of items to L2-normalised float32 embeddings. The index
-                keeps it for queries.
-            metadata (`Sequence[dict[str, Any]]`, *optional*):
-                One JSON-serialisable `dict` for each item. By default a row's `id`, a file's `path`, a text's `text`.
+            items, metadata, kwargs: As in [`~SugarIndex.add`].
+            embed, fingerprint, factory, search_options: As in the constructor.
             by (`str`, *optional*, defaults to `"auto"`):
                 What of a row is embedded: `"question"` (all that the user says and shows, without the answers),
                 `"document"` (everything), `"images"` or `"texts"`. `"auto"` is the question where there are answers.
             every_slice (`bool`, *optional*, defaults to `False`):
                 Whether to index a document at the end of every slice, from one forward pass. A hit then says which.
-            fingerprint, factory, search_options:
-                As in the constructor.
-            directory (`str` or `os.PathLike`, *optional*):
-                Where to write the index.
-            shard_size (`int`, *optional*, defaults to `1024`):
-                Documents embedded and written at a time.
-            on_bad_row (`str`, *optional*, defaults to `"error"`):
-                `"error"` stops at the first item that cannot be embedded, `"skip"` leaves it out with a warning.
-            progress (`bool`, *optional*, defaults to `False`):
-                Whether to show a bar.
+            directory (`str` or `os.PathLike`, *optional*): Where to write the index.
 
         Raises:
-            `TypeError`: for an item of another type.
-            `ValueError`: if there are no items, one is malformed, a setting is impossible (before anything is
-                embedded), or another process writes to the directory.
-            `OSError`: if the disk is full or read-only; an index that stood in the directory is intact.
+            As [`~SugarIndex.add`]; impossible settings are refused before anything is embedded.
         """
         index = cls.__new__(cls)
         index._set(embed, fingerprint, by, every_slice, factory, search_options)
         count = len(items) if hasattr(items, "__len__") and not every_slice else None
         check_factory(factory, search_options, embed.dim if isinstance(embed, SugarEmbedder) else None, count)
         index.directory = None if directory is None else Path(directory)
-        try:
-            index.add(items, metadata, shard_size=shard_size, on_bad_row=on_bad_row, progress=progress)
-            if directory is not None:
-                index.save(directory)
-        finally:
-            index._release()
+        index.add(items, metadata, **kwargs)
+        if directory is not None:
+            index.save(directory)
         return index
 
     def add(
@@ -228,62 +197,60 @@ class SugarIndex(Index):
         second call after an interruption, but changes only by [`~SugarIndex.save`]; until then no other process may
         write there. If the call fails, the index is as it was.
 
-        Takes and raises what [`~SugarIndex.build`] does.
+        Args:
+            items (`Iterable`):
+                Rows of [`hf_sugar.data.load_data`] or any dataset of that format, or whatever else
+                [`~inference.as_row`] takes. A `str` is always a text.
+            metadata (`Sequence[dict[str, Any]]`, *optional*):
+                One JSON-serialisable `dict` for each item. By default a row's `id`, a file's `path`, a text's `text`.
+            shard_size (`int`, *optional*, defaults to `1024`): Documents embedded and written at a time.
+            on_bad_row (`str`, *optional*, defaults to `"error"`):
+                `"error"` stops at the first item that cannot be embedded, `"skip"` leaves it out with a warning.
+            progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
+
+        Raises:
+            `TypeError`: for an item of another type.
+            `ValueError`: if there are no items, one is malformed, a setting is impossible, or another process writes to
+                the directory.
+            `OSError`: if the disk is full or read-only; an index that stood in the directory is intact.
         """
         if self.embed is None:
             raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`.")
-        if shard_size < 1 or on_bad_row not in ("error", "skip"):
-            raise ValueError(f"`shard_size={shard_size}`, `on_bad_row={on_bad_row!r}`: use 1 or more, error or skip.")
-        if metadata is not None:
-            items = items if hasattr(items, "__len__") else list(items)
-            if len(metadata) != len(items):
-                raise ValueError(f"{len(metadata)} `metadata` for {len(items)} items. Give one for each item.")
-        state = None if self.directory is None else distributed_state()
-        rank, ranks = (0, 1) if state is None else (state.process_index, state.num_processes)
-        had_writer = self._writer is not None
+        rank, ranks, before = 0, 1, set()
         if self.directory is not None:
-            self._acquire(self.directory)
-        total = len(items) if hasattr(items, "__len__") else None
+            rank, ranks = distributed_state().process_index, distributed_state().num_processes
+            before = set(self.directory.glob("shard-*.arrow"))
         dim = self.dim if len(self) > 0 else None
         found: list[tuple[int, Shard]] = []
-        written: list[Path] = []
         try:
-            with tqdm(total=total, desc="Indexing", unit="document", disable=not progress or rank > 0) as bar:
-                for number, block in blocks(items, shard_size, rank, ranks):
-                    start = number * shard_size
-                    entries = None if metadata is None else metadata[start : start + len(block)]
-                    documents = read_documents(block, entries, start, self.by, on_bad_row)
-                    shard = self._embedded(documents, on_bad_row, dim, written)
-                    if shard is not None:
+            with self._writing(self.directory):
+                settings = (self.embed, self.by, shard_size, on_bad_row, progress, rank, ranks)
+                for number, documents in read_documents(items, metadata, *settings):
+                    if documents and (shard := self._shard(documents, on_bad_row, dim)) is not None:
                         found.append((number, shard))
                         dim = shard.dim
-                    bar.update(len(block) * ranks)
-            shards = [shard for _, shard in found]
-            if ranks > 1:
-                files = sorted(gather_object([(number, shard.file.name) for number, shard in found]))
-                shards = [Shard.read(self.directory / name) for _, name in files]
-            if not shards:
-                raise ValueError("`items` is empty, or none can be embedded. An index needs at least one item.")
-            with self._lock:
-                before = None if self._memory_map else self._faiss
-                if before is not None:
-                    try:
-                        before.add(np.concatenate([vectors for shard in shards for vectors in shard.vectors]))
-                    except RuntimeError:  # some kinds (NSG) cannot be added to: built anew by the next search
-                        before = None
-                self._arrange([*self._shards, *shards], before)
-        except BaseException as error:
+        except Exception:
             # What an unknown function gave before it failed may be wrong as well; weights have a fingerprint.
-            if isinstance(error, Exception) and not isinstance(self.embed, SugarEmbedder):
-                for file in written:
-                    file.unlink(missing_ok=True)
-            if not had_writer:
-                self._release()
+            if not isinstance(self.embed, SugarEmbedder):
+                for file in {shard.file for _, shard in found if shard.file} - before:
+                    file.unlink()
             raise
+        shards = [shard for _, shard in found]
+        if ranks > 1:
+            files = sorted(gather_object([(number, shard.file.name) for number, shard in found]))
+            shards = [Shard.read(self.directory / name) for _, name in files]
+        if not shards:
+            raise ValueError("`items` is empty, or none can be embedded. An index needs at least one item.")
+        with self._lock:
+            index = None if self._memory_map else self._faiss
+            if index is not None:
+                try:
+                    index.add(np.concatenate([vectors for shard in shards for vectors in shard.vectors]))
+                except RuntimeError:  # some kinds (NSG) cannot be added to: built anew by the next search
+                    index = None
+            self._arrange([*self._shards, *shards], index)
 
-    def _embedded(
-        self, documents: list[Document], on_bad_row: str, dim: int | None, written: list[Path]
-    ) -> Shard | None:
+    def _shard(self, documents: list[Document], on_bad_row: str, dim: int | None) -> Shard | None:
         """A shard of documents: from the disk, if it is there."""
         key = os.urandom(16).hex()
         if self.directory is not None and self.fingerprint:
@@ -294,12 +261,11 @@ class SugarIndex(Index):
             for file in self.directory.glob(f"shard-{key}-*.arrow"):
                 try:
                     shard = Shard.read(file)
-                    if dim in (None, shard.dim) and (on_bad_row == "skip" or shard.table.num_rows == len(documents)):
+                    if on_bad_row == "skip" or (shard.slices == 0).sum() == len(documents):
                         return shard
                 except ValueError as error:
                     logger.warning("%s Its documents are embedded anew.", str(error).removesuffix(REBUILD))
-        if documents:
-            documents, embeddings = embed_documents(documents, self.embed, self.every_slice, on_bad_row, dim)
+        documents, embeddings = embed_documents(documents, self.embed, self.every_slice, on_bad_row, dim)
         if not documents:
             return None
         shard = Shard(to_table(documents, embeddings))
@@ -307,26 +273,31 @@ class SugarIndex(Index):
             check_factory(self.factory, self.search_options, shard.dim)
         if self.directory is not None:
             shard.write(self.directory, key)
-            written.append(shard.file)
         return shard
 
     def delete(self, documents: Sequence[int]) -> None:
         """Take documents out, by their numbers; those behind them move up. An `IndexError` if one is not there."""
         with self._lock:
-            for document in documents:
-                if not 0 <= document < len(self):
-                    raise IndexError(f"There is no document {document}; the index has {len(self)}.")
-            kept = np.ones(len(self), dtype=bool)
-            kept[list(documents)] = False
-            shards, start = [], 0
+            for number in documents:
+                self._check(number)
+            kept, start, shards = ~np.isin(self.origins[0], list(documents)), 0, []
             for shard in self._shards:
-                mask = kept[start : start + shard.table.num_rows]
+                mask = kept[start : start + len(shard.slices)]
                 start += len(mask)
-                if mask.all():
-                    shards.append(shard)
-                elif mask.any():
-                    shards.append(Shard(shard.table.filter(pa.array(mask))))
+                if mask.any():
+                    shards.append(shard if mask.all() else Shard(shard.table.filter(pa.array(mask))))
             self._arrange(shards)
+
+    def document(self, number: int) -> dict[str, Any]:
+        """An indexed row in the conversational vision format: `messages`, `images` (bytes or paths) and `id`."""
+        with self._lock:
+            self._check(number)
+            [stored] = self._table.select(["row", "images"]).slice(self._starts[number], 1).to_pylist()
+        return stored_row(**stored)
+
+    def _check(self, number: int) -> None:
+        if not 0 <= number < len(self):
+            raise IndexError(f"There is no document {number}; the index has {len(self)}.")
 
     def search(self, queries: Sequence[Any] | np.ndarray, k: int = 5) -> list[list[Hit]]:
         """
@@ -348,30 +319,17 @@ class SugarIndex(Index):
             raise ValueError("The index is empty. Add documents before you search.")
         queries = embedded_queries(queries, k, self.embed, self.dim)
         with self._lock:
-            documents, slices = self.origins
-            scores, positions = self._nearest(queries, min(k, len(documents)))
+            scores, positions = self._nearest(queries, min(k, len(self.origins[0])))
+            numbers, slices = (column[positions].tolist() for column in self.origins)
             metadata = self._table["metadata"]
-            return [
-                [
-                    Hit(
-                        document := int(documents[position]),
-                        score,
-                        json.loads(metadata[document].as_py()),
-                        int(slices[position]) if self.every_slice else None,
-                    )
-                    for position, score in zip(*row, strict=True)
-                    if position >= 0
-                ]
-                for row in zip(positions.tolist(), scores.tolist(), strict=True)
-            ]
 
-    def document(self, number: int) -> dict[str, Any]:
-        """An indexed row in the conversational vision format: `messages`, `images` (bytes or paths) and `id`."""
-        with self._lock:
-            if not 0 <= number < len(self):
-                raise IndexError(f"There is no document {number}; the index has {len(self)}.")
-            [stored] = self._table.select(["row", "images"]).slice(number, 1).to_pylist()
-        return stored_row(stored["row"], stored["images"])
+            def hit(position: int, score: float, number: int, n: int) -> Hit:
+                return Hit(number, score, json.loads(metadata[position].as_py()), n if self.every_slice else None)
+
+            return [
+                [hit(*found) for found in zip(*row, strict=True) if found[0] >= 0]
+                for row in zip(positions.tolist(), scores.tolist(), numbers, slices, strict=True)
+            ]
 
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self.factory != "Flat":
@@ -408,54 +366,45 @@ class SugarIndex(Index):
             raise ValueError("The index is empty. Add documents before you save it.")
         directory = Path(directory)
         if distributed_state().is_main_process:
-            with self._lock:
-                self._acquire(directory)
-                try:
-                    self._save(directory)
-                finally:
-                    self._release()
+            with self._lock, self._writing(directory):
+                self._save(directory)
         distributed_state().wait_for_everyone()
         self.directory = directory
 
     def _save(self, directory: Path) -> None:
+        def is_there(file: Path | None) -> bool:
+            return file is not None and file.exists() and file.parent.samefile(directory)
+
         for shard in self._shards:
-            if shard.file is None or shard.file.parent.resolve() != directory.resolve():
+            if not is_there(shard.file):
                 shard.write(directory, os.urandom(16).hex())
-        if self.factory != "Flat":
-            if self._faiss_file is None or self._faiss_file.parent.resolve() != directory.resolve():
-                self._faiss_file = directory / f"faiss-{os.urandom(16).hex()}.index"
-                write_faiss(self._faiss_file, self._approximate())
-        settings = ("fingerprint", "dim", "by", "every_slice", "factory", "search_options")
-        content = {
-            **{name: getattr(self, name) for name in settings},
-            "faiss": None if self._faiss_file is None else describe(self._faiss_file),
-            "shards": [[shard.file.name, shard.file.stat().st_size] for shard in self._shards],
-        }
+        if self.factory != "Flat" and not is_there(self._faiss_file):
+            index, file = self._approximate(), directory / f"faiss-{os.urandom(16).hex()}.index"
+            self._faiss_file = write_atomically(file, lambda path: faiss.write_index(index, str(path)))
+        content = {name: getattr(self, name) for name in ("fingerprint", "dim", *SETTINGS)}
+        content["faiss"] = None if self._faiss_file is None else describe(self._faiss_file)
+        content["shards"] = [[shard.file.name, shard.file.stat().st_size] for shard in self._shards]
         self._stored = write_json(directory / "index.json", content)
         named = {name for name, *_ in [*content["shards"], content["faiss"] or [None]]}
-        for pattern in ("shard-*.arrow", "faiss-*.index", ".*.tmp"):
-            for left_over in directory.glob(pattern):
-                if left_over.name not in named:
-                    left_over.unlink()
+        for file in directory.iterdir():
+            if re.fullmatch(r"shard-.*\.arrow|faiss-.*\.index|\..*\.tmp", file.name) and file.name not in named:
+                file.unlink()
 
-    def _acquire(self, directory: Path) -> None:
-        """Become the one writer of a directory, if the index there is still the one that was read."""
-        if not distributed_state().is_main_process or (self._writer is not None and directory == self.directory):
+    @contextmanager
+    def _writing(self, directory: Path | None) -> Iterator[None]:
+        """Be the one who writes to a directory, in which the index is still the one that was read."""
+        if directory is None or not distributed_state().is_main_process:
+            yield
             return
-        self._release()
-        self._writer = Writer(directory)
-        file = directory / "index.json"
-        if self._stored is not None and directory == self.directory:
-            if not file.exists() or file.read_text(encoding="utf-8") != self._stored:
-                self._release()
-                raise ValueError(
-                    f"{directory} was written by another process since it was loaded. Load it again and repeat the change."
-                )
-
-    def _release(self) -> None:
-        if self._writer is not None:
-            self._writer.release()
-            self._writer = None
+        with writing(directory):
+            file = directory / "index.json"
+            if self._stored is not None and directory == self.directory:
+                if not file.exists() or file.read_text(encoding="utf-8") != self._stored:
+                    raise ValueError(
+                        f"{directory} was written by another process since it was loaded. Load it again and repeat the "
+                        "change."
+                    )
+            yield
 
     @classmethod
     def load(
@@ -469,10 +418,8 @@ class SugarIndex(Index):
         Load a saved index.
 
         Args:
-            directory (`str` or `os.PathLike`):
-                Directory [`~SugarIndex.save`] wrote to.
-            fingerprint (`str`, *optional*), embed (`Callable`, *optional*):
-                As in the constructor, of the model that will embed the queries.
+            directory (`str` or `os.PathLike`): Directory [`~SugarIndex.save`] wrote to.
+            fingerprint, embed: As in the constructor, of the model that will embed the queries.
             memory_map (`bool`, *optional*, defaults to `False`):
                 Whether to leave the embeddings on the disk, where they are not compared with their checksums. Rows and
                 metadata stay there in any case.
@@ -484,7 +431,7 @@ class SugarIndex(Index):
         directory, file = Path(directory), Path(directory, "index.json")
         text, content = read_json(file)
         index = cls.__new__(cls)
-        index._set(embed, fingerprint, *(content[name] for name in ("by", "every_slice", "factory", "search_options")))
+        index._set(embed, fingerprint, *(content[name] for name in SETTINGS))
         check_fingerprint(file, content["fingerprint"], index.fingerprint)
         index.directory, index._memory_map, index._stored = directory, memory_map, text
         shards = []
@@ -495,5 +442,7 @@ class SugarIndex(Index):
         index._arrange(shards)
         if content["faiss"] is not None:
             index._faiss_file = directory / content["faiss"][0]
-            index._faiss = read_faiss(directory, content["faiss"], len(index.origins[0]), content["dim"], memory_map)
+            index._faiss = read_faiss(
+                index._faiss_file, content["faiss"], len(index.origins[0]), index.dim, memory_map
+            )
         return index

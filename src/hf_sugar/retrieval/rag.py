@@ -14,13 +14,8 @@ from .base import Hit, Index
 
 
 def split_answer(row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """
-    Part a conversation from its last answer.
-
-    Returns:
-        `tuple[dict, str | None]`: the row with the messages before the last assistant turn and their images only, and
-        the text of that turn. Where there is no assistant turn: the row itself and `None`.
-    """
+    """The conversation before its last assistant turn, with the images of that part, and the text of that turn; the row
+    itself and `None` where there is none."""
     messages = row["messages"]
     turns = [m for m, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
@@ -42,16 +37,13 @@ def rag_messages(
     messages: Sequence[dict[str, Any]], images: Sequence[Any], examples: Sequence[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """
-    Put answered examples before a question, as earlier turns of the same conversation.
+    Messages and images of a conversation with answered examples before it, as earlier turns.
 
     Args:
         messages (`Sequence[dict]`), images (`Sequence`):
             The user's own conversation. System messages at its beginning stay in front of everything.
         examples (`Sequence[dict]`):
             Found rows with question and answer, in the order they are to be read. Their system messages are left out.
-
-    Returns:
-        `tuple[list[dict], list]`: messages and images of the whole conversation.
     """
     # a text as content has its images in front, which is only known within its own row
     asked = fill_images(messages, images, "question")
@@ -61,9 +53,7 @@ def rag_messages(
         for message in fill_images(example["messages"], example["images"], "example")
         if message["role"] != "system"
     ]
-    start = 0
-    while start < len(asked) and asked[start]["role"] == "system":
-        start += 1
+    start = next((m for m, message in enumerate(asked) if message["role"] != "system"), len(asked))
     return [*asked[:start], *turns, *asked[start:]], [*(i for e in examples for i in e["images"]), *images]
 
 
@@ -77,8 +67,7 @@ def find_examples(index: Index, questions: Sequence[dict[str, Any]], k: int) -> 
         questions (`Sequence[dict]`):
             Rows in the conversational vision format. A row with an `id` is never its own example: documents that ask the
             same about the same pictures are left out, whatever their id.
-        k (`int`):
-            Examples for each question.
+        k (`int`): Examples for each question.
     """
     queries = [question_slices(question) for question in questions]
     result = []
@@ -87,14 +76,13 @@ def find_examples(index: Index, questions: Sequence[dict[str, Any]], k: int) -> 
         while True:
             documents: dict[int, Hit] = {}  # an index of every slice may find one at several places
             for hit in hits:
-                if len(documents) < k and hit.index not in documents:
-                    if question.get("id") is None or not _asks(index.documents[hit.index], query):
-                        documents[hit.index] = hit
-            if len(documents) == k or len(hits) < wanted:
+                if question.get("id") is None or not _asks(index.documents[hit.index], query):
+                    documents.setdefault(hit.index, hit)
+            if len(documents) >= k or len(hits) < wanted:
                 break
             wanted *= 4
             [hits] = index.search([query], wanted)
-        result.append(list(documents.values()))
+        result.append(list(documents.values())[:k])
     return result
 
 
@@ -110,17 +98,8 @@ def _asks(row: dict[str, Any], query: list[str | Image.Image]) -> bool:
 def rag_generator(
     generate: Callable[[Sequence[dict[str, Any]]], list[str]], index: Index, k: int = 1
 ) -> Callable[[Sequence[dict[str, Any]]], list[str]]:
-    """
-    Generating function that looks up examples first, in the place of `generate` in [`hf_sugar.evaluation.exact_match`].
-
-    Args:
-        generate (`Callable`):
-            Generating function, such as a [`SugarGenerator`].
-        index ([`~retrieval.base.Index`]):
-            Index of answered questions, built by `"question"` with its embedding function.
-        k (`int`, *optional*, defaults to `1`):
-            Examples for each question. The most similar one stands last, next to the question.
-    """
+    """A generating function such as a [`SugarGenerator`] that first looks up `k` examples as [`find_examples`] does, the
+    most similar one next to the question; to take the place of `generate` in [`hf_sugar.evaluation.exact_match`]."""
 
     def generate_with_examples(conversations: Sequence[dict[str, Any]]) -> list[str]:
         prompts = []
@@ -139,14 +118,10 @@ class RAGPrompt:
     A question with the examples before it.
 
     Args:
-        messages (`list[dict]`), images (`list`):
-            The conversation that is answered.
-        citations (`list[Hit]`):
-            The documents that were put before the question, most similar first.
-        dropped (`list[Hit]`):
-            Documents that were found but had no room.
-        note (`str`, *optional*):
-            Says so in words, for the user.
+        messages (`list[dict]`), images (`list`): The conversation that is answered.
+        citations (`list[Hit]`): The documents that were put before the question, most similar first.
+        dropped (`list[Hit]`): Documents that were found but had no room.
+        note (`str`, *optional*): Says so in words, for the user.
     """
 
     messages: list[dict[str, Any]]
@@ -169,26 +144,17 @@ class SugarRAG:
     Answers of one model with the help of what the same model finds in an index of answered questions.
 
     Questions are searched among questions; the found image, question and answer are put before the user's question, the
-    most similar one last. Where that is more than the context holds, the farthest examples are left out.
-
-    The pass that embeds the question cannot be reused for the answer: the examples it finds stand before the question, and
-    causal attention makes every hidden state of the question depend on them.
+    most similar one last. Where that is more than the context holds, the farthest examples are left out. The pass that
+    embeds the question cannot be reused for the answer: by causal attention every hidden state depends on the examples.
 
     Args:
-        model ([`SugarForConditionalGeneration`]):
-            Model.
-        processor ([`SugarProcessor`]):
-            Processor of the model.
+        model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]): What answers.
         index ([`SugarIndex`] or [`LanceIndex`], *optional*):
             Index of rows, built by `"question"` (or `"auto"`) with this model. Without one the model answers alone.
-        k (`int`, *optional*, defaults to `1`):
-            Examples for a question.
-        max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest answer; the context has to hold it as well.
-        max_length (`int`, *optional*):
-            Tokens of the context. By default what the model's configuration allows.
-        generation_kwargs:
-            Passed on to `model.generate`. Decoding is greedy unless `do_sample` says otherwise.
+        k (`int`, *optional*, defaults to `1`): Examples for a question.
+        max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer; the context has to hold it as well.
+        max_length (`int`, *optional*): Tokens of the context. By default what the model's configuration allows.
+        generation_kwargs: Passed on to `model.generate`. Decoding is greedy unless `do_sample` says otherwise.
 
     Example:
 
@@ -219,15 +185,8 @@ class SugarRAG:
 
     def prompt(self, question: Any) -> RAGPrompt:
         """
-        Search, and put what was found before the question.
-
-        Args:
-            question:
-                What [`~inference.as_row`] takes; a row ends with the user's turn. A row with an `id` is never its own
-                example, see [`~retrieval.rag.find_examples`].
-
-        Returns:
-            [`RAGPrompt`]
+        Search, and put what was found before the question: what [`~inference.as_row`] takes. A row ends with the user's
+        turn; one with an `id` is never its own example, see [`~retrieval.rag.find_examples`].
 
         Raises:
             `ValueError`: if the question alone is too long or damaged, the last turn is not the user's, or the index
@@ -237,9 +196,7 @@ class SugarRAG:
         last = question["messages"][-1]["role"]
         if last != "user":
             raise ValueError(f"The last turn of the question is the {last}'s; there is nothing to answer.")
-        hits: list[Hit] = []
-        if self.index is not None:
-            [hits] = find_examples(self.index, [question], self.k)
+        [hits] = [[]] if self.index is None else find_examples(self.index, [question], self.k)
         new_tokens = self.generation_kwargs["max_new_tokens"]
         for used in range(len(hits), -1, -1):
             rows = [self.index.documents[hit.index] for hit in hits[:used]]

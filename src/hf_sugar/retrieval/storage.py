@@ -4,50 +4,43 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
+import faiss
 import filelock
-import numpy as np
 import pyarrow as pa
 
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 REBUILD = "Build the index again with the same data and model: only what is missing or damaged is embedded anew."
 
 
 class Shard:
-    """
-    Some documents as a table of `datasets`.
-
-    Args:
-        table (`pyarrow.Table`):
-            What [`~retrieval.documents.to_table`] makes.
-        file (`Path`, *optional*):
-            Where it stands on the disk. The name ends with the digest.
-    """
+    """Some documents as a table of [`~retrieval.documents.to_table`], and the file that holds it."""
 
     def __init__(self, table: pa.Table, file: Path | None = None):
         self.table, self.file = table, file
+        self.slices = table["slice"].to_numpy()
         chunks = [chunk for chunk in table["embeddings"].chunks if len(chunk) > 0]
-        self.dim = chunks[0].type.value_type.list_size
-        self.vectors = [chunk.flatten().flatten().to_numpy().reshape(-1, self.dim) for chunk in chunks]
-        self.counts = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+        self.vectors = [chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in chunks]
+        self.dim = self.vectors[0].shape[1]
 
     @cached_property
     def digest(self) -> str:
         """Of all but the images, which are read when they are asked for."""
-        digest = hashlib.sha256(self.counts.tobytes())
+        digest = hashlib.sha256(json.dumps(self.table.select(["slice", "metadata", "row"]).to_pydict()).encode())
         for vectors in self.vectors:
-            digest.update(np.ascontiguousarray(vectors))
-        digest.update(json.dumps(self.table.select(["metadata", "row"]).to_pydict()).encode())
+            digest.update(vectors)
         return digest.hexdigest()[:32]
 
     @classmethod
     def read(cls, file: Path, verify: bool = True) -> "Shard":
+        """The shard in a file, whose name ends with the digest."""
         try:
             shard = cls(datasets.Dataset.from_file(str(file)).data.table, file)
             if verify and shard.digest != file.stem.rpartition("-")[2]:
@@ -55,7 +48,7 @@ class Shard:
             return shard
         except FileNotFoundError:
             raise ValueError(f"{file} is missing. {REBUILD}") from None
-        except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # Arrow and `datasets` may raise anything
             raise ValueError(f"{file} is damaged ({error}). {REBUILD}") from error
 
     def write(self, directory: Path, key: str) -> None:
@@ -63,48 +56,53 @@ class Shard:
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, self.table.schema) as writer:
                 writer.write_table(self.table)
 
-        file = directory / f"shard-{key}-{self.digest}.arrow"
-        write_atomically(file, write)
-        self.file = file
+        self.file = write_atomically(directory / f"shard-{key}-{self.digest}.arrow", write)
 
 
-class Writer:
-    """
-    The right to write to a directory, held until it is released or the process ends.
-
-    Raises:
-        `ValueError`: if another holds it; names the process.
-        `OSError`: if the directory cannot be written.
-    """
-
-    def __init__(self, directory: Path):
-        self._name = directory / ".writer"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(directory / ".lock", timeout=0, thread_local=False)
-            self._lock.acquire()
-            self._name.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        except filelock.Timeout:
-            name = self._name.read_text(encoding="utf-8") if self._name.exists() else "another process"
-            raise ValueError(f"{directory} is being written by {name}. Wait for it, or write elsewhere.") from None
-        except OSError as error:
-            raise OSError(error.errno, f"{directory} cannot be written ({error.strerror})") from error
-
-    def release(self) -> None:
-        self._name.unlink(missing_ok=True)
-        self._lock.release()
+def read_faiss(file: Path, described: list[Any], items: int, dim: int, memory_map: bool) -> faiss.Index:
+    """The FAISS index of `items` in a file that [`describe`] described. Of a mapped file the checksum is not compared."""
+    try:
+        if (file.stat().st_size != described[1]) if memory_map else (describe(file) != described):
+            raise OSError("its content is not what was written")
+        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if memory_map else 0)
+        if (index.ntotal, index.d, index.metric_type) != (items, dim, faiss.METRIC_INNER_PRODUCT):
+            raise OSError("it holds other items, of another dimension or metric")
+        return index
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}). {REBUILD}") from error
 
 
-def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Be the one who writes to a directory. A `ValueError` if another process does, an `OSError` if it cannot be written."""
+    name = directory / ".writer"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(directory / ".lock", timeout=0)
+        lock.acquire()
+        name.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except filelock.Timeout:
+        writer = name.read_text(encoding="utf-8") if name.exists() else "another process"
+        raise ValueError(f"{directory} is being written by {writer}. Wait for it, or write elsewhere.") from None
+    except OSError as error:
+        raise OSError(error.errno, f"{directory} cannot be written ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        name.unlink(missing_ok=True)
+        lock.release()
+
+
+def write_atomically(file: Path, write: Callable[[Path], Any]) -> Path:
     """Write a file beside its place and move it there."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         write(temporary)
-        os.replace(temporary, file)
+        return temporary.replace(file)
     except (OSError, RuntimeError) as error:  # FAISS raises the latter
         temporary.unlink(missing_ok=True)
         raise OSError(
-            *([error.errno] if isinstance(error, OSError) else []),
+            getattr(error, "errno", None),
             f"{file} cannot be written ({error}). What stood in the directory is as it was, and the shards that were "
             "finished are kept: make room and run the same again",
         ) from error
@@ -122,20 +120,20 @@ def read_json(file: Path) -> tuple[str, dict[str, Any]]:
     """What [`write_json`] wrote, as text and content; an error that names the file if it is anything else."""
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} does not exist. Write an index there with `SugarIndex.save`, or with `hf-sugar index`."
+            f"{file} does not exist. Write an index there with `SugarIndex.save` or `hf-sugar index`."
         )
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text)
-        version, checksum = content["format_version"], content.pop("sha256", None)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if content["format_version"] == FORMAT_VERSION and content.pop("sha256") != _checksum(content):
+            raise ValueError("its content is not what was written")
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}). {REBUILD}") from error
-    if version != FORMAT_VERSION:
+    if content["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{file} has format version {version}, this version of hf_sugar reads {FORMAT_VERSION}. Build the index anew."
+            f"{file} has format version {content['format_version']}, this version of hf_sugar reads {FORMAT_VERSION}. Build "
+            "the index anew."
         )
-    if checksum != _checksum(content):
-        raise ValueError(f"{file} is damaged (its content is not what was written). {REBUILD}")
     return text, content
 
 
