@@ -28,10 +28,8 @@ RESERVE = GIB  # assumed: CUDA context, cuBLAS workspaces, gaps in the allocator
 
 @dataclass
 class MemoryEstimate:
-    """
-    What one process needs on its GPU: bytes by name, parameters without adapters, trained parameters, samples in a step,
-    and tokens in a sample, those of its images included.
-    """
+    """What one process needs on its GPU: bytes by name, parameters without adapters, trained parameters, samples in a step,
+    and tokens in a sample, those of its images included."""
 
     parts: dict[str, int]
     parameters: int
@@ -45,22 +43,16 @@ class MemoryEstimate:
 
     def table(self, cards: tuple[int, ...] = (12, 16, 24)) -> str:
         """The parts, and which cards (sizes in GiB) they fit, in Markdown."""
-        left = {card: card - self.total / GIB for card in cards}
-        lines = [
+        sizes = [(name, size / GIB) for name, size in {**self.parts, "**total**": self.total}.items()]
+        left = [(card, card - self.total / GIB) for card in cards]
+        return (
             f"{self.parameters / 1e9:.2f} billion parameters, {self.trained / 1e6:.1f} million trained; "
-            f"{self.batch_size} x {self.length} tokens, image tokens included",
-            "",
-            "| part | GiB |",
-            "|---|---|",
-            *(f"| {name} | {size / GIB:.2f} |" for name, size in {**self.parts, "**total**": self.total}.items()),
-            "",
-            "| card | fits | GiB left |",
-            "|---|---|---|",
-            *(f"| {card} GB | {'yes' if gib >= 0 else 'no'} | {gib:.2f} |" for card, gib in left.items()),
-            "",
-            "An estimate, not measured on a GPU.",
-        ]
-        return "\n".join(lines)
+            f"{self.batch_size} x {self.length} tokens, image tokens included\n\n| part | GiB |\n|---|---|\n"
+            + "".join(f"| {name} | {gib:.2f} |\n" for name, gib in sizes)
+            + "\n| card | fits | GiB left |\n|---|---|---|\n"
+            + "".join(f"| {card} GB | {'yes' if gib >= 0 else 'no'} | {gib:.2f} |\n" for card, gib in left)
+            + "\nAn estimate, not measured on a GPU."
+        )
 
 
 def estimate_memory(
@@ -76,23 +68,16 @@ def estimate_memory(
 
     Activations are those of a forward and a backward pass of the real language model, adapters and activation
     checkpointing included, on tensors that have shapes but no data; the peak is the most bytes that were alive at once.
-    It is meant for LoRA and QLoRA: of a vision tower that is trained too, only weights, gradients and optimizer states are
-    counted. Sharding (FSDP, DeepSpeed) is not taken into account.
+    Of a vision tower that is trained too, only weights, gradients and optimizer states are counted. Sharding (FSDP,
+    DeepSpeed) is not taken into account.
 
     Args:
-        config ([`SugarConfig`]):
-            Configuration of the model.
-        args ([`SugarTrainingConfig`]):
-            Batch size, longest sequence, precision, activation checkpointing, optimizer. Every sample is taken to be
-            as long as `max_length`, with a label at every token.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapters. Without it everything is trained.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Quantization of the backbone.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Of what is not quantized.
-        attn_implementation (`str`, *optional*):
-            `"eager"` keeps the attention weights; all others do not.
+        config ([`SugarConfig`]): Configuration of the model.
+        args ([`SugarTrainingConfig`]): Every sample is taken to have `max_length` tokens with a label each.
+        peft_config ([`~peft.PeftConfig`], *optional*): Adapters. Without it everything is trained.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): Quantization of the backbone.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of what is not quantized.
+        attn_implementation (`str`, *optional*): `"eager"` keeps the attention weights; all others do not.
     """
     with init_empty_weights():
         model = SugarForConditionalGeneration._from_config(
@@ -102,9 +87,8 @@ def estimate_memory(
         if quantization_config is not None:
             _mark_quantized(model, quantization_config)
         trained = model if peft_config is None else get_peft_model(model, for_language_model(peft_config, model))
-    if quantization_config is not None:
         for name, parameter in trained.named_parameters():  # as TRL and SugarTrainer do
-            if parameter.requires_grad and "lora_" in name and "lora_magnitude_vector" not in name:
+            if quantization_config and parameter.requires_grad and "lora_" in name and "magnitude" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     quantized = [module for module in trained.modules() if isinstance(module, _QuantizedLinear)]
@@ -121,9 +105,13 @@ def estimate_memory(
         "activations and working space, peak": _peak(trained, model, args, length),
         "CUDA context and allocator (assumed)": RESERVE,
     }
-    parts = {name: size for name, size in parts.items() if size}
-    trainable = sum(parameter.numel() for parameter in learned)
-    return MemoryEstimate(parts, parameters, trainable, args.per_device_train_batch_size, length)
+    return MemoryEstimate(
+        {name: size for name, size in parts.items() if size},
+        parameters,
+        sum(parameter.numel() for parameter in learned),
+        args.per_device_train_batch_size,
+        length,
+    )
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -163,14 +151,14 @@ def _mark_quantized(model: SugarForConditionalGeneration, quantization_config: B
 
 
 def _quantized_bytes(module: nn.Linear, quantization_config: BitsAndBytesConfig) -> int:
-    """A quantized weight with its constants: in 8 bits one maximum a row; in 4 bits a maximum of every 64 values and the
-    table of the 16 levels; with double quantization these maxima are bytes, with a maximum of every 256 and a table."""
+    """A quantized weight with its constants."""
     size = module.weight.numel()
     if not quantization_config.load_in_4bit:
-        return size + 4 * module.out_features
-    blocks = -(-size // 64)
+        return size + 4 * module.out_features  # a maximum of each row
+    blocks = -(-size // 64)  # with a maximum each, and the table of the 16 levels
     if not quantization_config.bnb_4bit_use_double_quant:
         return size // 2 + 4 * (blocks + 16)
+    # the maxima are bytes, with a maximum of every 256, a table and their mean
     return size // 2 + blocks + 4 * (-(-blocks // 256) + 16 + 256 + 1)
 
 
@@ -216,28 +204,20 @@ def _peak(trained: nn.Module, model: SugarForConditionalGeneration, args: SugarT
     trained.train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-    with FakeTensorMode():
-        for module in trained.modules():
-            for name, tensor in module._parameters.items():
-                if tensor is not None:
-                    fake = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.requires_grad)
-                    fake.grad = torch.empty_like(fake) if tensor.requires_grad else None
-                    module._parameters[name] = fake
-            for name, tensor in module._buffers.items():
-                if tensor is not None:
-                    module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trained.to_empty(device="cpu")
+        for parameter in trained.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        embedding = model.get_input_embeddings().weight
         with LiveBytes() as live:
             with torch.autocast("cpu", half, enabled=half is not None):
-                size, dtype = model.get_input_embeddings().weight.shape[1], model.get_input_embeddings().weight.dtype
-                hidden = torch.empty(batch_size, length, size, dtype=dtype)
+                hidden = torch.empty(batch_size, length, embedding.shape[1], dtype=embedding.dtype)
                 hidden = model.vlm.get_decoder()(inputs_embeds=hidden, use_cache=False)[0]
                 embeddings = _structure(model, hidden, args) if args.structure_weight else None
-                labelled, gradient = _head(model, hidden, half or dtype)
+                labelled, gradient = _head(model, hidden, half or embedding.dtype)
                 del hidden
-            if embeddings is None:
-                torch.autograd.backward(labelled, gradient)
-            else:
-                torch.autograd.backward([labelled, embeddings], [gradient, torch.empty_like(embeddings)])
+            outputs = [labelled] if embeddings is None else [labelled, embeddings]
+            torch.autograd.backward(outputs, [gradient, *map(torch.empty_like, outputs[1:])])
     return live.peak
 
 

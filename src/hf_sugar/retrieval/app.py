@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..alignment import expected_alignment
 from ..data import load_image, row_slices
+from ..models.rows_sugar import fill_images
 from .base import Hit
 from .rag import SugarRAG
 
@@ -25,30 +26,22 @@ CSS = """
 .card .score { float: right; font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); }
 .card p { margin: 4px 0 0; overflow-wrap: anywhere; }
 """
-_NO_QUERY = "There is no query yet: write a text, choose a picture, or both."
 
 
 def build_page(rag: SugarRAG, title: str, k: int, plot_alignment: Callable) -> gr.Blocks:
     """
-    The page over a model and its index.
+    The page over a model and its index, to be launched by [`launch`]. What the user uploads stays in the folder of
+    temporary files of Gradio; found images are sent in the page itself, so no file of the index is served.
 
     Args:
-        rag ([`SugarRAG`]):
-            Answers questions, with `rag.k` examples unless the user sets another number; its index is searched.
-        title (`str`):
-            Heading.
-        k (`int`):
-            Documents that a search shows, unless the user sets another number.
-        plot_alignment (`Callable`):
-            Draws which slices of the query and of a document go together: [`~evaluation.plots.plot_alignment`].
-
-    Returns:
-        `gradio.Blocks`: to be launched by [`launch`]. What the user uploads stays in the folder of temporary files of
-        Gradio; found images are sent in the page itself, so no file of the index is served.
+        rag ([`SugarRAG`]): Answers with `rag.k` examples, unless the user sets another number; its index is searched.
+        title (`str`): Heading.
+        k (`int`): Documents that a search shows, unless the user sets another number.
+        plot_alignment (`Callable`): [`~evaluation.plots.plot_alignment`], of the slices of the query and of a document.
     """
     index = rag.index
 
-    def query(text: str | None, image: str | None) -> list[str | Image.Image]:
+    def query(text: str | None, image: str | None, needed: bool = True) -> list[str | Image.Image]:
         parts: list[str | Image.Image] = []
         if image:
             try:
@@ -60,21 +53,17 @@ def build_page(rag: SugarRAG, title: str, k: int, plot_alignment: Callable) -> g
                 ) from error
         if text and text.strip():
             parts.append(text.strip())
+        if needed and not parts:
+            raise gr.Error("There is no query yet: write a text, choose a picture, or both.")
         return parts
 
     def search(text: str | None, image: str | None, k: int) -> tuple[str, list[dict], Any]:
-        parts = query(text, image)
-        if not parts:
-            raise gr.Error(_NO_QUERY)
-        [hits] = _or_error(index.search, [parts], int(k))
+        [hits] = _or_error(index.search, [query(text, image)], int(k))
         return _cards(index, hits), [vars(hit) for hit in hits], _choice(hits)
 
     def ask(text: str | None, image: str | None, k: int) -> Iterator[tuple[str, str, list[dict], Any]]:
-        parts = query(text, image)
-        if not parts:
-            raise gr.Error(_NO_QUERY)
         rag.k = int(k)
-        prompt = _or_error(rag.prompt, parts)
+        prompt = _or_error(rag.prompt, query(text, image))
         hits = prompt.citations
         cards = _cards(index, hits)
         answer = f"*{prompt.note}*\n\n" if prompt.note else ""
@@ -84,7 +73,7 @@ def build_page(rag: SugarRAG, title: str, k: int, plot_alignment: Callable) -> g
             yield answer, gr.skip(), gr.skip(), gr.skip()
 
     def align(text: str | None, image: str | None, hits: list[dict], rank: int | None) -> Image.Image | None:
-        parts = query(text, image)
+        parts = query(text, image, needed=False)
         if not parts or rank is None or rank >= len(hits):
             return None
         document = row_slices(index.documents[hits[rank]["index"]], "the document")
@@ -131,19 +120,11 @@ def launch(page: gr.Blocks, server_name: str, server_port: int | None, max_file_
     Serve a page, without anything from another host.
 
     Args:
-        page (`gradio.Blocks`):
-            Page of [`build_page`].
-        server_name (`str`):
-            Address to listen on.
-        server_port (`int`, *optional*):
-            Port; by default the first free one from 7860.
-        max_file_size (`str`):
-            Largest upload, such as `"10mb"`.
-        kwargs:
-            Passed on to `launch` of Gradio.
-
-    Returns:
-        What `launch` of Gradio returns.
+        page (`gradio.Blocks`): Page of [`build_page`].
+        server_name (`str`): Address to listen on.
+        server_port (`int`, *optional*): Port; by default the first free one from 7860.
+        max_file_size (`str`): Largest upload, such as `"10mb"`.
+        kwargs: Passed on to `launch` of Gradio, whose result is returned.
     """
     return page.queue(default_concurrency_limit=1).launch(
         server_name=server_name,
@@ -181,17 +162,14 @@ def _cards(index: Any, hits: list[Hit]) -> str:
     cards = []
     for number, hit in enumerate(hits, 1):
         row = index.documents[hit.index]
-        texts = [
-            content if isinstance(content, str) else " ".join(part.get("text") or "" for part in content)
-            for content in (message["content"] for message in row["messages"])
-        ]
-        said = "".join(f"<p>{escape(text.strip()[:300])}</p>" for text in texts if text.strip())
+        parts = [part for m in fill_images(row["messages"], row["images"]) for part in m["content"]]
+        texts = [part["text"].strip()[:300] for part in parts if part["type"] == "text"]
         pictures = "".join(_thumbnail(image, n) for n, image in enumerate(row["images"][:1]))
         more = f"<p>and {len(row['images']) - 1} more pictures</p>" if len(row["images"]) > 1 else ""
-        place = "" if hit.slice is None else f" up to slice {hit.slice}"
         cards.append(
-            f'<div class="card"><span class="score">{hit.score:.4f}</span><b>{number}. {escape(_name(hit))}</b>{place}'
-            f"{pictures}{more}{said}</div>"
+            f'<div class="card"><span class="score">{hit.score:.4f}</span><b>{number}. {escape(_name(hit))}</b>'
+            f"{'' if hit.slice is None else f' up to slice {hit.slice}'}{pictures}{more}"
+            f"{''.join(f'<p>{escape(text)}</p>' for text in texts if text)}</div>"
         )
     return f'<div class="cards">{"".join(cards)}</div>'
 

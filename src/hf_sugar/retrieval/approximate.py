@@ -14,9 +14,12 @@ def check_factory(factory: str, search_options: str | None, dim: int | None = No
     width = dim or 64 * lcm(*(int(m) or 1 for m in re.findall(r"PQ(\d+)", factory)))
     try:
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+        faiss.ParameterSpace().set_index_parameters(index, search_options or "")
     except RuntimeError as error:
-        of_dim = "" if dim is None else f" for embeddings of dimension {dim}"
-        raise ValueError(f"FAISS does not take `factory={factory!r}`{of_dim} ({_reason(error)}).") from error
+        raise ValueError(
+            f"FAISS does not take `factory={factory!r}` with `search_options={search_options!r}` for embeddings of "
+            f"{'any dimension' if dim is None else f'dimension {dim}'} ({_reason(error)})."
+        ) from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or factory.startswith("IDMap"):
         raise ValueError(
             f"`factory={factory!r}` cannot be used: documents are searched by inner product and numbered by the index "
@@ -27,18 +30,10 @@ def check_factory(factory: str, search_options: str | None, dim: int | None = No
         raise ValueError(
             f"FAISS cannot train {factory!r} on {count} embeddings: it has {ivf.nlist} clusters. Take fewer, or 'Flat'."
         )
-    if search_options is None:
-        return
-    for option in search_options.split(","):
+    for option in [] if search_options is None else search_options.split(","):
         name, _, value = option.partition("=")
         if not re.fullmatch(r"\d+(\.\d+)?", value) or (float(value) == 0 and name.endswith(("nprobe", "efSearch"))):
             raise ValueError(f"`search_options` has {option!r}; give parameters as 'nprobe=16', above zero.")
-    try:
-        faiss.ParameterSpace().set_index_parameters(index, search_options)
-    except RuntimeError as error:
-        raise ValueError(
-            f"FAISS does not take `search_options={search_options!r}` for {factory!r} ({_reason(error)})."
-        ) from error
 
 
 def build_faiss(embeddings: np.ndarray, factory: str) -> faiss.Index:

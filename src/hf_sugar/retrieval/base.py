@@ -54,22 +54,12 @@ class Index(ABC):
         """An indexed row in the conversational vision format: `messages`, `images` (bytes or paths) and `id`."""
 
     @property
-    def documents(self) -> "Documents":
-        """[`~retrieval.base.Documents`]: the indexed rows by number, read when they are looked at."""
-        return Documents(self)
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The rows of an index, `index.documents[hit.index]`."""
-
-    index: Index
-
-    def __len__(self) -> int:
-        return len(self.index)
+    def documents(self) -> "Index":
+        """The indexed rows by number, `index.documents[hit.index]`."""
+        return self
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.index.document(number)
+        return self.document(number)
 
 
 def check_embedder(embed: Any, fingerprint: str | None, by: str) -> str:
@@ -85,10 +75,7 @@ def check_fingerprint(where: Any, stored: str, asked: str) -> None:
     """An error unless an index is of the model that will embed the queries."""
     (first, _, how), (second, _, how_asked) = stored.partition("#"), asked.partition("#")
     if how != how_asked or not same_fingerprint(first, second):
-        raise ValueError(
-            f"{where} was built with another model, or with another pooling of it. Load the model of the index, or build it "
-            "anew."
-        )
+        raise ValueError(f"{where} was built with another model or pooling. Load that model, or build the index anew.")
 
 
 def embedded_queries(
@@ -106,7 +93,6 @@ def embedded_queries(
     queries = checked(queries, "queries")
     if queries.shape[1] != dim:
         raise ValueError(
-            f"`queries` have dimension {queries.shape[1]} but the index has {dim}. Embed them with the model the "
-            "index was built with."
+            f"`queries` have dimension {queries.shape[1]} but the index has {dim}. Embed them with its model."
         )
     return queries

@@ -36,10 +36,9 @@ class SugarIndex(Index):
     Embedded documents with their metadata, searched with FAISS.
 
     On disk an index is a directory: Arrow files of `datasets` with some documents and their embeddings each, the FAISS
-    file of an approximate index, and `index.json`, which names them with their sizes and checksums. Replacing
-    `index.json` is the one step by which an index changes, so whatever interrupts a write leaves the old index whole.
-    One process, or the processes of one `accelerate launch`, may write at a time: a second one is refused. The threads
-    of a process may share an index.
+    file of an approximate index, and `index.json`, which ties them together. Replacing `index.json` is the one step by
+    which an index changes, so whatever interrupts a write leaves the old index whole. A second process that writes at the
+    same time is refused, but for those of one `accelerate launch`. The threads of a process may share an index.
 
     Args:
         embeddings (`np.ndarray` of shape `(items, dim)`): L2-normalised embeddings.
@@ -55,10 +54,6 @@ class SugarIndex(Index):
             A FAISS factory string: `"Flat"` is exact, `"HNSW32"` and `"IVF1024,PQ32"` are approximate.
         search_options (`str`, *optional*):
             FAISS search parameters of an approximate index: `"nprobe=16"`, `"efSearch=64"`.
-
-    Raises:
-        `ValueError`: if there are no embeddings, they are not L2-normalised, the number of metadata differs, or FAISS
-            does not take the factory string or the search parameters.
 
     Example:
 
@@ -194,8 +189,8 @@ class SugarIndex(Index):
     ) -> None:
         """
         Embed documents and put them at the end. An index in a directory keeps what is embedded there at once, for a
-        second call after an interruption, but changes only by [`~SugarIndex.save`]; until then no other process may
-        write there. If the call fails, the index is as it was.
+        second call after an interruption, but changes only by [`~SugarIndex.save`]. If the call fails, the index is as it
+        was.
 
         Args:
             items (`Iterable`):
@@ -209,9 +204,8 @@ class SugarIndex(Index):
             progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
 
         Raises:
-            `TypeError`: for an item of another type.
-            `ValueError`: if there are no items, one is malformed, a setting is impossible, or another process writes to
-                the directory.
+            `TypeError`, `ValueError`: if there are no items, one is malformed or of another type, a setting is impossible,
+                or another process writes to the directory.
             `OSError`: if the disk is full or read-only; an index that stood in the directory is intact.
         """
         if self.embed is None:
@@ -307,13 +301,11 @@ class SugarIndex(Index):
             queries (`Sequence` or `np.ndarray` of shape `(queries, dim)`):
                 Queries, each as [`~inference.as_row`] takes it, or whatever else `embed` takes; or their L2-normalised
                 embeddings.
-            k (`int`, *optional*, defaults to `5`):
-                Hits for each query. An index of fewer items gives all of them, and an approximate one may find fewer.
+            k (`int`, *optional*, defaults to `5`): Hits for each query; fewer where the index has or finds fewer.
 
         Raises:
-            `TypeError`: if `queries` is a single query, or holds something that is not one.
-            `ValueError`: if the index is empty, `k` is below 1, the dimensions differ, embeddings are not
-                L2-normalised, or queries are not embedded and the index has no embedding function.
+            `TypeError`, `ValueError`: if the index is empty, `queries` is a single query, `k` is below 1, the dimensions
+                differ, or there is no embedding function for queries that are not embedded.
         """
         if len(self) == 0:
             raise ValueError("The index is empty. Add documents before you search.")
@@ -358,8 +350,8 @@ class SugarIndex(Index):
         again; an index that stands there is replaced in one step: after an interruption it is there, or the new one is.
 
         Raises:
-            `ValueError`: if the index is empty, another process writes to the directory, or the index there has changed
-                since this one was loaded from it.
+            `ValueError`: if the index is empty, another process writes to the directory, or has changed the index there
+                since it was loaded.
             `OSError`: if the disk is full or read-only; the old index is intact.
         """
         if len(self) == 0:
@@ -381,7 +373,7 @@ class SugarIndex(Index):
         if self.factory != "Flat" and not is_there(self._faiss_file):
             index, file = self._approximate(), directory / f"faiss-{os.urandom(16).hex()}.index"
             self._faiss_file = write_atomically(file, lambda path: faiss.write_index(index, str(path)))
-        content = {name: getattr(self, name) for name in ("fingerprint", "dim", *SETTINGS)}
+        content = {name: getattr(self, name) for name in ("fingerprint", *SETTINGS)}
         content["faiss"] = None if self._faiss_file is None else describe(self._faiss_file)
         content["shards"] = [[shard.file.name, shard.file.stat().st_size] for shard in self._shards]
         self._stored = write_json(directory / "index.json", content)
@@ -415,11 +407,9 @@ class SugarIndex(Index):
         memory_map: bool = False,
     ) -> "SugarIndex":
         """
-        Load a saved index.
+        Load a saved index, for queries of the model that `fingerprint` or `embed` stand for.
 
         Args:
-            directory (`str` or `os.PathLike`): Directory [`~SugarIndex.save`] wrote to.
-            fingerprint, embed: As in the constructor, of the model that will embed the queries.
             memory_map (`bool`, *optional*, defaults to `False`):
                 Whether to leave the embeddings on the disk, where they are not compared with their checksums. Rows and
                 metadata stay there in any case.
@@ -434,12 +424,7 @@ class SugarIndex(Index):
         index._set(embed, fingerprint, *(content[name] for name in SETTINGS))
         check_fingerprint(file, content["fingerprint"], index.fingerprint)
         index.directory, index._memory_map, index._stored = directory, memory_map, text
-        shards = []
-        for name, size in content["shards"]:
-            shards.append(Shard.read(directory / name, verify=not memory_map))
-            if (directory / name).stat().st_size != size or shards[-1].dim != content["dim"]:
-                raise ValueError(f"{directory / name} does not hold what {file.name} says. {REBUILD}")
-        index._arrange(shards)
+        index._arrange([Shard.read(directory / name, size, not memory_map) for name, size in content["shards"]])
         if content["faiss"] is not None:
             index._faiss_file = directory / content["faiss"][0]
             index._faiss = read_faiss(

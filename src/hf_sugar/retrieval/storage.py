@@ -39,17 +39,15 @@ class Shard:
         return digest.hexdigest()[:32]
 
     @classmethod
-    def read(cls, file: Path, verify: bool = True) -> "Shard":
+    def read(cls, file: Path, size: int | None = None, verify: bool = True) -> "Shard":
         """The shard in a file, whose name ends with the digest."""
         try:
             shard = cls(datasets.Dataset.from_file(str(file)).data.table, file)
-            if verify and shard.digest != file.stem.rpartition("-")[2]:
+            if size not in (None, file.stat().st_size) or (verify and shard.digest != file.stem.rpartition("-")[2]):
                 raise OSError("its content is not what was written")
             return shard
-        except FileNotFoundError:
-            raise ValueError(f"{file} is missing. {REBUILD}") from None
         except Exception as error:  # Arrow and `datasets` may raise anything
-            raise ValueError(f"{file} is damaged ({error}). {REBUILD}") from error
+            raise ValueError(f"{file} cannot be read ({error}). {REBUILD}") from error
 
     def write(self, directory: Path, key: str) -> None:
         def write(path: Path) -> None:
@@ -110,14 +108,13 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> Path:
 
 def write_json(file: Path, content: dict[str, Any]) -> str:
     """Write what names the files of an index, with its own checksum. Returns the text."""
-    content = {"format_version": FORMAT_VERSION, **content}
-    text = json.dumps({**content, "sha256": _checksum(content)}, indent=1)
+    text = json.dumps({**content, "format_version": FORMAT_VERSION, "sha256": _checksum(content)}, indent=1)
     write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
     return text
 
 
 def read_json(file: Path) -> tuple[str, dict[str, Any]]:
-    """What [`write_json`] wrote, as text and content; an error that names the file if it is anything else."""
+    """What [`write_json`] wrote, as text and content."""
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} does not exist. Write an index there with `SugarIndex.save` or `hf-sugar index`."
@@ -125,16 +122,14 @@ def read_json(file: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text)
-        if content["format_version"] == FORMAT_VERSION and content.pop("sha256") != _checksum(content):
+        version, checksum = content.pop("format_version"), content.pop("sha256")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"it has format version {version}, this version of hf_sugar reads {FORMAT_VERSION}")
+        if checksum != _checksum(content):
             raise ValueError("its content is not what was written")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}). {REBUILD}") from error
-    if content["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format version {content['format_version']}, this version of hf_sugar reads {FORMAT_VERSION}. Build "
-            "the index anew."
-        )
-    return text, content
+        return text, content
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}). {REBUILD}") from error
 
 
 def describe(file: Path) -> list[Any]:
