@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 from PIL import Image
-from test_retrieval import adapter, checkpoint, corpus, name  # noqa: F401
+from test_rag import adapter, checkpoint, corpus, name  # noqa: F401
 
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, world
 from hf_sugar.cli.app import AppArguments
