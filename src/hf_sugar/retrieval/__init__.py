@@ -4,29 +4,23 @@ FAISS is not loaded by what only generates."""
 import importlib
 
 
+_RAG = "RAGAnswer RAGPrompt SugarRAG find_examples question_slices rag_generator rag_messages split_answer".split()
 _MODULE_OF = {
     "Hit": ".base",
     "Index": ".base",
     "LanceIndex": ".lance",
-    "RAGAnswer": ".rag",
-    "RAGPrompt": ".rag",
     "SugarEmbedder": "..inference",  # its former place
     "SugarIndex": ".index",
-    "SugarRAG": ".rag",
-    "find_examples": ".rag",
     "find_files": ".documents",
     "mine_negatives": ".mine",
-    "question_slices": ".rag",
-    "rag_generator": ".rag",
-    "rag_messages": ".rag",
-    "split_answer": ".rag",
+    **dict.fromkeys(_RAG, ".rag"),
 }
 
 __all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str):
-    name = {"RAG": "SugarRAG"}.get(name, name)  # former name, for one release
+    name = "SugarRAG" if name == "RAG" else name  # former name, for one release
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'hf_sugar.retrieval' has no attribute '{name}'")
     return getattr(importlib.import_module(_MODULE_OF[name], __package__), name)

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -95,43 +95,30 @@ def read_documents(
     ranks: int = 1,
 ) -> Iterator[tuple[int, list[Document]]]:
     """Documents of every `ranks`-th block of `shard_size` items, with the number of the block, beginning with block `rank`.
-    Of a sequence only the wanted blocks are read. With `on_bad_row="skip"` what cannot be read is left out, with a
-    warning."""
+    With `on_bad_row="skip"` what cannot be read is left out, with a warning."""
+    total = len(items) if hasattr(items, "__len__") else None
     if shard_size < 1 or on_bad_row not in ("error", "skip"):
         raise ValueError(f"`shard_size={shard_size}`, `on_bad_row={on_bad_row!r}`: use 1 or more, error or skip.")
-    if metadata is not None:
-        items = items if hasattr(items, "__len__") else list(items)
-        if len(metadata) != len(items):
-            raise ValueError(f"{len(metadata)} `metadata` for {len(items)} items. Give one for each item.")
+    if metadata is not None and total not in (None, len(metadata)):
+        raise ValueError(f"{len(metadata)} `metadata` for {total} items. Give one for each item.")
     if isinstance(items, datasets.Dataset | datasets.IterableDataset):
         items = undecoded(items)
+    pairs = zip(items, repeat(None) if metadata is None else metadata, strict=metadata is not None)
     decode = not isinstance(embed, SugarEmbedder)
-    total = len(items) if hasattr(items, "__len__") else None
     with tqdm(total=total, desc="Indexing", unit="document", disable=not progress or rank > 0) as bar:
-        for number, block in _blocks(items, shard_size, rank, ranks):
+        for number, block in enumerate(iter(lambda: list(islice(pairs, shard_size)), [])):
+            bar.update(len(block))
             documents = []
-            for n, item in enumerate(block, number * shard_size):
+            for n, (item, entry) in enumerate(block if number % ranks == rank else [], number * shard_size):
                 name = row_name(item, n) if isinstance(item, dict) else f"item {n}"
                 try:
-                    documents.append(Document.of(item, name, by, None if metadata is None else metadata[n], decode))
+                    documents.append(Document.of(item, name, by, entry, decode))
                 except ValueError as error:
                     if on_bad_row == "error":
                         raise
                     logger.warning("Left out: %s", error)
-            yield number, documents
-            bar.update(len(block) * ranks)
-
-
-def _blocks(items: Iterable[Any], size: int, rank: int, ranks: int) -> Iterator[tuple[int, list[Any]]]:
-    if isinstance(items, Sequence | datasets.Dataset):
-        for number in range(rank, -(-len(items) // size), ranks):
-            yield number, [items[i] for i in range(number * size, min((number + 1) * size, len(items)))]
-        return
-    iterator, number = iter(items), 0
-    while block := list(islice(iterator, size)):
-        if number % ranks == rank:
-            yield number, block
-        number += 1
+            if documents:
+                yield number, documents
 
 
 def embed_documents(
@@ -147,6 +134,8 @@ def embed_documents(
     """
     if every_slice and not isinstance(embed, SugarEmbedder):
         raise ValueError("`every_slice` needs a `SugarEmbedder` for `embed`: another function gives one embedding.")
+    if not documents:
+        return [], []
     errors: dict[int, ValueError] = {}
     items = [document.embedded for document in documents]
     if isinstance(embed, SugarEmbedder):

@@ -220,7 +220,7 @@ class SugarIndex(Index):
             with self._writing(self.directory):
                 settings = (self.embed, self.by, shard_size, on_bad_row, progress, rank, ranks)
                 for number, documents in read_documents(items, metadata, *settings):
-                    if documents and (shard := self._shard(documents, on_bad_row, dim)) is not None:
+                    if (shard := self._shard(documents, on_bad_row, dim)) is not None:
                         found.append((number, shard))
                         dim = shard.dim
         except Exception:

@@ -107,31 +107,28 @@ class LanceIndex(Index):
         state = distributed_state()
         if self._table is None:
             if state.is_main_process:
-                self._create()
+                sugar = isinstance(self.embed, SugarEmbedder)
+                dim = self.embed.dim if sugar else np.asarray(self.embed(["a"])).shape[1]
+                settings = {"fingerprint": self.fingerprint, "by": self.by, "every_slice": self.every_slice}
+                schema = item_features(dim).arrow_schema.append(pa.field("document", pa.int64()))
+                schema = schema.with_metadata({"hf_sugar": json.dumps(settings)})
+                self._database.create_table(self._name, schema=schema)
             state.wait_for_everyone()
             self._table = self._database.open_table(self._name)
         settings = (self.embed, self.by, shard_size, on_bad_row, progress, state.process_index, state.num_processes)
         for _, documents in read_documents(items, metadata, *settings):
             fresh = {_number(document): document for document in documents}
-            for row in self._documents(fresh, ["document"]) if fresh else ():
+            for row in self._documents(fresh, ["document"]):
                 del fresh[row["document"]]
-            if fresh:
-                self._write(list(fresh.values()), on_bad_row)
+            documents, embeddings = embed_documents(
+                list(fresh.values()), self.embed, self.every_slice, on_bad_row, self._dim
+            )
+            if documents:
+                numbers = np.repeat([_number(document) for document in documents], list(map(len, embeddings)))
+                table = to_table(documents, embeddings).append_column("document", pa.array(numbers))
+                self._table.merge_insert(["document", "slice"]).when_not_matched_insert_all().execute(table)
         state.wait_for_everyone()
         self._table = self._database.open_table(self._name)
-
-    def _create(self) -> None:
-        dim = self.embed.dim if isinstance(self.embed, SugarEmbedder) else np.asarray(self.embed(["a"])).shape[1]
-        settings = {"fingerprint": self.fingerprint, "by": self.by, "every_slice": self.every_slice}
-        schema = item_features(dim).arrow_schema.append(pa.field("document", pa.int64()))
-        self._database.create_table(self._name, schema=schema.with_metadata({"hf_sugar": json.dumps(settings)}))
-
-    def _write(self, documents: list[Document], on_bad_row: str) -> None:
-        documents, embeddings = embed_documents(documents, self.embed, self.every_slice, on_bad_row, self._dim)
-        if documents:
-            numbers = np.repeat([_number(document) for document in documents], list(map(len, embeddings)))
-            table = to_table(documents, embeddings).append_column("document", pa.array(numbers))
-            self._table.merge_insert(["document", "slice"]).when_not_matched_insert_all().execute(table)
 
     def delete(self, documents: Sequence[int]) -> None:
         for number in documents:
