@@ -18,7 +18,6 @@ from PIL import Image
 
 from hf_sugar import SugarIndex
 from hf_sugar.retrieval import Hit, LanceIndex
-from hf_sugar.retrieval.documents import read_documents
 
 
 def vectors(n, dim=16, seed=0):
@@ -348,8 +347,9 @@ def test_damaged_names_and_faiss_files(tmp_path):
 def test_generators_and_blocks_of_a_rank():
     index = SugarIndex.build((text for text in TEXTS), letters, shard_size=8)
     np.testing.assert_array_equal(index.embeddings, letters(TEXTS))
+    index._ranks = lambda: (1, 2)
     for items in (TEXTS, iter(TEXTS)):
-        blocks = read_documents(items, None, letters, "auto", 20, "error", False, rank=1, ranks=2)
+        blocks = index._blocks(items, None, 20, "error", False)
         assert [(n, [document.embedded for document in block]) for n, block in blocks] == [(1, TEXTS[20:40])]
 
 

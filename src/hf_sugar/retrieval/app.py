@@ -116,16 +116,8 @@ def build_page(rag: SugarRAG, title: str, k: int, plot_alignment: Callable) -> g
 
 
 def launch(page: gr.Blocks, server_name: str, server_port: int | None, max_file_size: str, **kwargs: Any) -> Any:
-    """
-    Serve a page, without anything from another host.
-
-    Args:
-        page (`gradio.Blocks`): Page of [`build_page`].
-        server_name (`str`): Address to listen on.
-        server_port (`int`, *optional*): Port; by default the first free one from 7860.
-        max_file_size (`str`): Largest upload, such as `"10mb"`.
-        kwargs: Passed on to `launch` of Gradio, whose result is returned.
-    """
+    """Serve a page of [`build_page`] at `server_name`, without anything from another host: on `server_port` (by default the
+    first free one from 7860), for uploads up to `max_file_size` (such as `"10mb"`). The rest goes to `launch` of Gradio."""
     return page.queue(default_concurrency_limit=1).launch(
         server_name=server_name,
         server_port=server_port,

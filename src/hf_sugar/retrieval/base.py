@@ -1,15 +1,25 @@
-"""What every index has: the interface of a backend, and what its search returns."""
+"""What every index has: how documents are added and queries embedded, and what a search returns."""
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
 from typing import Any
 
+import datasets
 import numpy as np
+from tqdm.auto import tqdm
 
+from ..data.images import undecoded
+from ..distributed import distributed_state
 from ..inference import SugarEmbedder
 from ..models.fingerprint_sugar import same_fingerprint
-from .documents import PARTS, checked
+from ..models.rows_sugar import row_name
+from .documents import PARTS, Document, checked
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,27 +41,31 @@ class Hit:
 
 
 class Index(ABC):
-    """Embedded documents that can be searched. A new vector store is a subclass, beside [`SugarIndex`]."""
+    """Embedded documents that can be searched. A new vector store is a subclass, beside [`SugarIndex`]: its constructor
+    calls `_set_model`, its `_add` embeds blocks of documents with `_embed` and stores them."""
 
     @abstractmethod
     def __len__(self) -> int:
         """Number of documents."""
 
+    @property
     @abstractmethod
-    def add(self, items: Iterable[Any], metadata: Sequence[dict[str, Any]] | None = None, **kwargs: Any) -> None:
-        """Embed documents and put them into the index."""
+    def dim(self) -> int:
+        """`int`: dimension of the embeddings."""
+
+    @abstractmethod
+    def document(self, number: int) -> dict[str, Any]:
+        """An indexed row in the conversational vision format: `messages`, `images` (bytes or paths) and `id`."""
 
     @abstractmethod
     def delete(self, documents: Sequence[int]) -> None:
         """Take documents out, by their numbers; an `IndexError` if one is not there."""
 
     @abstractmethod
-    def search(self, queries: Sequence[Any] | np.ndarray, k: int = 5) -> list[list[Hit]]:
-        """The k most similar items of each query, best first."""
+    def _add(self, blocks: Iterator[tuple[int, list[Document]]], on_bad_row: str) -> None: ...
 
     @abstractmethod
-    def document(self, number: int) -> dict[str, Any]:
-        """An indexed row in the conversational vision format: `messages`, `images` (bytes or paths) and `id`."""
+    def _search(self, queries: np.ndarray, k: int) -> list[list[Hit]]: ...
 
     @property
     def documents(self) -> "Index":
@@ -61,38 +75,139 @@ class Index(ABC):
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.document(number)
 
+    def add(
+        self,
+        items: Iterable[Any],
+        metadata: Sequence[dict[str, Any]] | None = None,
+        *,
+        shard_size: int = 1024,
+        on_bad_row: str = "error",
+        progress: bool = False,
+    ) -> None:
+        """
+        Embed documents and put them into the index. What is embedded is kept at once, so the same call after an interruption
+        goes on; under `accelerate launch` the processes share the work.
 
-def check_embedder(embed: Any, fingerprint: str | None, by: str) -> str:
-    """The fingerprint of the model behind `embed`, after a look at `by`."""
-    if by not in PARTS:
-        raise ValueError(f"`by` is {by!r}; use one of {', '.join(PARTS)}.")
-    if fingerprint is None:
-        fingerprint = embed.fingerprint if isinstance(embed, SugarEmbedder) else ""
-    return fingerprint
+        Args:
+            items (`Iterable`):
+                Rows of [`hf_sugar.data.load_data`] or any dataset of that format, or whatever else [`~inference.as_row`]
+                takes. A `str` is always a text.
+            metadata (`Sequence[dict[str, Any]]`, *optional*):
+                One JSON-serialisable `dict` for each item. By default a row's `id`, a file's `path`, a text's `text`.
+            shard_size (`int`, *optional*, defaults to `1024`): Documents embedded and written at a time.
+            on_bad_row (`str`, *optional*, defaults to `"error"`):
+                `"error"` stops at the first item that cannot be embedded, `"skip"` leaves it out with a warning.
+            progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
 
+        Raises:
+            `TypeError`, `ValueError`: if there are no items, one is malformed, or another process writes to the index.
+            `OSError`: if the disk is full or read-only.
+        """
+        if self.embed is None:
+            raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`.")
+        self._add(self._blocks(items, metadata, shard_size, on_bad_row, progress), on_bad_row)
 
-def check_fingerprint(where: Any, stored: str, asked: str) -> None:
-    """An error unless an index is of the model that will embed the queries."""
-    (first, _, how), (second, _, how_asked) = stored.partition("#"), asked.partition("#")
-    if how != how_asked or not same_fingerprint(first, second):
-        raise ValueError(f"{where} was built with another model or pooling. Load that model, or build the index anew.")
+    def search(self, queries: Sequence[Any] | np.ndarray, k: int = 5) -> list[list[Hit]]:
+        """
+        The k most similar items of each query, best first.
 
+        Args:
+            queries (`Sequence` or `np.ndarray` of shape `(queries, dim)`):
+                Queries, each as [`~inference.as_row`] takes it, or whatever else `embed` takes; or their L2-normalised
+                embeddings.
+            k (`int`, *optional*, defaults to `5`): Hits for each query; fewer where the index has or finds fewer.
 
-def embedded_queries(
-    queries: Sequence[Any] | np.ndarray, k: int, embed: Callable[[Sequence[Any]], np.ndarray] | None, dim: int
-) -> np.ndarray:
-    """Queries as L2-normalised embeddings, or the error that says what is wrong with them."""
-    if k < 1:
-        raise ValueError(f"`k` is {k}; ask for at least 1 hit.")
-    if not isinstance(queries, np.ndarray):
-        if not isinstance(queries, Sequence) or isinstance(queries, str):
-            raise TypeError(f"`queries` is a single {type(queries).__name__}. Put it in a list.")
-        if embed is None:
-            raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`, or embed the queries.")
-        queries = embed(queries) if len(queries) > 0 else np.empty((0, dim), np.float32)
-    queries = checked(queries, "queries")
-    if queries.shape[1] != dim:
-        raise ValueError(
-            f"`queries` have dimension {queries.shape[1]} but the index has {dim}. Embed them with its model."
-        )
-    return queries
+        Raises:
+            `TypeError`, `ValueError`: if the index is empty, `queries` is a single query, `k` is below 1, the dimensions
+                differ, or there is no embedding function for queries that are not embedded.
+        """
+        if len(self) == 0:
+            raise ValueError("The index is empty. Add documents before you search.")
+        if k < 1:
+            raise ValueError(f"`k` is {k}; ask for at least 1 hit.")
+        if not isinstance(queries, np.ndarray):
+            if not isinstance(queries, Sequence) or isinstance(queries, str):
+                raise TypeError(f"`queries` is a single {type(queries).__name__}. Put it in a list.")
+            if self.embed is None:
+                raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`.")
+            queries = self.embed(queries) if len(queries) > 0 else np.empty((0, self.dim), np.float32)
+        queries = checked(queries, "queries")
+        if queries.shape[1] != self.dim:
+            raise ValueError(f"`queries` have dimension {queries.shape[1]} but the index has {self.dim}.")
+        return self._search(queries, k)
+
+    def _set_model(
+        self, embed: Callable[[Sequence[Any]], np.ndarray] | None, fingerprint: str | None, by: str, every_slice: bool
+    ) -> None:
+        if by not in PARTS:
+            raise ValueError(f"`by` is {by!r}; use one of {', '.join(PARTS)}.")
+        if fingerprint is None:
+            fingerprint = embed.fingerprint if isinstance(embed, SugarEmbedder) else ""
+        self.embed, self.fingerprint, self.by, self.every_slice = embed, fingerprint, by, every_slice
+
+    def _check_model(self, where: Any, stored: str) -> None:
+        """An error unless the stored fingerprint is that of the model which will embed the queries."""
+        (first, _, how), (second, _, how_asked) = stored.partition("#"), self.fingerprint.partition("#")
+        if how != how_asked or not same_fingerprint(first, second):
+            raise ValueError(
+                f"{where} was built with another model or pooling. Load that model, or build the index anew."
+            )
+
+    def _ranks(self) -> tuple[int, int]:
+        """The rank of this process, and how many share the work."""
+        return distributed_state().process_index, distributed_state().num_processes
+
+    def _blocks(
+        self, items: Iterable[Any], metadata: Sequence[dict] | None, shard_size: int, on_bad_row: str, progress: bool
+    ) -> Iterator[tuple[int, list[Document]]]:
+        """The documents of this process's blocks of `shard_size` items, with the number of the block."""
+        total = len(items) if hasattr(items, "__len__") else None
+        if shard_size < 1 or on_bad_row not in ("error", "skip"):
+            raise ValueError(f"`shard_size={shard_size}`, `on_bad_row={on_bad_row!r}`: use 1 or more, error or skip.")
+        if metadata is not None and total not in (None, len(metadata)):
+            raise ValueError(f"{len(metadata)} `metadata` for {total} items. Give one for each item.")
+        if isinstance(items, datasets.Dataset | datasets.IterableDataset):
+            items = undecoded(items)
+        pairs = zip(items, repeat(None) if metadata is None else metadata, strict=metadata is not None)
+        (rank, ranks), decode = self._ranks(), not isinstance(self.embed, SugarEmbedder)
+        with tqdm(total=total, desc="Indexing", unit="document", disable=not progress or rank > 0) as bar:
+            for number, block in enumerate(iter(lambda: list(islice(pairs, shard_size)), [])):
+                bar.update(len(block))
+                documents = []
+                for n, (item, entry) in enumerate(block if number % ranks == rank else [], number * shard_size):
+                    name = row_name(item, n) if isinstance(item, dict) else f"item {n}"
+                    try:
+                        documents.append(Document.of(item, name, self.by, entry, decode))
+                    except ValueError as error:
+                        if on_bad_row == "error":
+                            raise
+                        logger.warning("Left out: %s", error)
+                if documents:
+                    yield number, documents
+
+    def _embed(
+        self, documents: list[Document], on_bad_row: str, dim: int | None
+    ) -> tuple[list[Document], list[np.ndarray]]:
+        """The documents that can be embedded, and their embeddings, of shape `(slices, dim)` each, or `(1, dim)` without
+        `every_slice`. `dim` is the dimension that they have to have."""
+        if self.every_slice and not isinstance(self.embed, SugarEmbedder):
+            raise ValueError(
+                "`every_slice` needs a `SugarEmbedder` for `embed`: another function gives one embedding."
+            )
+        errors: dict[int, ValueError] = {}
+        items = [document.embedded for document in documents]
+        if isinstance(self.embed, SugarEmbedder):
+            names = [document.name for document in documents]
+            found = self.embed.every_slice(items, errors if on_bad_row == "skip" else None, names)
+            embeddings = [e if self.every_slice else e[-1:] for e in found if e is not None]
+        else:
+            embeddings = list(np.asarray(self.embed(items), dtype=np.float32)[:, None])
+            if len(embeddings) != len(items):
+                raise ValueError(f"`embed` gave {len(embeddings)} embeddings for {len(items)} items.")
+        for error in errors.values():
+            logger.warning("Left out: %s", error)
+        if embeddings:
+            width = checked(np.concatenate(embeddings), "embeddings").shape[1]
+            if dim is not None and width != dim:
+                raise ValueError(f"The new embeddings have dimension {width}, the index {dim}.")
+        return [document for n, document in enumerate(documents) if n not in errors], embeddings

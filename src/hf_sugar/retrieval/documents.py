@@ -3,25 +3,20 @@
 import glob
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
-from ..data.images import load_image, stored_image, undecoded
-from ..inference import TEXT_SUFFIXES, SugarEmbedder, as_row
-from ..models.rows_sugar import IMAGE_SUFFIXES, check_row, fill_images, row_name
+from ..data.images import load_image, stored_image
+from ..inference import TEXT_SUFFIXES, as_row
+from ..models.rows_sugar import IMAGE_SUFFIXES, check_row, fill_images
 
-
-logger = logging.getLogger(__name__)
 
 PARTS = ("auto", "question", "document", "images", "texts")
 
@@ -81,78 +76,6 @@ class Document:
             content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
             digest.update(hashlib.blake2b(content).digest())
         return digest.digest()
-
-
-def read_documents(
-    items: Iterable[Any],
-    metadata: Sequence[dict[str, Any]] | None,
-    embed: Callable[[Sequence[Any]], np.ndarray],
-    by: str,
-    shard_size: int,
-    on_bad_row: str,
-    progress: bool,
-    rank: int = 0,
-    ranks: int = 1,
-) -> Iterator[tuple[int, list[Document]]]:
-    """Documents of every `ranks`-th block of `shard_size` items, with the number of the block, beginning with block `rank`.
-    With `on_bad_row="skip"` what cannot be read is left out, with a warning."""
-    total = len(items) if hasattr(items, "__len__") else None
-    if shard_size < 1 or on_bad_row not in ("error", "skip"):
-        raise ValueError(f"`shard_size={shard_size}`, `on_bad_row={on_bad_row!r}`: use 1 or more, error or skip.")
-    if metadata is not None and total not in (None, len(metadata)):
-        raise ValueError(f"{len(metadata)} `metadata` for {total} items. Give one for each item.")
-    if isinstance(items, datasets.Dataset | datasets.IterableDataset):
-        items = undecoded(items)
-    pairs = zip(items, repeat(None) if metadata is None else metadata, strict=metadata is not None)
-    decode = not isinstance(embed, SugarEmbedder)
-    with tqdm(total=total, desc="Indexing", unit="document", disable=not progress or rank > 0) as bar:
-        for number, block in enumerate(iter(lambda: list(islice(pairs, shard_size)), [])):
-            bar.update(len(block))
-            documents = []
-            for n, (item, entry) in enumerate(block if number % ranks == rank else [], number * shard_size):
-                name = row_name(item, n) if isinstance(item, dict) else f"item {n}"
-                try:
-                    documents.append(Document.of(item, name, by, entry, decode))
-                except ValueError as error:
-                    if on_bad_row == "error":
-                        raise
-                    logger.warning("Left out: %s", error)
-            if documents:
-                yield number, documents
-
-
-def embed_documents(
-    documents: list[Document],
-    embed: Callable[[Sequence[Any]], np.ndarray],
-    every_slice: bool,
-    on_bad_row: str,
-    dim: int | None,
-) -> tuple[list[Document], list[np.ndarray]]:
-    """
-    Embeddings of documents, of shape `(slices, dim)` each, or `(1, dim)` without `every_slice`, and the documents that
-    have some: all of them, unless bad ones are skipped. `dim` is the dimension that they have to have.
-    """
-    if every_slice and not isinstance(embed, SugarEmbedder):
-        raise ValueError("`every_slice` needs a `SugarEmbedder` for `embed`: another function gives one embedding.")
-    if not documents:
-        return [], []
-    errors: dict[int, ValueError] = {}
-    items = [document.embedded for document in documents]
-    if isinstance(embed, SugarEmbedder):
-        names = [document.name for document in documents]
-        found = embed.every_slice(items, errors if on_bad_row == "skip" else None, names)
-        embeddings = [e if every_slice else e[-1:] for e in found if e is not None]
-    else:
-        embeddings = list(np.asarray(embed(items), dtype=np.float32)[:, None])
-        if len(embeddings) != len(items):
-            raise ValueError(f"`embed` gave {len(embeddings)} embeddings for {len(items)} items.")
-    for error in errors.values():
-        logger.warning("Left out: %s", error)
-    if embeddings:
-        width = checked(np.concatenate(embeddings), "embeddings").shape[1]
-        if dim is not None and width != dim:
-            raise ValueError(f"The new embeddings have dimension {width}, the index {dim}.")
-    return [document for n, document in enumerate(documents) if n not in errors], embeddings
 
 
 def item_features(dim: int) -> datasets.Features:

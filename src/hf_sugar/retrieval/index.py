@@ -21,8 +21,8 @@ from accelerate.utils import gather_object
 from ..distributed import distributed_state
 from ..inference import SugarEmbedder
 from .approximate import build_faiss, check_factory
-from .base import Hit, Index, check_embedder, check_fingerprint, embedded_queries
-from .documents import Document, checked, embed_documents, read_documents, stored_row, to_table
+from .base import Hit, Index
+from .documents import Document, checked, stored_row, to_table
 from .storage import REBUILD, Shard, describe, read_faiss, read_json, write_atomically, write_json, writing
 
 
@@ -42,18 +42,16 @@ class SugarIndex(Index):
 
     Args:
         embeddings (`np.ndarray` of shape `(items, dim)`): L2-normalised embeddings.
-        metadata (`Sequence[dict[str, Any]]`, *optional*):
-            One JSON-serialisable `dict` for each item, such as its path. Empty ones by default.
+        metadata (`Sequence[dict[str, Any]]`, *optional*): One JSON-serialisable `dict` for each item.
         fingerprint (`str`, *optional*):
-            Identifies the model the embeddings come from; taken from `embed` where that is a [`SugarEmbedder`]. An index
-            loads only with the fingerprint it was saved with, for embeddings of two models cannot be compared.
+            Identifies the model of the embeddings; taken from `embed` where that is a [`SugarEmbedder`]. An index loads
+            only with the fingerprint it was saved with, for embeddings of two models cannot be compared.
         embed (`Callable`, *optional*):
             [`SugarEmbedder`], or a function from a list of items to L2-normalised float32 embeddings. Not needed to
             search with queries that are embedded already.
         factory (`str`, *optional*, defaults to `"Flat"`):
             A FAISS factory string: `"Flat"` is exact, `"HNSW32"` and `"IVF1024,PQ32"` are approximate.
-        search_options (`str`, *optional*):
-            FAISS search parameters of an approximate index: `"nprobe=16"`, `"efSearch=64"`.
+        search_options (`str`, *optional*): FAISS search parameters: `"nprobe=16"`, `"efSearch=64"`.
 
     Example:
 
@@ -85,8 +83,7 @@ class SugarIndex(Index):
         self._arrange([Shard(to_table([Document("", None, e, None, []) for e in entries], embeddings[:, None]))])
 
     def _set(self, embed, fingerprint, by, every_slice, factory, search_options):
-        self.fingerprint = check_embedder(embed, fingerprint, by)
-        self.embed, self.by, self.every_slice = embed, by, every_slice
+        self._set_model(embed, fingerprint, by, every_slice)
         self.factory, self.search_options = factory, search_options
         self.directory: Path | None = None
         self._stored: str | None = None  # `index.json` of the directory, as it was read or written
@@ -114,7 +111,6 @@ class SugarIndex(Index):
 
     @property
     def dim(self) -> int:
-        """`int`: dimension of the embeddings."""
         return self._shards[0].dim
 
     @property
@@ -151,22 +147,19 @@ class SugarIndex(Index):
         Embed documents and index them.
 
         With a `directory` the index is written there, shard by shard: the same call after an interruption goes on where
-        the first one stopped, and under `accelerate launch` the processes share the work. An index that stands in the
-        directory is replaced when the new one is whole; shards with the same content are taken over from it, as far as
-        a fingerprint says that the model is the same.
+        the first one stopped, and under `accelerate launch` the processes share the work. An index that stands there is
+        replaced when the new one is whole; what it holds of the same content and model is taken over.
 
         Args:
-            items, metadata, kwargs: As in [`~SugarIndex.add`].
-            embed, fingerprint, factory, search_options: As in the constructor.
+            items, metadata, kwargs: As in [`~SugarIndex.add`], which raises the same.
+            embed, fingerprint, factory, search_options:
+                As in the constructor; impossible settings are refused before anything is embedded.
             by (`str`, *optional*, defaults to `"auto"`):
                 What of a row is embedded: `"question"` (all that the user says and shows, without the answers),
                 `"document"` (everything), `"images"` or `"texts"`. `"auto"` is the question where there are answers.
             every_slice (`bool`, *optional*, defaults to `False`):
                 Whether to index a document at the end of every slice, from one forward pass. A hit then says which.
             directory (`str` or `os.PathLike`, *optional*): Where to write the index.
-
-        Raises:
-            As [`~SugarIndex.add`]; impossible settings are refused before anything is embedded.
         """
         index = cls.__new__(cls)
         index._set(embed, fingerprint, by, every_slice, factory, search_options)
@@ -178,48 +171,16 @@ class SugarIndex(Index):
             index.save(directory)
         return index
 
-    def add(
-        self,
-        items: Iterable[Any],
-        metadata: Sequence[dict[str, Any]] | None = None,
-        *,
-        shard_size: int = 1024,
-        on_bad_row: str = "error",
-        progress: bool = False,
-    ) -> None:
-        """
-        Embed documents and put them at the end. An index in a directory keeps what is embedded there at once, for a
-        second call after an interruption, but changes only by [`~SugarIndex.save`]. If the call fails, the index is as it
-        was.
+    def _ranks(self) -> tuple[int, int]:
+        return (0, 1) if self.directory is None else super()._ranks()
 
-        Args:
-            items (`Iterable`):
-                Rows of [`hf_sugar.data.load_data`] or any dataset of that format, or whatever else
-                [`~inference.as_row`] takes. A `str` is always a text.
-            metadata (`Sequence[dict[str, Any]]`, *optional*):
-                One JSON-serialisable `dict` for each item. By default a row's `id`, a file's `path`, a text's `text`.
-            shard_size (`int`, *optional*, defaults to `1024`): Documents embedded and written at a time.
-            on_bad_row (`str`, *optional*, defaults to `"error"`):
-                `"error"` stops at the first item that cannot be embedded, `"skip"` leaves it out with a warning.
-            progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
-
-        Raises:
-            `TypeError`, `ValueError`: if there are no items, one is malformed or of another type, a setting is impossible,
-                or another process writes to the directory.
-            `OSError`: if the disk is full or read-only; an index that stood in the directory is intact.
-        """
-        if self.embed is None:
-            raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`.")
-        rank, ranks, before = 0, 1, set()
-        if self.directory is not None:
-            rank, ranks = distributed_state().process_index, distributed_state().num_processes
-            before = set(self.directory.glob("shard-*.arrow"))
+    def _add(self, blocks: Iterator[tuple[int, list[Document]]], on_bad_row: str) -> None:
+        before = set() if self.directory is None else set(self.directory.glob("shard-*.arrow"))
         dim = self.dim if len(self) > 0 else None
         found: list[tuple[int, Shard]] = []
         try:
             with self._writing(self.directory):
-                settings = (self.embed, self.by, shard_size, on_bad_row, progress, rank, ranks)
-                for number, documents in read_documents(items, metadata, *settings):
+                for number, documents in blocks:
                     if (shard := self._shard(documents, on_bad_row, dim)) is not None:
                         found.append((number, shard))
                         dim = shard.dim
@@ -230,7 +191,7 @@ class SugarIndex(Index):
                     file.unlink()
             raise
         shards = [shard for _, shard in found]
-        if ranks > 1:
+        if self._ranks()[1] > 1:
             files = sorted(gather_object([(number, shard.file.name) for number, shard in found]))
             shards = [Shard.read(self.directory / name) for _, name in files]
         if not shards:
@@ -259,7 +220,7 @@ class SugarIndex(Index):
                         return shard
                 except ValueError as error:
                     logger.warning("%s Its documents are embedded anew.", str(error).removesuffix(REBUILD))
-        documents, embeddings = embed_documents(documents, self.embed, self.every_slice, on_bad_row, dim)
+        documents, embeddings = self._embed(documents, on_bad_row, dim)
         if not documents:
             return None
         shard = Shard(to_table(documents, embeddings))
@@ -283,7 +244,6 @@ class SugarIndex(Index):
             self._arrange(shards)
 
     def document(self, number: int) -> dict[str, Any]:
-        """An indexed row in the conversational vision format: `messages`, `images` (bytes or paths) and `id`."""
         with self._lock:
             self._check(number)
             [stored] = self._table.select(["row", "images"]).slice(self._starts[number], 1).to_pylist()
@@ -293,23 +253,7 @@ class SugarIndex(Index):
         if not 0 <= number < len(self):
             raise IndexError(f"There is no document {number}; the index has {len(self)}.")
 
-    def search(self, queries: Sequence[Any] | np.ndarray, k: int = 5) -> list[list[Hit]]:
-        """
-        The k most similar items of each query, best first.
-
-        Args:
-            queries (`Sequence` or `np.ndarray` of shape `(queries, dim)`):
-                Queries, each as [`~inference.as_row`] takes it, or whatever else `embed` takes; or their L2-normalised
-                embeddings.
-            k (`int`, *optional*, defaults to `5`): Hits for each query; fewer where the index has or finds fewer.
-
-        Raises:
-            `TypeError`, `ValueError`: if the index is empty, `queries` is a single query, `k` is below 1, the dimensions
-                differ, or there is no embedding function for queries that are not embedded.
-        """
-        if len(self) == 0:
-            raise ValueError("The index is empty. Add documents before you search.")
-        queries = embedded_queries(queries, k, self.embed, self.dim)
+    def _search(self, queries: np.ndarray, k: int) -> list[list[Hit]]:
         with self._lock:
             scores, positions = self._nearest(queries, min(k, len(self.origins[0])))
             numbers, slices = (column[positions].tolist() for column in self.origins)
@@ -346,12 +290,11 @@ class SugarIndex(Index):
 
     def save(self, directory: str | os.PathLike) -> None:
         """
-        Write the index to a directory, which is created if it does not exist. Shards that stand there are not written
-        again; an index that stands there is replaced in one step: after an interruption it is there, or the new one is.
+        Write the index to a directory. One that stands there is replaced in one step: after an interruption it is there,
+        or the new one is.
 
         Raises:
-            `ValueError`: if the index is empty, another process writes to the directory, or has changed the index there
-                since it was loaded.
+            `ValueError`: if the index is empty, another process writes to the directory, or has done so since it was loaded.
             `OSError`: if the disk is full or read-only; the old index is intact.
         """
         if len(self) == 0:
@@ -359,11 +302,11 @@ class SugarIndex(Index):
         directory = Path(directory)
         if distributed_state().is_main_process:
             with self._lock, self._writing(directory):
-                self._save(directory)
+                self._write(directory)
         distributed_state().wait_for_everyone()
         self.directory = directory
 
-    def _save(self, directory: Path) -> None:
+    def _write(self, directory: Path) -> None:
         def is_there(file: Path | None) -> bool:
             return file is not None and file.exists() and file.parent.samefile(directory)
 
@@ -373,11 +316,12 @@ class SugarIndex(Index):
         if self.factory != "Flat" and not is_there(self._faiss_file):
             index, file = self._approximate(), directory / f"faiss-{os.urandom(16).hex()}.index"
             self._faiss_file = write_atomically(file, lambda path: faiss.write_index(index, str(path)))
-        content = {name: getattr(self, name) for name in ("fingerprint", *SETTINGS)}
-        content["faiss"] = None if self._faiss_file is None else describe(self._faiss_file)
-        content["shards"] = [[shard.file.name, shard.file.stat().st_size] for shard in self._shards]
+        shards = [[shard.file.name, shard.file.stat().st_size] for shard in self._shards]
+        approximate = None if self._faiss_file is None else describe(self._faiss_file)
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        content = {"fingerprint": self.fingerprint, **settings, "faiss": approximate, "shards": shards}
         self._stored = write_json(directory / "index.json", content)
-        named = {name for name, *_ in [*content["shards"], content["faiss"] or [None]]}
+        named = {name for name, *_ in [*shards, approximate or [None]]}
         for file in directory.iterdir():
             if re.fullmatch(r"shard-.*\.arrow|faiss-.*\.index|\..*\.tmp", file.name) and file.name not in named:
                 file.unlink()
@@ -411,8 +355,7 @@ class SugarIndex(Index):
 
         Args:
             memory_map (`bool`, *optional*, defaults to `False`):
-                Whether to leave the embeddings on the disk, where they are not compared with their checksums. Rows and
-                metadata stay there in any case.
+                Whether to leave the embeddings on the disk, as rows always are; their checksums are then not compared.
 
         Raises:
             `FileNotFoundError`: if the directory holds no index.
@@ -422,7 +365,7 @@ class SugarIndex(Index):
         text, content = read_json(file)
         index = cls.__new__(cls)
         index._set(embed, fingerprint, *(content[name] for name in SETTINGS))
-        check_fingerprint(file, content["fingerprint"], index.fingerprint)
+        index._check_model(file, content["fingerprint"])
         index.directory, index._memory_map, index._stored = directory, memory_map, text
         index._arrange([Shard.read(directory / name, size, not memory_map) for name, size in content["shards"]])
         if content["faiss"] is not None:

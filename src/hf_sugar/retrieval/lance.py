@@ -1,7 +1,7 @@
 """The index over LanceDB, which serves more than one machine."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,29 +9,22 @@ import pyarrow as pa
 
 from ..distributed import distributed_state
 from ..inference import SugarEmbedder
-from .base import Hit, Index, check_embedder, check_fingerprint, embedded_queries
-from .documents import Document, embed_documents, item_features, read_documents, stored_row, to_table
+from .base import Hit, Index
+from .documents import Document, item_features, stored_row, to_table
 
 
 class LanceIndex(Index):
     """
-    Embedded documents in a [LanceDB](https://lancedb.github.io/lancedb/) table: in a local directory, in an object store
-    that many machines read and write (`s3://`, `gs://`, `az://`), or on a LanceDB server (`db://`). Search is exact until
-    [`~LanceIndex.create_index`] is called.
-
-    Needs `lancedb`, the extra of that name. The number of a document is made of its content and metadata, so it is never
-    another's, and a document that is added again is there once.
+    Embedded documents in a [LanceDB](https://lancedb.github.io/lancedb/) table, with the extra `lancedb`: in a local
+    directory, in an object store that many machines read and write (`s3://`, `gs://`, `az://`), or on a LanceDB server
+    (`db://`). Search is exact until [`~LanceIndex.create_index`] is called. The number of a document is made of its content
+    and metadata, so it is never another's, and a document that is added again is there once.
 
     Args:
         uri (`str`): Where the database is.
-        embed (`Callable`), fingerprint (`str`, *optional*): As in [`SugarIndex`].
+        embed, fingerprint, by, every_slice: As in [`SugarIndex.build`]; those of a table that is there, or a `ValueError`.
         table (`str`, *optional*, defaults to `"documents"`): Name of the table.
-        by (`str`, *optional*, defaults to `"auto"`), every_slice (`bool`, *optional*, defaults to `False`):
-            As in [`SugarIndex.build`].
         connection: Further arguments of `lancedb.connect`.
-
-    Raises:
-        `ValueError`: if the table was built with another model or other settings.
 
     Example:
 
@@ -54,8 +47,7 @@ class LanceIndex(Index):
     ):
         import lancedb
 
-        self.fingerprint = check_embedder(embed, fingerprint, by)
-        self.embed, self.by, self.every_slice = embed, by, every_slice
+        self._set_model(embed, fingerprint, by, every_slice)
         self._name, self._table = table, None
         self._database = lancedb.connect(uri, **connection)
         if table in self._database.list_tables().tables:
@@ -65,7 +57,7 @@ class LanceIndex(Index):
                 raise ValueError(
                     f"The table {table!r} in {uri} is not one of this version of hf_sugar. Choose another name."
                 )
-            check_fingerprint(f"The table {table!r} in {uri}", stored["fingerprint"], self.fingerprint)
+            self._check_model(f"The table {table!r} in {uri}", stored["fingerprint"])
             if (stored["by"], stored["every_slice"]) != (by, every_slice):
                 raise ValueError(
                     f"The table {table!r} in {uri} was built with by={stored['by']!r} and "
@@ -76,7 +68,7 @@ class LanceIndex(Index):
         return 0 if self._table is None else self._table.count_rows("slice = 0")
 
     @property
-    def _dim(self) -> int:
+    def dim(self) -> int:
         return self._table.schema.field("embeddings").type.list_size
 
     def document(self, number: int) -> dict[str, Any]:
@@ -90,20 +82,7 @@ class LanceIndex(Index):
             return []
         return self._table.search().where(f"slice = 0 AND {_among(numbers)}").select(columns).to_list()
 
-    def add(
-        self,
-        items: Iterable[Any],
-        metadata: Sequence[dict[str, Any]] | None = None,
-        *,
-        shard_size: int = 1024,
-        on_bad_row: str = "error",
-        progress: bool = False,
-    ) -> None:
-        """
-        Embed documents and write them, some at a time, each time in one transaction. What is in the table already is left
-        out, so the same call after an interruption goes on; under `accelerate launch` the processes share the work.
-        Takes and raises what [`SugarIndex.add`] does.
-        """
+    def _add(self, blocks: Iterator[tuple[int, list[Document]]], on_bad_row: str) -> None:
         state = distributed_state()
         if self._table is None:
             if state.is_main_process:
@@ -115,14 +94,11 @@ class LanceIndex(Index):
                 self._database.create_table(self._name, schema=schema)
             state.wait_for_everyone()
             self._table = self._database.open_table(self._name)
-        settings = (self.embed, self.by, shard_size, on_bad_row, progress, state.process_index, state.num_processes)
-        for _, documents in read_documents(items, metadata, *settings):
+        for _, documents in blocks:
             fresh = {_number(document): document for document in documents}
             for row in self._documents(fresh, ["document"]):
                 del fresh[row["document"]]
-            documents, embeddings = embed_documents(
-                list(fresh.values()), self.embed, self.every_slice, on_bad_row, self._dim
-            )
+            documents, embeddings = self._embed(list(fresh.values()), on_bad_row, self.dim) if fresh else ([], [])
             if documents:
                 numbers = np.repeat([_number(document) for document in documents], list(map(len, embeddings)))
                 table = to_table(documents, embeddings).append_column("document", pa.array(numbers))
@@ -135,11 +111,7 @@ class LanceIndex(Index):
             self.document(number)
         self._table.delete(_among(documents))
 
-    def search(self, queries: Sequence[Any] | np.ndarray, k: int = 5) -> list[list[Hit]]:
-        """The k most similar items of each query, best first. Takes and raises what [`SugarIndex.search`] does."""
-        if len(self) == 0:
-            raise ValueError("The index is empty. Add documents before you search.")
-        queries = embedded_queries(queries, k, self.embed, self._dim)
+    def _search(self, queries: np.ndarray, k: int) -> list[list[Hit]]:
         columns = ["document", "slice", "metadata", "_distance"]
 
         def hit(document: int, slice: int, metadata: str, _distance: float) -> Hit:

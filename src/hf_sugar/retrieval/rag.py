@@ -36,15 +36,8 @@ def question_slices(row: dict[str, Any], where: str = "row") -> list[str | Image
 def rag_messages(
     messages: Sequence[dict[str, Any]], images: Sequence[Any], examples: Sequence[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """
-    Messages and images of a conversation with answered examples before it, as earlier turns.
-
-    Args:
-        messages (`Sequence[dict]`), images (`Sequence`):
-            The user's own conversation. System messages at its beginning stay in front of everything.
-        examples (`Sequence[dict]`):
-            Found rows with question and answer, in the order they are to be read. Their system messages are left out.
-    """
+    """Messages and images of a conversation with answered examples before it, as earlier turns, in the order given. System
+    messages at the beginning of the conversation stay in front of everything; those of the examples are left out."""
     # a text as content has its images in front, which is only known within its own row
     asked = fill_images(messages, images, "question")
     turns = [
@@ -58,17 +51,9 @@ def rag_messages(
 
 
 def find_examples(index: Index, questions: Sequence[dict[str, Any]], k: int) -> list[list[Hit]]:
-    """
-    The answered questions that are most similar to each question: at most `k`, most similar first.
-
-    Args:
-        index ([`~retrieval.base.Index`]):
-            Index of answered questions, built by `"question"` with its embedding function.
-        questions (`Sequence[dict]`):
-            Rows in the conversational vision format. A row with an `id` is never its own example: documents that ask the
-            same about the same pictures are left out, whatever their id.
-        k (`int`): Examples for each question.
-    """
+    """The answered questions of an index (built by `"question"`, with its embedding function) that are most similar to each
+    row of `questions`: at most `k`, most similar first. A row with an `id` is never its own example: documents that ask the
+    same about the same pictures are left out, whatever their id."""
     queries = [question_slices(question) for question in questions]
     result = []
     for question, query, hits in zip(questions, queries, index.search(queries, k + 1), strict=True):
@@ -114,15 +99,8 @@ def rag_generator(
 
 @dataclass(frozen=True)
 class RAGPrompt:
-    """
-    A question with the examples before it.
-
-    Args:
-        messages (`list[dict]`), images (`list`): The conversation that is answered.
-        citations (`list[Hit]`): The documents that were put before the question, most similar first.
-        dropped (`list[Hit]`): Documents that were found but had no room.
-        note (`str`, *optional*): Says so in words, for the user.
-    """
+    """The conversation that is answered (`messages` and `images`), the documents that were put before the question, most
+    similar first (`citations`), those that had no room (`dropped`), and a `note` that says so to the user."""
 
     messages: list[dict[str, Any]]
     images: list[Any]
