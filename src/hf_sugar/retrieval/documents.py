@@ -66,8 +66,8 @@ class Document:
             metadata = {"path" if isinstance(item, Path) else "text": str(item)}
         elif metadata is None:
             metadata = {} if row["id"] is None else {"id": row["id"]}
-        stored = {key: row[key] for key in ("messages", "loss_on", "id")}
-        return cls(name, embedded, *(json.dumps(entry, ensure_ascii=False) for entry in (metadata, stored)), images)
+        stored = json.dumps({key: row[key] for key in ("messages", "loss_on", "id")}, ensure_ascii=False)
+        return cls(name, embedded, json.dumps(metadata, ensure_ascii=False), stored, images)
 
     def digest(self) -> bytes:
         """Of the content: the bytes of its files, not their names."""
@@ -95,11 +95,14 @@ def to_table(documents: Sequence[Document], embeddings: Sequence[np.ndarray]) ->
         )
     values = np.concatenate(embeddings)
     schema = item_features(values.shape[1]).arrow_schema
-    first = [d for document, vectors in zip(documents, embeddings) for d in (document, *[None] * (len(vectors) - 1))]
+    counts = [len(vectors) for vectors in embeddings]
+    slices = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
+    every = [document for document, count in zip(documents, counts) for _ in range(count)]
+    first = [None if n else document for document, n in zip(every, slices.tolist())]
     columns = [
         pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1]),
-        np.concatenate([np.arange(len(vectors), dtype=np.int32) for vectors in embeddings]),
-        [document.metadata for document, vectors in zip(documents, embeddings) for _ in vectors],
+        slices,
+        [document.metadata for document in every],
         [document and document.row for document in first],
         pa.array([document and document.images for document in first], schema.field("images").type),
     ]

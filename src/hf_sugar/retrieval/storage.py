@@ -33,9 +33,9 @@ class Shard:
     @cached_property
     def digest(self) -> str:
         """Of all but the images, which are read when they are asked for."""
-        digest = hashlib.sha256(json.dumps(self.table.select(["slice", "metadata", "row"]).to_pydict()).encode())
-        for vectors in self.vectors:
-            digest.update(vectors)
+        digest = hashlib.sha256(json.dumps(self.table.select(["metadata", "row"]).to_pydict()).encode())
+        for values in (self.slices, *self.vectors):
+            digest.update(values)
         return digest.hexdigest()[:32]
 
     @classmethod
