@@ -41,11 +41,11 @@ def as_row(item: Any, where: str = "item") -> dict[str, Any]:
     for part in item if isinstance(item, list | tuple) else [item]:
         if isinstance(part, str) and part.lower().endswith(IMAGE_SUFFIXES) and Path(part).is_file():
             logger.warning("%s: %r is taken as a text; for the image in that file, give its `Path`.", where, part)
-        if isinstance(part, Path) and not part.is_file():
+        elif isinstance(part, Path) and not part.is_file():
             raise ValueError(f"{where}: the file {str(part)!r} does not exist.")
-        if isinstance(part, Path) and part.suffix.lower() in TEXT_SUFFIXES:
+        elif isinstance(part, Path) and part.suffix.lower() in TEXT_SUFFIXES:
             part = part.read_text(encoding="utf-8")
-        if isinstance(part, dict) and part.get("type") == "text":
+        elif isinstance(part, dict) and part.get("type") == "text":
             part = part.get("text") or ""
         if isinstance(part, str):
             if not part.strip():
@@ -54,7 +54,9 @@ def as_row(item: Any, where: str = "item") -> dict[str, Any]:
             continue
         image = part.get("image") if isinstance(part, dict) and part.get("type") == "image" else part
         if image is None or (image is part and not isinstance(part, Path | Image.Image)):
-            found = f"a part with the keys {', '.join(part)}" if isinstance(part, dict) else type(part).__name__
+            found = (
+                f"a part with the keys {', '.join(map(str, part))}" if isinstance(part, dict) else type(part).__name__
+            )
             raise TypeError(
                 f"{where} is or holds {found}; give a text, a PIL image, the Path of an image or text file, a part "
                 '{"type": "image", "image": ...}, a list of those, or a row with `messages` and `images`.'
@@ -77,15 +79,11 @@ class SugarEmbedder:
             What embeds. The model is in evaluation mode meanwhile, and in its former mode afterwards.
         batch_size (`int`, *optional*, defaults to `32`): Items in one forward pass.
         project (`bool`, *optional*, defaults to `True`):
-            Whether to use the retrieval projector. Without it the embedding is the pooled hidden state itself: the
-            baseline for a checkpoint whose projector is not trained.
+            Whether to use the retrieval projector. Without it the embedding is the pooled hidden state, the baseline for
+            a checkpoint whose projector is not trained.
         pooling (`str`, *optional*, defaults to `"slice"`):
-            `"slice"` for the embedding of the last slice, as trained. `"mean"` for the mean over all tokens of the
-            item, another baseline for checkpoints without structure training.
+            `"slice"` for the last slice, as trained, or `"mean"` for all tokens of the item, another baseline.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
-
-    Raises:
-        `ValueError`: for an unknown `pooling`, and for `"mean"` with a model that pools the last token of a slice.
 
     Example:
 
@@ -126,10 +124,7 @@ class SugarEmbedder:
 
     def __call__(self, items: Sequence[Any]) -> np.ndarray:
         """
-        Embeddings of whole items, each as [`~inference.as_row`] takes it.
-
-        Returns:
-            `np.ndarray` of shape `(items, dim)`: float32, L2-normalised.
+        Embeddings of whole items, each as [`~inference.as_row`] takes it: float32 of shape `(items, dim)`, L2-normalised.
 
         Raises:
             `TypeError`: if an item is of another type, or `items` is a single one.
@@ -143,17 +138,14 @@ class SugarEmbedder:
         self, items: Sequence[Any], errors: dict[int, ValueError] | None = None, names: Sequence[str] | None = None
     ) -> list[np.ndarray]:
         """
-        Embeddings of all prefixes of items that end with a slice, from one forward pass.
+        Embeddings of all prefixes of items that end with a slice, from one forward pass: of shape `(slices, dim)` for each
+        item, of which the last is that of the whole item.
 
         Args:
             items (`Sequence`): As for whole items, with the same errors.
             errors (`dict[int, ValueError]`, *optional*):
-                Where to put what is wrong with which item. Without it the first bad item is an error.
+                Where to put what is wrong with which item, whose embeddings are `None` then.
             names (`Sequence[str]`, *optional*): What errors call the items; by default `item 0` and so on.
-
-        Returns:
-            `list[np.ndarray]`: of shape `(slices, dim)` for each item; the last one is that of the whole item. `None`
-            for the items in `errors`.
         """
         if isinstance(items, str | dict | Path | Image.Image):
             raise TypeError(f"`items` is a single {type(items).__name__}. Put it in a list.")
@@ -252,13 +244,8 @@ class SugarGenerator:
     @torch.no_grad()
     def __call__(self, conversations: Sequence[dict[str, Any]]) -> list[str]:
         """
-        Answers to conversations: rows in the conversational vision format whose last turn is the user's.
-
-        Returns:
-            `list[str]`: only new tokens, without special tokens or white space at the ends.
-
-        Raises:
-            `ValueError`: if a row is malformed, too long for the model, or refused by the chat template; names the row.
+        Answers to conversations, rows in the conversational vision format whose last turn is the user's: only new tokens,
+        without special tokens. A `ValueError` names the row that is malformed, too long, or refused by the chat template.
         """
         answers = [""] * len(conversations)
         with _evaluating(self.model):
@@ -314,11 +301,10 @@ class SugarGenerator:
         inputs = self.inputs([conversation], max_length=self.max_length)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed, errors = Event(), []
-
-        def stop(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
-
-        settings = {**self.generation_kwargs, **generation_kwargs, "stopping_criteria": StoppingCriteriaList([stop])}
+        stop = StoppingCriteriaList(
+            [lambda ids, *_, **__: torch.full((len(ids),), closed.is_set(), device=ids.device)]
+        )
+        settings = {**self.generation_kwargs, **generation_kwargs, "stopping_criteria": stop}
 
         def generate() -> None:
             try:
