@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 import pytest
 from PIL import Image
-from test_rag import adapter, checkpoint, corpus, name  # noqa: F401
 
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, world
 from hf_sugar.cli.app import AppArguments
@@ -232,14 +231,6 @@ def test_over_http(port, facts):
     assert rows[4]["messages"][1]["content"][0]["text"] in answer and job.outputs()[0][1].count('class="card"') == 1
     with Image.open(client.predict(question, picture, 0, api_name="/align")) as heat_map:
         assert heat_map.width > 100
-
-
-@pytest.mark.parametrize("name", ["adapter on the Hub"], indirect=True)
-def test_an_adapter_on_the_hub(name, corpus, tmp_path):  # noqa: F811
-    main(["index", name, str(corpus / "data.json"), "--index", str(tmp_path / "i")])
-    with serve(name, tmp_path / "i", tmp_path / "log") as port:
-        client = gradio_client.Client(f"http://127.0.0.1:{port}/", verbose=False)
-        assert "data.json:" in client.predict("a red star", None, 1, api_name="/search")[0]
 
 
 def test_without_gradio_the_remedy_is_named(monkeypatch):

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from huggingface_hub import HfApi
-from peft import LoraConfig
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
 from test_retrieval import letters
@@ -85,9 +83,8 @@ def test_bad_items_are_named_or_left_out(embed, tmp_path, caplog):
     bad = {5: "an <image> in it", 27: "word " * 700, 33: tmp_path / "damaged.png", 34: tmp_path / "missing.png"}
     items = [bad.get(n, f"text {n}") for n in range(40)]
     for n in bad:
-        alone = [item if m == n or m not in bad else "fine" for m, item in enumerate(items)]
         with pytest.raises(ValueError, match=f"^item {n}[:, ]"):
-            SugarIndex.build(alone, embed, shard_size=16)
+            SugarIndex.build(["fine"] * n + items[n : n + 1], embed, shard_size=16)
     numbers, settings = [{"n": n} for n in range(40)], {"shard_size": 16, "on_bad_row": "skip"}
     index = SugarIndex.build(items, embed, numbers, directory=tmp_path / "i", **settings)
     assert [entry["n"] for entry in index.metadata] == [n for n in range(40) if n not in bad]
@@ -306,41 +303,8 @@ def test_rag(corpus, embed):
 # commands
 
 
-@pytest.fixture(scope="module")
-def adapter(checkpoint, corpus):
-    """An adapter directory as the trainer writes it."""
-    from hf_sugar import SugarTrainer, SugarTrainingConfig
-
-    path, _, _ = checkpoint
-    tiny.llava().save_pretrained(path / "llava")
-    tiny.processor().save_pretrained(path / "llava")
-    args = SugarTrainingConfig(
-        output_dir=str(path / "adapter"), structure_weight=0, retrieval_dim=16, max_steps=1, bf16=False, use_cpu=True
-    )
-    lora = LoraConfig(r=2, target_modules=["q_proj"])
-    rows = load_data(str(corpus / "data.json"))
-    SugarTrainer(model=str(path / "llava"), args=args, train_dataset=rows, peft_config=lora).save_model()
-    return path / "adapter"
-
-
-@pytest.fixture(params=["full", "adapter on the Hub"])
-def name(request, checkpoint):
-    """What a user calls a trained model: a directory or a Hub id."""
-    path, _, _ = checkpoint
-    if request.param == "full":
-        return str(path / "full")
-    adapter = request.getfixturevalue("adapter")
-    request.getfixturevalue("hub")
-    HfApi().create_repo("me/llava", exist_ok=True)
-    HfApi().upload_folder(repo_id="me/llava", folder_path=path / "llava")
-    main(["push", str(adapter), "--repo_id", "me/cli-adapter", "--base_model", "me/llava"])
-    return "me/cli-adapter"
-
-
-def test_cli(name, corpus, tmp_path, capsys, monkeypatch):
-    capsys.readouterr()
-    index = ["--index", str(tmp_path / "index")]
-    data = str(corpus / "data.json")
+def test_cli(checkpoint, corpus, tmp_path, capsys, monkeypatch):
+    name, data, index = str(checkpoint[0] / "full"), str(corpus / "data.json"), ["--index", str(tmp_path / "index")]
     main(["embed", name, data, "--output", str(tmp_path / "e.safetensors")])
     assert "4 documents, embeddings of shape (4, 16)" in capsys.readouterr().out
     written = load_file(tmp_path / "e.safetensors")
@@ -360,11 +324,15 @@ def test_cli(name, corpus, tmp_path, capsys, monkeypatch):
 
     (tmp_path / "damaged.png").write_bytes(b"no image")
     (tmp_path / "chat.yaml").write_text(f"model_name_or_path: {name}\nmax_new_tokens: 4\nk: 2\n")
-    typed = (
-        f"/image {tmp_path}/damaged.png\n/image {corpus}/1.png\nwhat is this?\nand why?\n/image missing.png\n/help\n"
-    )
+    typed = [
+        f"/image {tmp_path}/damaged.png",
+        f"/image {corpus}/1.png",
+        "what is this?",
+        "and why?",
+        "/image missing.png",
+    ]
     for extra, cited in (([], 0), (index, 2)):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{typed}/clear\nhm\n/quit\nx\n"))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*typed, "/help", "/clear", "hm", "/quit", "x"])))
         main(["chat", "--config", str(tmp_path / "chat.yaml"), *extra])
         said = capsys.readouterr()
         lines = [line for line in said.err.splitlines() if line.startswith("[")]
