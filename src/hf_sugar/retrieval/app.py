@@ -59,15 +59,13 @@ def build_page(rag: SugarRAG, title: str, k: int, plot_alignment: Callable) -> g
 
     def search(text: str | None, image: str | None, k: int) -> tuple[str, list[dict], Any]:
         [hits] = _or_error(index.search, [query(text, image)], int(k))
-        return _cards(index, hits), [vars(hit) for hit in hits], _choice(hits)
+        return _shown(index, hits)
 
     def ask(text: str | None, image: str | None, k: int) -> Iterator[tuple[str, str, list[dict], Any]]:
         rag.k = int(k)
         prompt = _or_error(rag.prompt, query(text, image))
-        hits = prompt.citations
-        cards = _cards(index, hits)
         answer = f"*{prompt.note}*\n\n" if prompt.note else ""
-        yield answer or "...", cards, [vars(hit) for hit in hits], _choice(hits)
+        yield answer or "...", *_shown(index, prompt.citations)
         for piece in rag.stream(prompt):
             answer += escape(piece)
             yield answer, gr.skip(), gr.skip(), gr.skip()
@@ -141,33 +139,28 @@ def _or_error(function: Any, *args: Any) -> Any:
         raise gr.Error(str(error)) from error
 
 
-def _name(hit: Hit) -> str:
-    return str(hit.metadata.get("id") or Path(hit.metadata.get("path", "")).name or f"#{hit.index}")
-
-
-def _choice(hits: list[Hit]) -> Any:
-    choices = [(f"{n}. {_name(hit)}", n - 1) for n, hit in enumerate(hits, 1)]
-    return gr.Dropdown(choices, value=0 if hits else None)
-
-
-def _cards(index: Any, hits: list[Hit]) -> str:
-    cards = []
+def _shown(index: Any, hits: list[Hit]) -> tuple[str, list[dict], Any]:
+    """The cards of hits, the hits as plain data, and the choice among them."""
+    cards, choices = [], []
     for number, hit in enumerate(hits, 1):
+        name = hit.metadata.get("id") or Path(hit.metadata.get("path", "")).name or f"#{hit.index}"
+        choices.append((f"{number}. {name}", number - 1))
         row = index.documents[hit.index]
         parts = [part for m in fill_images(row["messages"], row["images"]) for part in m["content"]]
         texts = [part["text"].strip()[:300] for part in parts if part["type"] == "text"]
-        pictures = "".join(_thumbnail(image, n) for n, image in enumerate(row["images"][:1]))
         more = f"<p>and {len(row['images']) - 1} more pictures</p>" if len(row["images"]) > 1 else ""
         cards.append(
-            f'<div class="card"><span class="score">{hit.score:.4f}</span><b>{number}. {escape(_name(hit))}</b>'
-            f"{'' if hit.slice is None else f' up to slice {hit.slice}'}{pictures}{more}"
+            f'<div class="card"><span class="score">{hit.score:.4f}</span><b>{number}. {escape(str(name))}</b>'
+            f"{'' if hit.slice is None else f' up to slice {hit.slice}'}"
+            f"{''.join(map(_thumbnail, row['images'][:1]))}{more}"
             f"{''.join(f'<p>{escape(text)}</p>' for text in texts if text)}</div>"
         )
-    return f'<div class="cards">{"".join(cards)}</div>'
+    choice = gr.Dropdown(choices, value=0 if hits else None)
+    return f'<div class="cards">{"".join(cards)}</div>', [vars(hit) for hit in hits], choice
 
 
-def _thumbnail(image: Any, number: int) -> str:
-    image = load_image(image, f"images[{number}]").copy()
+def _thumbnail(image: Any) -> str:
+    image = load_image(image, "the document").copy()
     image.thumbnail((320, 320))
     stream = io.BytesIO()
     image.save(stream, "PNG")
