@@ -85,8 +85,9 @@ class Index(ABC):
         progress: bool = False,
     ) -> None:
         """
-        Embed documents and put them into the index. What is embedded is kept at once, so the same call after an interruption
-        goes on; under `accelerate launch` the processes share the work.
+        Embed documents and put them into the index. Outside of memory what is embedded is kept at once, so the same call
+        after an interruption goes on, and under `accelerate launch` the processes share the work; a [`SugarIndex`] in a
+        directory changes only by [`~SugarIndex.save`].
 
         Args:
             items (`Iterable`):
