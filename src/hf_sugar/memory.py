@@ -203,7 +203,9 @@ def _peak(trained: nn.Module, model: SugarForConditionalGeneration, args: SugarT
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     trained.train()
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        # transformers 5.23 warns of the name that 5.20 has alone
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(args.gradient_checkpointing_kwargs)
     with FakeTensorMode(allow_non_fake_inputs=True):
         trained.to_empty(device="cpu")
         for parameter in trained.parameters():
