@@ -35,10 +35,6 @@ CHUNK = 1024  # rows or queries at a time, where all would not fit in memory
 WINOGROUND_CHANCE = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
 
 
-def _source(what: str) -> Any:
-    return field(default=None, metadata={"help": what})
-
-
 @dataclass
 class EvaluationData:
     """
@@ -46,10 +42,18 @@ class EvaluationData:
     names to sources, each measured apart.
     """
 
-    image_text_data: list[str] | None = _source("Rows with one image and an answer or caption: retrieval both ways.")
-    interleaved_data: list[str] | None = _source("Documents: retrieval of the next image given what precedes it.")
-    generation_data: list[str] | None = _source("Conversations: exact match of the last answer.")
-    winoground_data: list[str] | None = _source("Dataset with image_0, image_1, caption_0, caption_1.")
+    image_text_data: list[str] | None = field(
+        default=None, metadata={"help": "Rows with one image and an answer or caption: retrieval both ways."}
+    )
+    interleaved_data: list[str] | None = field(
+        default=None, metadata={"help": "Documents: retrieval of the next image given what precedes it."}
+    )
+    generation_data: list[str] | None = field(
+        default=None, metadata={"help": "Conversations: exact match of the last answer."}
+    )
+    winoground_data: list[str] | None = field(
+        default=None, metadata={"help": "Dataset with image_0, image_1, caption_0, caption_1."}
+    )
 
     def any(self) -> bool:
         return any(getattr(self, each.name) for each in fields(self))

@@ -142,7 +142,7 @@ class SugarCollator:
             conversations = [[{"role": "user", "content": [item]}] for item in items]
             singles = self.processor.encode_conversations(conversations, names=item_names, max_length=self.max_length)
             if image_index and len(image_index) == sum(item["type"] == "image" for item in items):
-                singles["image_index"] = torch.tensor(image_index)
+                singles |= {"image_index": torch.tensor(image_index), "images": images}
             result["singles"] = dict(singles)
         return result
 

@@ -26,7 +26,7 @@ def add_structure_head(model: SugarForConditionalGeneration) -> None:
     """
     Let a model that has TRL's fused LM head also return embeddings from the same call: with `slice_ids` those of slices, and
     with `singles`, inputs of [`SugarForConditionalGeneration.embed`], those of other sequences. `image_index` among these
-    says which image of the batch each of their images is; the vision tower sees it once, in families whose
+    says which of the `images` of the batch each of their images is; the vision tower sees it once, in families whose
     `get_image_features` gives a list of images. A copy of the model computes with its own weights.
 
     Args:
@@ -50,7 +50,7 @@ def add_structure_head(model: SugarForConditionalGeneration) -> None:
             **output,
             embeddings=embeddings,
             embedding_mask=mask,
-            single_embeddings=embed_singles(self, singles, seen.get("image_features"), kwargs.get("pixel_values")),
+            single_embeddings=embed_singles(self, singles, seen.get("image_features")),
         )
 
     model.forward = types.MethodType(forward, model)
@@ -61,7 +61,7 @@ def embed_rows(model: SugarForConditionalGeneration, slice_ids: torch.Tensor, si
     `(sequences, dim)` or `None`."""
     with _observed(model) as seen:
         embeddings, _ = model.embed_slices(slice_ids, **inputs)
-    return embeddings, embed_singles(model, singles, seen.get("image_features"), inputs.get("pixel_values"))
+    return embeddings, embed_singles(model, singles, seen.get("image_features"))
 
 
 @contextmanager
@@ -82,17 +82,20 @@ def _observed(model: SugarForConditionalGeneration):
         del backbone.get_image_features
 
 
-def embed_singles(model: SugarForConditionalGeneration, singles: dict | None, image_features, pixel_values):
-    """Embeddings `(sequences, dim)` of the sequences beside a batch, from the features of the batch's images if there is an
-    entry for each of them, and not for each patch."""
+def embed_singles(model: SugarForConditionalGeneration, singles: dict | None, image_features) -> torch.Tensor | None:
+    """Embeddings `(sequences, dim)` of the sequences beside a batch, from the features of the batch's images where there is an
+    entry for each of these, of as many features as the image has tokens here."""
     if singles is None:
         return None
-    inputs = {name: value for name, value in singles.items() if name != "image_index"}
+    inputs = {name: value for name, value in singles.items() if name not in ("image_index", "images")}
     features = getattr(image_features, "pooler_output", None)
-    if "image_index" not in singles or not isinstance(features, list | tuple) or len(features) != len(pixel_values):
+    if not isinstance(features, list | tuple) or len(features) != singles.get("images"):
         return model.embed(**inputs)
     known = copy.copy(image_features)
     known.pooler_output = [features[index] for index in singles["image_index"].tolist()]
+    tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
+    if tokens != sum(image.shape[:-1].numel() for image in known.pooler_output):
+        return model.embed(**inputs)
     model.base_model.get_image_features = lambda *args, **kwargs: known
     try:
         return model.embed(**inputs)
