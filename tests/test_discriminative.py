@@ -57,7 +57,7 @@ class TestContrastiveLoss:
         queries, candidates = randn(4, 8), randn(5, 8, seed=1)
         positives = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0] * 5, [0, 0, 0, 1, 0]]).bool()
         ignored = torch.tensor([[0, 0, 1, 0, 0], [0] * 5, [1] * 5, [0, 0, 0, 0, 1]]).bool()
-        scores = F.normalize(queries, dim=1) @ F.normalize(candidates, dim=1).T / 0.05
+        scores = F.normalize(queries, dim=1) @ F.normalize(candidates, dim=1).T / 0.1
 
         def one_way(scores, positives, ignored):
             terms = []

@@ -39,8 +39,6 @@ WORLD_TRAINING = {
     "per_device_train_batch_size": 32,
     "learning_rate": 1e-3,
     "warmup_steps": 50,
-    "structure_weight": 0.05,
-    "contrastive_weight": 20.0,
     "positions_per_sample": 4,
     "singles_per_sample": 4,
     "retrieval_dim": 128,

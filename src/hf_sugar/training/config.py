@@ -65,10 +65,10 @@ class SugarTrainingConfig(SFTConfig):
     )
 
     # Discriminative loss
-    structure_weight: float = HfArg(
-        default=0.3,
+    structure_weight: float | None = HfArg(
+        default=None,
         help="Weight of the discriminative loss (alpha in Eq. 1; the paper does not publish its value). 0 is plain supervised "
-        "fine-tuning.",
+        "fine-tuning. Defaults to 0.02, and to 0.3 for the structure loss alone.",
     )
     discriminative_loss: str = HfArg(
         default="both",
@@ -77,9 +77,9 @@ class SugarTrainingConfig(SFTConfig):
         metadata={"choices": ["structure", "contrastive", "both"]},
     )
     contrastive_weight: float = HfArg(
-        default=3.0, help="Weight of the contrastive loss within the discriminative loss."
+        default=20.0, help="Weight of the contrastive loss within the discriminative loss."
     )
-    contrastive_temperature: float = HfArg(default=0.05, help="Temperature of the contrastive loss.")
+    contrastive_temperature: float = HfArg(default=0.1, help="Temperature of the contrastive loss.")
     contrastive_mask_above: float = HfArg(
         default=0.95,
         help="Candidates that the teachers call nearly the same as the right one are no negatives: those at least so similar to "
@@ -193,6 +193,8 @@ class SugarTrainingConfig(SFTConfig):
         # TRL sets what transformers 5.23 calls `activation_checkpointing` and warns of; 5.20 has only the old name
         if "activation_checkpointing" in self.__dataclass_fields__ and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.structure_weight is None:
+            self.structure_weight = 0.3 if self.discriminative_loss == "structure" else 0.02
         if self.matrix_batch_size:
             batches, rest = divmod(self.matrix_batch_size, self.per_device_train_batch_size)
             if self.gradient_accumulation_steps == 1:

@@ -19,7 +19,7 @@ class ContrastiveLoss(nn.Module):
     where `P` are the pairs that belong together and `N` those that do not.
 
     Args:
-        temperature (`float`, *optional*, defaults to `0.05`):
+        temperature (`float`, *optional*, defaults to `0.1`):
             What cosines are divided by.
         learn_temperature (`bool`, *optional*, defaults to `False`):
             Whether it is a parameter, `log_temperature`, for a training loop that optimises it.
@@ -63,7 +63,7 @@ class ContrastiveLoss(nn.Module):
     ```
     """
 
-    def __init__(self, temperature: float = 0.05, learn_temperature: bool = False):
+    def __init__(self, temperature: float = 0.1, learn_temperature: bool = False):
         super().__init__()
         if not 0 < temperature < math.inf:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
