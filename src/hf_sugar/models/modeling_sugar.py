@@ -26,14 +26,11 @@ class SugarOutput(ModelOutput):
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is passed):
             Next-token cross-entropy, as the backbone computes it.
-        logits (`torch.Tensor` of shape `(batch, length, vocabulary)`):
-            The backbone's logits, unchanged.
+        logits (`torch.Tensor` of shape `(batch, length, vocabulary)`): The backbone's logits, unchanged.
         past_key_values (`Cache`, *optional*):
             The backbone's cache. From transformers 5.24 on the field is called `cache`; this name reads it too.
-        hidden_states (`tuple[torch.Tensor]`, *optional*):
-            Hidden states of the language model, when asked for.
-        attentions (`tuple[torch.Tensor]`, *optional*):
-            Attention weights, when asked for.
+        hidden_states (`tuple[torch.Tensor]`, *optional*): Hidden states of the language model, when asked for.
+        attentions (`tuple[torch.Tensor]`, *optional*): Attention weights, when asked for.
         image_hidden_states (`torch.Tensor`, *optional*):
             Projected image features, where the backbone returns them; those of all images one after the other.
         embeddings (`torch.FloatTensor` of shape `(batch, slices, retrieval_dim)`, *optional*, returned when `slice_ids` is passed):
@@ -60,8 +57,7 @@ def pool_slices(hidden_states: torch.Tensor, slice_ids: torch.Tensor, image_pool
     Mean of the hidden states of each slice.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`):
-            Last hidden states of the language model.
+        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): Last hidden states of the language model.
         slice_ids (`torch.LongTensor` of shape `(batch, length)`):
             Number of the slice that a token represents, -1 outside.
         image_pooling (`str`, *optional*, defaults to `"mean"`):
@@ -211,12 +207,9 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
     ) -> SugarOutput | tuple:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`):
-                Token ids, image placeholders expanded.
-            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
-                0 on padding.
-            pixel_values (`torch.Tensor`, *optional*):
-                Images as the backbone's processor gives them.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids, image placeholders expanded.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 on padding.
+            pixel_values (`torch.Tensor`, *optional*): Images as the backbone's processor gives them.
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Targets of the next-token loss, -100 where there is none.
             slice_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
@@ -268,8 +261,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         Embeddings of the slices from the last hidden states.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`):
-                Last hidden states.
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): Last hidden states.
             slice_ids (`torch.LongTensor` of shape `(batch, length)`):
                 As in [`~SugarForConditionalGeneration.forward`].
             project (`bool`, *optional*, defaults to `True`):
@@ -292,8 +284,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         Args:
             slice_ids (`torch.LongTensor` of shape `(batch, length)`):
                 As in [`~SugarForConditionalGeneration.forward`].
-            project (`bool`, *optional*, defaults to `True`):
-                Whether to use the retrieval projector.
+            project (`bool`, *optional*, defaults to `True`): Whether to use the retrieval projector.
             inputs:
                 `input_ids`, `attention_mask`, `pixel_values` and whatever else the backbone takes.
 
@@ -321,8 +312,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         Wrap a plain backbone checkpoint with a fresh retrieval projector. The same as `from_pretrained` on it.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`):
-                Hub id or directory of any image-text-to-text checkpoint.
+            pretrained_model_name_or_path (`str` or `Path`): Hub id or directory of any image-text-to-text checkpoint.
             kwargs:
                 Arguments of `from_pretrained` and fields of [`SugarConfig`], `retrieval_dim` for example.
         """
@@ -334,8 +324,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         Wrap a backbone that is already loaded; it is used, not copied.
 
         Args:
-            vlm (`PreTrainedModel`):
-                An image-text-to-text model.
+            vlm (`PreTrainedModel`): An image-text-to-text model.
             config_kwargs:
                 Fields of [`SugarConfig`].
 

@@ -46,12 +46,10 @@ class TripleEncoder:
             Dual encoder (CLIP, SigLIP, ...: a model with `get_image_features` and `get_text_features`) for `a2`.
         revisions (`dict[str, str]`, *optional*):
             Branch, tag or commit of the Hub checkpoints, by `"image"`, `"text"` and `"cross"`.
-        device (`str` or `torch.device`, *optional*):
-            Defaults to the machine's accelerator, else the CPU.
+        device (`str` or `torch.device`, *optional*): Defaults to the machine's accelerator, else the CPU.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `torch.float32`):
             Data type the models run in. Embeddings are always float32.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Images or texts in one forward pass.
+        batch_size (`int`, *optional*, defaults to `64`): Images or texts in one forward pass.
         long_text (`str`, *optional*, defaults to `"windows"`):
             What happens to a text with more tokens than an encoder takes (CLIP: 77, BGE: 512). `"windows"` halves it at
             the space nearest the middle until every part fits; its embedding is the mean of the parts' embeddings,
@@ -205,8 +203,7 @@ class TripleEncoder:
             slices (`Sequence[str | PIL.Image.Image | pathlib.Path | bytes | dict]`):
                 Texts (`str`) and images in any order. An image is whatever else [`~hf_sugar.data.load_image`] takes, is
                 decoded when its batch comes, and brought to RGB.
-            names (`Sequence[str]`, *optional*):
-                What errors call the slices. Defaults to `"slices[0]"` and so on.
+            names (`Sequence[str]`, *optional*): What errors call the slices. Defaults to `"slices[0]"` and so on.
 
         Returns:
             `torch.Tensor` of shape `(len(slices), dim)` and dtype `torch.float32`, on the CPU, in the order of `slices`.

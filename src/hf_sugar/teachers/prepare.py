@@ -53,8 +53,7 @@ def add_teacher_embeddings(
         compute (`bool`, *optional*, defaults to `True`):
             Whether to embed what is missing. Otherwise it is an error: for a stream when it is met, and the stream is not
             read through before.
-        rows_per_shard (`int`, *optional*, defaults to `512`):
-            Most rows in a block.
+        rows_per_shard (`int`, *optional*, defaults to `512`): Most rows in a block.
         counts (`collections.Counter`, *optional*):
             The number of slices embedded, by all processes, is added to its `"encoded"`.
 
