@@ -6,11 +6,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest  # noqa: E402
+import saved_checkpoints  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 
-from hf_sugar import TripleEncoder  # noqa: E402
+from hf_sugar import SugarProcessor, TripleEncoder  # noqa: E402
 
 
 # Tiny models spend more time handing work between threads than computing.
@@ -63,3 +64,18 @@ def encoder(checkpoints):
 @pytest.fixture(scope="session")
 def clip_only(checkpoints):
     return TripleEncoder(None, None, checkpoints["clip"], device="cpu")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    return saved_checkpoints.save_all(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture(scope="session")
+def inputs(saved):
+    return SugarProcessor.from_pretrained(saved / "full").embed_inputs(saved_checkpoints.items(saved))
+
+
+@pytest.fixture(scope="session")
+def plain(inputs):
+    return {key: value for key, value in inputs.items() if key != "slice_ids"}
