@@ -42,8 +42,7 @@ def hub(hub_server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
     monkeypatch.setattr(hf_api.api, "endpoint", hub_server.endpoint)
     monkeypatch.setattr(transformers_hub, "_hf_api", None)
-    yield hub_server
-    hub_server.faults.clear()
+    return hub_server
 
 
 @pytest.fixture(scope="session")

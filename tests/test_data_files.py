@@ -299,6 +299,11 @@ class TestImages:
             (transparent, (255, 255, 255)),
         ]:
             assert load_image(image).getpixel((0, 0)) == pixel, image.mode
+        big_endian = PILImage.frombytes("I;16B", (2, 1), np.array([100, 65280], ">u2").tobytes())
+        assert np.asarray(load_image(big_endian))[0].tolist() == [[0] * 3, [255] * 3]
+        for mode in ("YCbCr", "HSV", "RGBX"):
+            found = np.asarray(load_image(tiny.image(1).convert(mode))).astype(int)
+            assert np.abs(found - np.asarray(tiny.image(1))).max() <= 6, mode
         for bad in (np.full((2, 2), 70000, np.int32), np.full((2, 2), -1, np.int32), np.zeros((2, 2), np.float32)):
             with pytest.raises(ValueError, match="scale them to 8 bits"):
                 load_image(PILImage.fromarray(bad))

@@ -7,7 +7,6 @@ from pathlib import Path
 from threading import Thread
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,7 +16,6 @@ from transformers import AutoImageProcessor, AutoProcessor, logging
 from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.models.modeling_sugar import pool_slices
 from hf_sugar.models.processing_sugar import SLICE_TEMPLATE
-from hf_sugar.models.rows_sugar import to_rgb
 
 
 @pytest.fixture(scope="module")
@@ -312,20 +310,6 @@ class TestProcessor:
         assert torch.equal(found, expected)
         data = b64encode((tmp_path / "clear.png").read_bytes()).decode()
         assert torch.equal(pixels(f"data:image/png;base64,{data}"), expected)
-
-    def test_images_of_every_mode(self):
-        """16 bits keep their highest 8, transparent pixels are laid over white, other modes show what RGB shows."""
-        values = np.array([[0, 255, 256], [32767, 65280, 65535]], dtype=np.uint16)
-        for mode in ("I;16", "I;16B"):
-            image = tiny.Image.frombytes(mode, (3, 2), values.astype(">u2" if mode.endswith("B") else "<u2").tobytes())
-            assert np.array_equal(np.asarray(to_rgb(image)), np.repeat((values // 256)[..., None], 3, axis=2))
-        image = tiny.image(1)
-        clear = image.convert("RGBA")
-        clear.putalpha(0)
-        assert (np.asarray(to_rgb(clear)) == 255).all()
-        for mode in ("RGBA", "CMYK", "YCbCr", "HSV", "RGBX"):
-            found = np.asarray(to_rgb(image.convert(mode))).astype(int)
-            assert np.abs(found - np.asarray(image)).max() <= 6, mode
 
     @pytest.mark.parametrize(
         "item, message",

@@ -221,6 +221,7 @@ def test_a_warm_start_reads_no_weights(uninterrupted, expected, checkpoints, mon
     monkeypatch.setattr("hf_sugar.teachers.checkpoint.AutoModel", None)
     fresh = TripleEncoder(checkpoints["dinov2"], checkpoints["bert"], checkpoints["clip"], device="cpu")
     assert_rows(add(stories(), fresh, uninterrupted[0]), expected, 40)
+    assert all(words in fresh.description for words in ("image=", "text=", "cross=", checkpoints["clip"], "float32"))
 
 
 def test_damaged_files_are_named(uninterrupted, expected, encoder, tmp_path):
