@@ -6,7 +6,6 @@ import re
 import resource
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,7 +15,6 @@ from test_trainer import caption, conversation, rows, story
 
 from hf_sugar.cli.main import COMMANDS, main
 from hf_sugar.cli.parsing import UsageError, command_settings, parse
-from hf_sugar.cli.train import summary
 from hf_sugar.training.config import _WITHOUT_EFFECT
 
 
@@ -265,15 +263,6 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monke
     }.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             main(argv)
-
-
-def test_a_model_that_cannot_search_is_not_said_to():
-    state = SimpleNamespace(log_history=[{"loss": 1.0}, {"eval_loss": 2.0}], global_step=3)
-    for weight in (0, 0.3):
-        args = SimpleNamespace(output_dir="my-sugar", structure_weight=weight)
-        said = summary(SimpleNamespace(args=args, state=state))
-        assert "3 steps" in said and "loss 1, eval_loss 2" in said and "hf-sugar push my-sugar" in said
-        assert ("hf-sugar search" in said) == ("hf-sugar index" in said) == (weight > 0)
 
 
 def test_check(place, capsys):

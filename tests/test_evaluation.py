@@ -85,18 +85,15 @@ def test_ranks_equal_the_worst_order_of_a_brute_force_sort(data):
         assert rank == 1 + min(order.index(answer) for answer in answers)
 
 
-@pytest.mark.parametrize(
-    ("scores", "relevant", "message"),
-    [
+def test_recall_refuses():
+    for scores, relevant, message in (
         ([[0.1, np.nan]], [0], "query 0 hold NaN"),
         ([[0.1, 0.2]], [2], r"relevant\[0\]` is \[2\]"),
         ([[0.1, 0.2]], [set()], "at least one index from 0 to 1"),
         ([[0.1, 0.2]], [0, 1], r"shape \(1, 2\)"),
-    ],
-)
-def test_recall_refuses(scores, relevant, message):
-    with pytest.raises(ValueError, match=message):
-        recall_at_k(np.array(scores), relevant)
+    ):
+        with pytest.raises(ValueError, match=message):
+            recall_at_k(np.array(scores), relevant)
 
 
 # intervals
@@ -112,8 +109,6 @@ def test_interval_agrees_with_the_binomial_distribution():
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
     with pytest.raises(ValueError, match="empty"):
         bootstrap_interval([])
-    narrow = bootstrap_interval(values, confidence=0.5)
-    assert expected[0] < narrow[0] < p < narrow[1] < expected[1]
 
 
 def test_figure_and_table():
@@ -250,19 +245,13 @@ WINOGROUND_TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("scores", "text", "image", "group"), WINOGROUND_TABLE)
-def test_winoground_rule(scores, text, image, group):
-    s00, s01, s10, s11 = scores
-    i0, i1 = picture("red"), picture("blue")
-    # captions as the standard axes, so that an image's coordinates are its scores; inner products need no unit norm
-    table = {"a b": [1, 0], "b a": [0, 1], (255, 0, 0): [s00, s10], (0, 0, 255): [s01, s11]}
-
-    def embed(items):
-        return np.array([table[item if isinstance(item, str) else item.getpixel((0, 0))] for item in items])
-
-    row = {"image_0": i0, "image_1": i1, "caption_0": "a b", "caption_1": "b a"}
-    results = winoground(embed, [row])
-    assert [results[name].value / 100 for name in ("text_score", "image_score", "group_score")] == [text, image, group]
+def test_winoground_rule():
+    row = {"image_0": picture("red"), "image_1": picture("blue"), "caption_0": "a b", "caption_1": "b a"}
+    for (s00, s01, s10, s11), *expected in WINOGROUND_TABLE:
+        # captions as the standard axes, so that an image's coordinates are its scores; inner products need no unit norm
+        table = {"a b": [1, 0], "b a": [0, 1], (255, 0, 0): [s00, s10], (0, 0, 255): [s01, s11]}
+        embed = lambda items: np.array([table[i if isinstance(i, str) else i.getpixel((0, 0))] for i in items])  # noqa: B023, E731
+        assert [score.value / 100 for score in winoground(embed, [row]).values()] == expected
 
 
 def test_winoground_chance():
@@ -514,15 +503,6 @@ def test_plots(tmp_path):
     rows, columns = ["A $5 circle, or $6.", picture("red")], [picture("blue", (40, 20)), "text " * 50, picture("red")]
     plot_alignment(np.full((2, 3), 0.5), rows, columns, path)
     check_png(path, int(150 * 5.6), int(150 * 3.7))
-    for plot, arguments, message in (
-        (plot_losses, [[{"step": 1, "loss": 1.0}]], "logs generative_loss or structure_loss, but loss, step"),
-        (plot_alignment, [np.zeros((3, 2)), rows, columns], r"need \(2, 3\)"),
-        (plot_similarities, [np.eye(2), np.eye(3)], r"shape \(2, 2\)"),
-        (plot_gallery, [[{"query": "", "truth": "", "hits": ["", ""], "correct": [True]}]], "has 2 hits but 1"),
-        (plot_gallery, [[]], "nothing to draw"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            plot(*arguments, path)
 
 
 def test_plot_similarities_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -307,22 +307,22 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(published, tmp_path):
     for settings, message, *arguments in (
         (
             {"vist": {**published["vist"], "path": str(tmp_path / "half.json")}},
-            "`benchmarks.vist`: .*half.json is not JSON",
+            "`benchmarks.vist` cannot be read from .*half.json.*: Expecting value: line 1",
         ),
         ({"imagenet": {}}, "no benchmark 'imagenet'. Use some of coco, vist"),
         ({"coco": published["coco"]}, "`benchmarks.mmvp` is not set", "--tasks", "coco", "mmvp"),
         (
             {"vist": {"path": published["vist"]["path"]}},
-            "missing a required argument: 'image_root'. It takes path: .*, image_root",
+            "`benchmarks.vist` .*missing 1 required positional argument: 'image_root'",
         ),
-        ({"webqa": {"path": "webqa", "seed": 1}}, "unexpected keyword argument 'seed'. It takes path: .*, split"),
+        ({"webqa": {"path": "webqa", "seed": 1}}, "`benchmarks.webqa` .*unexpected keyword argument 'seed'"),
     ):
         with pytest.raises(ValueError, match=message):
             run(settings, *arguments)
     for name in BENCHMARKS:
         keys = [key for key in published[name] if key != "image_root"]
         missing = {**published[name], **{key: str(tmp_path / "nowhere.parquet") for key in keys}}
-        with pytest.raises(FileNotFoundError, match=f"nowhere.parquet.* Set the paths of `benchmarks.{name}`"):
+        with pytest.raises(ValueError, match=f"`benchmarks.{name}` .*: .*nowhere.parquet"):
             run({name: missing})
     Dataset.from_dict({"image_0": [1], "caption_0": ["a"]}).to_parquet(tmp_path / "columns.parquet")
     with pytest.raises(ValueError, match="has no column caption_1, image_1, but image_0, caption_0"):
@@ -400,7 +400,7 @@ def test_the_example_names_every_benchmark(tmp_path, monkeypatch):
     assert set(example["benchmarks"]) == set(BENCHMARKS)
     monkeypatch.chdir(tmp_path)  # complete settings: what is missing is the data
     for name in set(BENCHMARKS) - {"winoground"}:
-        with pytest.raises(FileNotFoundError, match=f"benchmarks.{name}"):
+        with pytest.raises(ValueError, match=f"benchmarks.{name}.*(No such file|does not exist|nor a dataset)"):
             load_benchmarks(example["benchmarks"], [name])
 
 
@@ -409,8 +409,6 @@ def test_plot_curves(tmp_path):
     plot_curves({**results, "count": 3}, tmp_path / "plain.png")
     plot_curves(results, tmp_path / "dashed.png", reference={"a@1": 50.0, "a@5": 60.0})
     assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "dashed.png").read_bytes()
-    with pytest.raises(ValueError, match="none of count is named"):
-        plot_curves({"count": 3}, tmp_path / "plain.png")
 
 
 @pytest.mark.extras

@@ -115,7 +115,7 @@ def train(
     if trainer.is_world_process_zero():
         if evaluation is not None and evaluation.any():
             report(trainer, model, evaluation)
-        print(summary(trainer))
+        print(f"The model is in {args.output_dir}, trained for {trainer.state.global_step} steps.")
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer
@@ -127,25 +127,8 @@ def report(trainer: SugarTrainer, model: ModelConfig, evaluation: EvaluationData
     trained = (trainer.model, trainer.processing_class, trainer.args.per_device_eval_batch_size)
     embed = SugarEmbedder(*trained, project=project, progress=True)
     results = evaluate_tasks(evaluation, embed, SugarGenerator(*trained, progress=True))
-    plot_losses(trainer.state.log_history, output_dir / "losses.png")
+    plot_losses({"": trainer.state.log_history}, output_dir / "losses.png")
     settings = {"model": vars(model), "untrained": not project, **vars(evaluation)}
     note = "The retrieval projector is not trained (`structure_weight` 0): pooled hidden states are compared instead."
     print(write_report(output_dir, output_dir.name, {"trained": results}, settings, [] if project else [note]))
     trainer.create_model_card()
-
-
-def summary(trainer: SugarTrainer) -> str:
-    """Where the result of a training is, how the training ended, and what can be done with it."""
-    path, last = trainer.args.output_dir, {}
-    for entry in trainer.state.log_history:
-        last.update(entry)
-    names = [key for key in last if key.endswith("loss") and "train" not in key or "recall@" in key]
-    lines = [
-        f"The model is in {path}, trained for {trainer.state.global_step} steps.",
-        f"Last values: {', '.join(f'{name} {last[name]:.4g}' for name in names)}",
-        f"Next:\n  hf-sugar evaluate --model_name_or_path {path} --image_text_data DATA",
-        f"  hf-sugar index --model_name_or_path {path} --data DATA --index index",
-        f"  hf-sugar search --model_name_or_path {path} --index index --query TEXT",
-        f"  hf-sugar push {path} --repo_id USER/NAME",
-    ]
-    return "\n".join(lines if trainer.args.structure_weight else lines[:3] + lines[5:])

@@ -28,25 +28,19 @@ WRONG = {"color": "#c8c8c8", "linewidth": 0.8}
 EVALUATION = {"linestyle": "", "marker": "o", "markersize": 5.5, "markeredgecolor": "white"}
 
 
-def plot_losses(
-    log_history: Sequence[dict[str, float]] | dict[str, Sequence[dict[str, float]]], path: str | os.PathLike
-) -> None:
+def plot_losses(runs: dict[str, Sequence[dict[str, float]]], path: str | os.PathLike) -> None:
     """
-    Generative and structure loss over the steps of one or several runs, side by side. Evaluation values are dots. A run
-    that logs only one loss, such as plain SFT, is missing from the other panel; `ValueError` if no run logs any.
+    Generative and structure loss over the steps of runs, side by side. Evaluation values are dots. A run that logs only one
+    loss, such as plain SFT, is missing from the other panel.
 
     Args:
-        log_history (`Sequence[dict]` or `dict[str, Sequence[dict]]`): Of the trainer's state, or several by name.
+        runs (`dict[str, Sequence[dict]]`): `log_history` of the trainer's state of each run, by its name.
         path (`str` or `os.PathLike`): PNG file to write.
     """
-    runs = log_history if isinstance(log_history, dict) else {"": log_history}
     panels = {
         "generative_loss": ("Generative loss $L_g$", "nats per token"),
         "structure_loss": ("Structure loss $L_d$", "squared error per row"),
     }
-    logged = {key for run in runs.values() for entry in run for key in entry}
-    if not logged & panels.keys():
-        raise ValueError(f"No run logs {' or '.join(panels)}, but {', '.join(sorted(logged))}.")
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for ax, (key, (title, unit)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for (label, run), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
@@ -58,8 +52,6 @@ def plot_losses(
         ax.set(xlabel="optimiser step", ylabel=unit)
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        if not ax.lines:
-            ax.text(0.5, 0.5, "not logged", ha="center", va="center", transform=ax.transAxes, color="grey")
         _finish(ax, legend=len(runs) > 1 and bool(ax.lines))
     _write(figure, path)
 
@@ -71,7 +63,7 @@ def plot_curves(
     Results that depend on a number, such as recall@k, as curves with their intervals.
 
     Args:
-        results (`dict[str, Any]`): Those named `<curve>@<number>` are drawn; `ValueError` if none is.
+        results (`dict[str, Any]`): Those named `<curve>@<number>` are drawn.
         path (`str` or `os.PathLike`): PNG file to write.
         axis (`str`, *optional*, defaults to `"k"`): What the number counts.
         reference (`dict[str, float]`, *optional*): Published values under the same names, drawn dashed.
@@ -81,8 +73,6 @@ def plot_curves(
         curve, at, number = name.rpartition("@")
         if at and number.isdecimal():
             curves.setdefault(curve, []).append((int(number), value))
-    if not curves:
-        raise ValueError(f"There is nothing to draw: none of {', '.join(results)} is named <curve>@<number>.")
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     for (curve, points), color in zip(sorted(curves.items()), itertools.cycle(COLORS), strict=False):
@@ -110,12 +100,10 @@ def plot_similarities(labels: np.ndarray, predicted: np.ndarray, path: str | os.
     Label similarities and predicted cosines of one batch as two heat maps on one colour scale.
 
     Args:
-        labels, predicted (`np.ndarray` of shape `(n, n)`): M_l and M_r. `ValueError` if the shapes differ.
+        labels, predicted (`np.ndarray` of shape `(n, n)`): M_l and M_r.
         path (`str` or `os.PathLike`): PNG file to write.
     """
-    matrices = {"Labels $M_l$": np.asarray(labels), "Predicted cosines $M_r$": np.asarray(predicted)}
-    if len({matrix.shape for matrix in matrices.values()}) > 1:
-        raise ValueError(f"`labels` have shape {np.shape(labels)} but `predicted` {np.shape(predicted)}.")
+    matrices = {"Labels $M_l$": labels, "Predicted cosines $M_r$": predicted}
     low, high = min(0.0, np.min(labels), np.min(predicted)), max(1.0, np.max(labels), np.max(predicted))
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -141,13 +129,10 @@ def plot_alignment(
 
     Args:
         expected (`np.ndarray` of shape `(n, m)`): Of [`hf_sugar.alignment.expected_alignment`].
-        row_slices, column_slices (`Sequence[str | PIL.Image.Image]`): n and m slices; `ValueError` for other numbers.
+        row_slices, column_slices (`Sequence[str | PIL.Image.Image]`): n and m slices.
         path (`str` or `os.PathLike`): PNG file to write.
     """
-    expected = np.asarray(expected)
-    n, m = len(row_slices), len(column_slices)
-    if expected.shape != (n, m):
-        raise ValueError(f"`expected` has shape {expected.shape}; {n} row and {m} column slices need ({n}, {m}).")
+    n, m = expected.shape
     cell = min(1.0, 12 / max(n, m))
     width, height = cell * m + 2.6, cell * n + 1.7
     figure = Figure(figsize=(width, height))
@@ -170,9 +155,9 @@ def plot_alignment(
     colorbar = figure.colorbar(picture, cax=figure.add_subplot(grid[:n, m + 1]))
     colorbar.set_label("probability of a visit", fontsize=8)
     colorbar.ax.tick_params(labelsize=7)
-    for i, part in enumerate(row_slices):
+    for i, part in zip(range(n), row_slices, strict=True):
         _draw(figure.add_subplot(grid[i, 0]), part)
-    for j, part in enumerate(column_slices):
+    for j, part in zip(range(m), column_slices, strict=True):
         _draw(figure.add_subplot(grid[n, j + 1]), part)
     _write(figure, path)
 
@@ -184,14 +169,9 @@ def plot_gallery(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Non
     Args:
         rows (`Sequence[dict]`):
             For each query a line with `query` and `truth` (each a `str`, a `PIL.Image.Image` or an interleaved list of
-            those), `hits`, a list of such items, and `correct`, a `bool` for each of the hits. `ValueError` for no rows.
+            those), `hits`, a list of such items, and `correct`, a `bool` for each of the hits.
         path (`str` or `os.PathLike`): PNG file to write.
     """
-    if len(rows) == 0:
-        raise ValueError("`rows` is empty: there is nothing to draw.")
-    for r, (hits, correct) in enumerate((row["hits"], row["correct"]) for row in rows):
-        if len(correct) != len(hits):
-            raise ValueError(f"`rows[{r}]` has {len(hits)} hits but {len(correct)} entries in `correct`.")
     items = [[row["query"], row["truth"], *row["hits"]] for row in rows]
     widths = []
     for column in itertools.zip_longest(*items):
@@ -202,11 +182,12 @@ def plot_gallery(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Non
     margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.33 / height, "bottom": 0.07 / height}
     grid = figure.add_gridspec(len(rows), len(widths), width_ratios=widths, wspace=0.06, hspace=0.08, **margins)
     for r, (row, line) in enumerate(zip(rows, items, strict=True)):
-        for c, item in enumerate(line):
+        frames = [None, None, *(CORRECT if correct else WRONG for correct in row["correct"])]
+        for c, (item, frame) in enumerate(zip(line, frames, strict=True)):
             ax = figure.add_subplot(grid[r, c if c < 2 else c + 1])
             if r == 0:
                 ax.set_title(("query", "truth")[c] if c < 2 else f"rank {c - 1}", fontsize=10)
-            _draw(ax, item, frame=None if c < 2 else CORRECT if row["correct"][c - 2] else WRONG)
+            _draw(ax, item, frame)
     _write(figure, path)
 
 
@@ -250,20 +231,8 @@ def write_pictures(
     normalize: str | None = "self+count",
     split: str = "test",
 ) -> list[tuple[str, str]]:
-    """
-    The plots of a report, as far as there are data for them.
-
-    Args:
-        directory (`str` or `os.PathLike`): Where to write.
-        data ([`EvaluationData`]), split (`str`): Documents and image-text rows to draw examples from.
-        embed ([`SugarEmbedder`]): Of the trained model.
-        embed_teachers (`Callable`), teacher_split (`int`, *optional*): As [`TripleEncoder`] has them.
-        logs (`dict[str, list[dict]]`): Training log of each run.
-        delta (`float`), normalize (`str`): Bandwidth and normalisation of the labels.
-
-    Returns:
-        `list[tuple[str, str]]`: file names and captions.
-    """
+    """The plots of a report, as far as there are data for them: of the trained model (`embed`), of its teachers
+    (`encode` and `split` of [`TripleEncoder`]), and of the log of each run. Returns file names and captions."""
     directory = Path(directory)
     plot_losses(logs, directory / "losses.png")
     pictures = [("losses.png", "Generative and structure loss over the training steps.")]

@@ -1,3 +1,5 @@
+"""What every published benchmark has."""
+
 from typing import ClassVar
 
 from ..metrics import Estimate
