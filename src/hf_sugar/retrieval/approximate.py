@@ -18,7 +18,8 @@ def check_factory(factory: str, search_options: str | None, dim: int | None = No
     except RuntimeError as error:
         raise ValueError(
             f"FAISS does not take `factory={factory!r}` with `search_options={search_options!r}` for embeddings of "
-            f"{'any dimension' if dim is None else f'dimension {dim}'} ({_reason(error)})."
+            f"{'any dimension' if dim is None else f'dimension {dim}'} ({_reason(error)}). "
+            "Take one such as 'Flat', 'HNSW32' or 'IVF1024,PQ32'."
         ) from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or factory.startswith("IDMap"):
         raise ValueError(

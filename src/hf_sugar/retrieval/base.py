@@ -54,7 +54,7 @@ class Index(ABC):
         """`int`: dimension of the embeddings."""
 
     @abstractmethod
-    def document(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         """An indexed row in the conversational vision format: `messages`, `images` (bytes or paths) and `id`."""
 
     @abstractmethod
@@ -71,9 +71,6 @@ class Index(ABC):
     def documents(self) -> "Index":
         """The indexed rows by number, `index.documents[hit.index]`."""
         return self
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.document(number)
 
     def add(
         self,

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import datasets
 import faiss
 import numpy as np
 import pyarrow as pa
@@ -122,11 +121,6 @@ class SugarIndex(Index):
     def metadata(self) -> list[dict[str, Any]]:
         """`list[dict]`: that of all documents."""
         return [json.loads(entry) for entry in self._table["metadata"].take(self._starts).to_pylist()]
-
-    @property
-    def dataset(self) -> datasets.Dataset:
-        """`datasets.Dataset`: the items, with their documents (`metadata` and `row` are JSON) where these begin."""
-        return datasets.Dataset(self._table, fingerprint=os.urandom(8).hex())
 
     @classmethod
     def build(
@@ -243,7 +237,7 @@ class SugarIndex(Index):
                     shards.append(shard if mask.all() else Shard(shard.table.filter(pa.array(mask))))
             self._arrange(shards)
 
-    def document(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         with self._lock:
             self._check(number)
             [stored] = self._table.select(["row", "images"]).slice(self._starts[number], 1).to_pylist()
@@ -323,7 +317,7 @@ class SugarIndex(Index):
         self._stored = write_json(directory / "index.json", content)
         named = {name for name, *_ in [*shards, approximate or [None]]}
         for file in directory.iterdir():
-            if re.fullmatch(r"shard-.*\.arrow|faiss-.*\.index|\..*\.tmp", file.name) and file.name not in named:
+            if re.fullmatch(r"shard-.*\.arrow|faiss-.*\.index|\..*\.new", file.name) and file.name not in named:
                 file.unlink()
 
     @contextmanager

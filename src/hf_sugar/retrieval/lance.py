@@ -71,7 +71,7 @@ class LanceIndex(Index):
     def dim(self) -> int:
         return self._table.schema.field("embeddings").type.list_size
 
-    def document(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         rows = self._documents([number], ["row", "images"])
         if not rows:
             raise IndexError(f"There is no document {number}.")
@@ -108,7 +108,7 @@ class LanceIndex(Index):
 
     def delete(self, documents: Sequence[int]) -> None:
         for number in documents:
-            self.document(number)
+            self[number]  # an error if it is not there
         self._table.delete(_among(documents))
 
     def _search(self, queries: np.ndarray, k: int) -> list[list[Hit]]:

@@ -123,7 +123,7 @@ def mine_negatives(
             raise ValueError(named) from error
         items = {}
         for number in {hit.index for found in hits for hit in found}:
-            item = _candidate(index.document(number), kind, f"document {number} of the index")
+            item = _candidate(index.documents[number], kind, f"document {number} of the index")
             if item is not None:
                 items[number] = item
         embed({f"document {number} of the index": item for number, item in items.items()})

@@ -15,6 +15,8 @@ import faiss
 import filelock
 import pyarrow as pa
 
+from ..files import replacing
+
 
 FORMAT_VERSION = 5
 REBUILD = "Build the index again with the same data and model: only what is missing or damaged is embedded anew."
@@ -92,13 +94,12 @@ def writing(directory: Path) -> Iterator[None]:
 
 
 def write_atomically(file: Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file beside its place and move it there."""
-    temporary = file.with_name(f".{file.name}.tmp")
+    """Write a file whole, or say what can be done."""
     try:
-        write(temporary)
-        return temporary.replace(file)
+        with replacing(file) as path:
+            write(path)
+        return file
     except (OSError, RuntimeError) as error:  # FAISS raises the latter
-        temporary.unlink(missing_ok=True)
         raise OSError(
             getattr(error, "errno", None),
             f"{file} cannot be written ({error}). What stood in the directory is as it was, and the shards that were "
