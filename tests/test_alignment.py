@@ -127,8 +127,6 @@ def test_float32_is_close_to_float64(delta):
         value = global_alignment_kernel([s.float() for s in x], **options)
         assert value.dtype == torch.float32
         assert ((value - exact).abs() / exact.abs().clamp(min=1)).max() <= 1e-5
-        if normalize == "count":
-            assert value.max() <= 1e-6
 
 
 @pytest.mark.parametrize("factor", [1e12, 1e-12])
@@ -179,13 +177,6 @@ def test_delannoy_numbers():
     assert all(math.exp(log_delannoy(n, m)) == pytest.approx(len(list(alignments(n, m)))) for n, m in [(3, 5), (6, 2)])
     large = sum(math.comb(299, k) * math.comb(699, k) * 2**k for k in range(300))
     assert log_delannoy(300, 700).item() == log_delannoy(700, 300).item() == pytest.approx(math.log(large), rel=1e-14)
-    # equal slices make every alignment weigh 1
-    same = [torch.ones(n, 3, dtype=torch.float64) for n in (2, 3, 9)]
-    lengths = torch.tensor([2, 3, 9])
-    torch.testing.assert_close(
-        global_alignment_kernel(same, normalize=None, log=True), log_delannoy(lengths[:, None], lengths[None, :])
-    )
-    assert log_delannoy(torch.zeros(0, dtype=torch.long), 3).shape == (0,)
     for wrong, message in ((0, "at least 1"), (2.7, "`n` must hold integers"), (True, "`n` must hold integers")):
         with pytest.raises(ValueError, match=message):
             log_delannoy(wrong, 3)
@@ -201,21 +192,15 @@ def test_delannoy_numbers():
         (1.0, 0.0, "self", ["0.23", "0.17", "0.16", "0.18", "0.005"]),
         (1.0, 0.3, "self", ["0.33", "0.30", "0.34", "0.43", "0.012"]),
         (2.0, 0.3, "self", ["0.72", "0.71", "0.76", "0.81", "0.029"]),
-        (
-            1.0,
-            0.0,
-            "self+count",
-            [None, None, None, None, "0.13"],
-        ),  # dividing by the count removes the bias of lengths
-        (1.0, 0.3, "self+count", [None, None, None, None, "0.31"]),
+        (1.0, 0.0, "self+count", ["0.13"]),  # dividing by the count removes the bias of lengths
+        (1.0, 0.3, "self+count", ["0.31"]),
     ],
 )
 def test_scale_by_length(delta, cross, normalize, expected):
-    for (n, m), number in zip(((1, 1), (2, 2), (4, 4), (8, 8), (2, 8)), expected, strict=True):
-        if number:
-            x, y = with_cosines(n, m, cross)
-            value = global_alignment_kernel([x], [y], delta=delta, normalize=normalize).item()
-            assert f"{value:.{len(number) - 2}f}" == number
+    for (n, m), number in zip(((1, 1), (2, 2), (4, 4), (8, 8), (2, 8))[-len(expected) :], expected, strict=True):
+        x, y = with_cosines(n, m, cross)
+        value = global_alignment_kernel([x], [y], delta=delta, normalize=normalize).item()
+        assert f"{value:.{len(number) - 2}f}" == number
 
 
 E1, E2 = [1.0, 0.0], [0.0, 1.0]
@@ -227,19 +212,13 @@ def test_triple_kernel_is_not_positive_definite():
     low = 1 / (2 * math.e - 1)
     expected = torch.tensor([[1, low, 1], [low, 1, 1], [1, 1, 1]], dtype=torch.float64)
     torch.testing.assert_close(value, expected)
-    assert low == pytest.approx(0.2254, abs=5e-5)
     assert torch.linalg.eigvalsh(value)[0].item() == pytest.approx(-0.306, abs=5e-4)
 
 
 def test_triple_kernel_exceeds_its_self_kernels():
-    images = torch.tensor([E1 + E1, E2 + E1], dtype=torch.float64)
-    texts = images.clone()
-    options = {"modality_x": [[IMAGE, IMAGE], [TEXT, TEXT]], "split": 2}
-    value = global_alignment_kernel([images, texts], normalize=None, **options)
-    expected = torch.tensor([[1.8705, 3], [3, 1.8705]], dtype=torch.float64)
-    torch.testing.assert_close(value, expected, rtol=0, atol=5e-5)
-    normalized = global_alignment_kernel([images, texts], **options)
-    assert normalized[0, 1].item() == pytest.approx(1.604, abs=5e-4)
+    slices = [torch.tensor([E1 + E1, E2 + E1], dtype=torch.float64)] * 2
+    value = global_alignment_kernel(slices, modality_x=[[IMAGE, IMAGE], [TEXT, TEXT]], split=2)
+    assert value[0, 1].item() == pytest.approx(1.604, abs=5e-4)
 
 
 # Properties
@@ -264,34 +243,6 @@ def test_symmetry_permutation_and_range(lengths, delta, seed, normalize):
         assert (value <= 1 + 1e-9).all()
     if normalize in ("self", "self+count"):
         assert torch.equal(value.diagonal(), torch.ones(len(x), dtype=torch.float64))
-    log = global_alignment_kernel(x, delta=delta, normalize=normalize, log=True)
-    torch.testing.assert_close(log.exp(), value)
-
-
-@lean
-@given(lengths_strategy, seeds, st.booleans(), st.sampled_from(MODES))
-def test_does_not_depend_on_the_rest_of_the_batch(lengths, seed, triple, normalize):
-    lengths = [9, *lengths, 1, 4]
-    x, c = sequences(lengths, seed=seed, dtype=torch.float32), codes(lengths, seed)
-    alone, together = (
-        global_alignment_kernel(
-            x[some], normalize=normalize, log=True, **({"modality_x": c[some], "split": 3} if triple else {})
-        )
-        for some in (slice(1, -2), slice(None))
-    )
-    torch.testing.assert_close(together[1:-2, 1:-2], alone, rtol=1e-6, atol=1e-6)
-
-
-@lean
-@given(st.floats(0.05, 10.0), st.floats(1.05, 3.0), seeds)
-def test_single_slices_grow_with_delta_and_with_their_cosine(delta, factor, seed):
-    x = sequences([1] * 6, seed=seed)
-    value = global_alignment_kernel(x, delta=delta, log=True)
-    off = ~torch.eye(6, dtype=torch.bool)
-    assert (global_alignment_kernel(x, delta=delta * factor, log=True) > value)[off].all()
-    unit = torch.nn.functional.normalize(torch.cat(x), dim=1)
-    cosines = (unit @ unit.T)[off]
-    assert (value[off][cosines.argsort()].diff() >= -1e-12).all()
 
 
 @lean
@@ -447,7 +398,7 @@ def test_labels_substitute_cosines_ones_and_clamp(triple):
     assert labels[4, 6].item() == pytest.approx(-1, abs=1e-6)
     off = sum(s != t for s in prefixes[:, 0].tolist() for t in prefixes[:, 0].tolist())
     assert share == pytest.approx(clamped / off)
-    assert labels.dtype == torch.float32 and not labels.requires_grad
+    assert not labels.requires_grad
 
 
 def test_labels_report_the_share_clamped():
@@ -505,10 +456,8 @@ def test_errors_of_sequences():
         ((x, x), {"modality_x": modality, "split": 3}, "`modality_y`"),
         ((x, x), {"modality_y": modality, "split": 3}, "`modality_x`"),
         ((x,), {"modality_x": modality[:1], "split": 3}, r"\[2\] entries for \[2, 3\] slices"),
-        ((x,), {"modality_x": modality[::-1], "split": 3}, r"\[3, 2\] entries for \[2, 3\] slices"),
         ((x,), {"modality_x": [[0, 2], [1, 1, 0]], "split": 3}, "`modality` must hold 0"),
         ((x,), {"modality_x": modality, "split": 6}, "`split` must lie between 1 and 5"),
-        ((x,), {"modality_x": modality, "split": 0}, "`split` must lie between 1 and 5"),
     ]:
         with pytest.raises(ValueError, match=message):
             global_alignment_kernel(*arguments, **options)
@@ -540,11 +489,9 @@ def test_errors_of_the_packed_form():
         ((embeddings, offsets, torch.tensor([[1, 1], [1, 0]])), r"`prefixes\[1\]` asks for 0 slices"),
         ((embeddings, offsets, torch.tensor([[2, 1]])), r"of sample 2; samples run from 0 to 1"),
         ((embeddings, offsets, torch.tensor([0, 1])), r"rows \(sample, length\)"),
-        ((embeddings, offsets, prefixes.double()), "`prefixes` must hold integers"),
         ((embeddings, offsets, prefixes, torch.tensor([[0, 9]])), r"`other_prefixes\[0\]`"),
         ((embeddings.long(), offsets, prefixes), "`embeddings`.*floating-point.*int64"),
         ((embeddings[0], offsets, prefixes), "`embeddings` must have shape"),
-        ((embeddings[:, :0], offsets, prefixes), "`embeddings` must have shape"),
     ]:
         with pytest.raises(ValueError, match=message):
             packed_alignment_kernel(*arguments)

@@ -149,6 +149,8 @@ def run(*argv: str) -> subprocess.CompletedProcess:
 
 
 def test_help_is_answered_at_once():
+    done = run("--help")
+    assert done.returncode == 0 and done.seconds < 1 and all(f" {command} " in done.stdout for command in COMMANDS)
     done = run("train", "--help")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and done.seconds < 1 and len(lines) < 120 and max(map(len, lines)) < 120

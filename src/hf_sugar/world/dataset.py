@@ -40,8 +40,7 @@ def load_world(
 
     Args:
         kind (`str`):
-            - `"captions"`: documents of an image and its caption (`loss_on="captions"`). Captions are unique as long as
-              `size` does not exceed the number of scenes of the split.
+            - `"captions"`: documents of an image and its caption (`loss_on="captions"`), each once while there are any.
             - `"conversations"`: half of the rows ask to describe the image and answer with the caption, the others ask
               one to three questions about it (`loss_on="answers"`).
             - `"stories"`: documents of three to six sentences, each followed by its image (`loss_on="text"`).
@@ -54,8 +53,8 @@ def load_world(
             other split shows).
         size (`int`, *optional*, defaults to 1000): Number of rows.
         image_size (`int`, *optional*, defaults to 32): Width and height of the images in pixels.
-        seed (`int`, *optional*, defaults to 0): Seed of the order of the scenes, of positions, lighting and questions.
-        progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
+        seed (`int`, *optional*, defaults to 0): Of the order of the scenes, of positions, lighting and questions.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
 
     Returns:
         `datasets.Dataset`: `messages`, `images`, `loss_on`, `id`, or for `"winoground"` `image_0`, `image_1`,
@@ -80,45 +79,26 @@ def load_world(
 
 
 def write_world(
-    directory: str | os.PathLike,
-    sizes: Mapping[str, Mapping[str, int]] | None = None,
-    image_size: int = 32,
-    seed: int = 0,
+    directory: str | os.PathLike, sizes: Mapping[str, Mapping[str, int]], image_size: int = 32, seed: int = 0
 ) -> dict[str, dict[str, Path]]:
     """
     Writes each kind and split as parquet, laid out so that `datasets.load_dataset(f"{directory}/{kind}")` opens a kind
-    with its splits.
+    with its splits. Returns the files by kind and split; those of the same name are replaced.
 
     Args:
-        directory (`str` or `os.PathLike`): Where to write. Files of the same name are replaced.
-        sizes (`Mapping[str, Mapping[str, int]]`, *optional*):
-            Rows by kind and split, such as `{"captions": {"train": 10000, "test": 500}}`. Left out, a world for
-            training and evaluation of about 27,000 rows is written.
+        directory (`str` or `os.PathLike`): Where to write.
+        sizes (`Mapping`): Rows by kind and split, such as `{"captions": {"train": 10000, "test": 500}}`.
         image_size, seed: As in [`load_world`].
-
-    Returns:
-        `dict[str, dict[str, Path]]`: The files by kind and split.
     """
-    if sizes is None:
-        held_out = {"validation": 500, "test": 500, "test_unseen": 500}
-        sizes = {
-            "captions": {"train": 8000, **held_out},
-            "conversations": {"train": 8000, **held_out},
-            "stories": {"train": 4000, **held_out},
-            "facts": {"train": 1500, **held_out},
-            "winoground": {"test": 400, "test_unseen": 400},
-        }
     written = {}
     for kind, splits in sizes.items():
         written[kind] = {}
-        folder = Path(directory) / kind / "data"
         for split, size in splits.items():
             rows = load_world(kind, split, size, image_size, seed, progress=True)
             # of a plain "test_unseen.parquet" `load_dataset` would make more rows of "test"
-            path = folder / f"{split}-00000-of-00001.parquet"
+            path = written[kind][split] = Path(directory) / kind / "data" / f"{split}-00000-of-00001.parquet"
             with replacing(path) as file:
                 rows.to_parquet(file)
-            written[kind][split] = path
     return written
 
 
