@@ -18,26 +18,18 @@ from hf_sugar.cli import evaluate
 from hf_sugar.cli.main import main
 from hf_sugar.data import ROW_FEATURES, load_data
 from hf_sugar.data.images import undecoded
-from hf_sugar.evaluation import (
+from hf_sugar.evaluation.ceilings import chance, label_ceilings
+from hf_sugar.evaluation.metrics import Estimate, bootstrap_interval, ranks, recall_at_k
+from hf_sugar.evaluation.plots import plot_alignment, plot_gallery, plot_losses, plot_similarities
+from hf_sugar.evaluation.report import report_table, to_dict
+from hf_sugar.evaluation.tasks import (
     WINOGROUND_CHANCE,
-    Estimate,
     EvaluationData,
-    bootstrap_interval,
-    chance,
     evaluate_tasks,
     exact_match,
     image_text_retrieval,
     interleaved_retrieval,
-    label_ceilings,
     load_tasks,
-    plot_alignment,
-    plot_gallery,
-    plot_losses,
-    plot_similarities,
-    ranks,
-    recall_at_k,
-    report_table,
-    to_dict,
     winoground,
 )
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
@@ -53,20 +45,10 @@ def unit(vectors):
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def text_part(text):
-    return {"type": "text", "text": text}
-
-
-IMAGE_PART = {"type": "image", "text": None}
-
-
 def conversation(*turns, images=(), **columns):
     """Turns alternate between user and assistant; `None` is an image part."""
-    roles = itertools.cycle(["user", "assistant"])
-    messages = [
-        {"role": role, "content": [IMAGE_PART if part is None else text_part(part) for part in turn]}
-        for role, turn in zip(roles, turns, strict=False)
-    ]
+    contents = [[{"type": "text" if part else "image", "text": part} for part in turn] for turn in turns]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
     return {"messages": messages, "images": list(images), **columns}
 
 
@@ -105,8 +87,7 @@ def test_interval_agrees_with_the_binomial_distribution():
     values[: int(n * p)] = 1
     # exact quantiles of the mean of a resample, which is binomial(n, p) / n
     expected = binom(n, p).ppf([0.025, 0.975]) / n
-    assert bootstrap_interval(values, resamples=4000) == pytest.approx(expected, abs=1.5 / n)
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    assert bootstrap_interval(values) == pytest.approx(expected, abs=1.5 / n)
     with pytest.raises(ValueError, match="empty"):
         bootstrap_interval([])
 
@@ -114,10 +95,10 @@ def test_interval_agrees_with_the_binomial_distribution():
 def test_figure_and_table():
     figure = Estimate(63.12, 58.94, 67.16, 500)
     assert str(figure) == "63.1 [58.9, 67.2]"
-    assert figure.to_dict() == {"value": 63.12, "low": 58.94, "high": 67.16, "n": 500}
     assert Estimate.from_hits([True, False, False, False]).value == 25
     results = {"exact_match": figure, "misses": [{"row": "row 0"}], "duplicates": 3, "paper": 27.04}
-    assert json.loads(json.dumps(to_dict(results)))["exact_match"]["n"] == 500
+    expected = {"value": 63.12, "low": 58.94, "high": 67.16, "n": 500}
+    assert json.loads(json.dumps(to_dict(results)))["exact_match"] == expected
     assert report_table({"a": results, "b": {"exact_match": figure, "other": figure}}).splitlines() == [
         "| metric | a | b |",
         "|---|---|---|",
@@ -131,11 +112,11 @@ def test_figure_and_table():
 # tasks
 
 
-def lookup(table):
+def lookup(table, vectors=unit):
     """Embedding function that looks texts up by themselves and images by the colour of their first pixel."""
 
     def embed(items):
-        return unit([table[item if isinstance(item, str) else item.getpixel((0, 0))] for item in items])
+        return vectors([table[item if isinstance(item, str) else item.getpixel((0, 0))] for item in items])
 
     return embed
 
@@ -250,8 +231,7 @@ def test_winoground_rule():
     for (s00, s01, s10, s11), *expected in WINOGROUND_TABLE:
         # captions as the standard axes, so that an image's coordinates are its scores; inner products need no unit norm
         table = {"a b": [1, 0], "b a": [0, 1], (255, 0, 0): [s00, s10], (0, 0, 255): [s01, s11]}
-        embed = lambda items: np.array([table[i if isinstance(i, str) else i.getpixel((0, 0))] for i in items])  # noqa: B023, E731
-        assert [score.value / 100 for score in winoground(embed, [row]).values()] == expected
+        assert [score.value / 100 for score in winoground(lookup(table, np.array), [row]).values()] == expected
 
 
 def test_winoground_chance():
@@ -299,9 +279,6 @@ class RandomTeachers:
         content = [part.encode() if isinstance(part, str) else part.tobytes() for part in slices]
         vectors = np.stack([np.random.default_rng(zlib.crc32(c)).normal(size=(2, 5)) for c in content])
         return torch.from_numpy(unit(vectors).reshape(-1, 10))
-
-    def modality(self, slices):
-        return torch.tensor([0 if isinstance(part, str) else 1 for part in slices])
 
 
 def label(x, y, delta, kernel):
@@ -503,23 +480,9 @@ def test_plots(tmp_path):
     rows, columns = ["A $5 circle, or $6.", picture("red")], [picture("blue", (40, 20)), "text " * 50, picture("red")]
     plot_alignment(np.full((2, 3), 0.5), rows, columns, path)
     check_png(path, int(150 * 5.6), int(150 * 3.7))
-
-
-def test_plot_similarities_whole_or_not_at_all(tmp_path, monkeypatch):
     x = unit(np.random.default_rng(0).normal(size=(12, 4)))
-    path = tmp_path / "s.png"
     plot_similarities(np.clip(x @ x.T, 0, 1), x @ x.T, path)
     check_png(path, 1200, 600)
-    before = path.read_bytes()
-
-    def fail(self, file, **kwargs):
-        file.write_bytes(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
-    with pytest.raises(OSError, match="no space"):
-        plot_similarities(np.ones((3, 3)), np.eye(3), path)
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("s.png", before)]
 
 
 def test_plot_gallery(tmp_path):

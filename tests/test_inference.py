@@ -121,24 +121,16 @@ def test_bad_items_are_named(pair, tmp_path):
         embed(["a", 1.5])
     (tmp_path / "damaged.png").write_bytes(b"no image")
     bad = {
-        3: "an <image> in it",
-        27: "word " * 700,
-        30: tmp_path / "damaged.png",
-        31: tmp_path / "missing.png",
-        33: ["a", " "],
+        3: ("an <image> in it", "contains '<image>', a special token"),
+        27: ("word " * 700, "the limit is 512"),
+        30: (tmp_path / "damaged.png", "cannot be decoded"),
+        31: (tmp_path / "missing.png", "not exist"),
+        33: (["a", " "], "empty"),
     }
-    says = {
-        3: "contains '<image>', a special token",
-        27: "the limit is 512",
-        30: "cannot be decoded",
-        31: "not exist",
-        33: "empty",
-    }
-    items = [bad.get(n, f"text {n}") for n in range(40)]
-    for n in bad:
-        alone = [item if m == n else f"text {m}" for m, item in enumerate(items)]
-        with pytest.raises(ValueError, match=f"^item {n}[ :,].*{says[n]}"):
-            embed(alone)
+    items = [bad.get(n, (f"text {n}",))[0] for n in range(40)]
+    for n, (item, says) in bad.items():
+        with pytest.raises(ValueError, match=f"^item {n}[ :,].*{says}"):
+            embed([*["text"] * n, item, "text"])
     errors = {}
     found = embed.every_slice(items, errors)
     assert sorted(errors) == sorted(bad) == [n for n, embeddings in enumerate(found) if embeddings is None]
@@ -169,40 +161,31 @@ def test_generator_equals_one_by_one(pair):
     assert answers == [generate([row])[0] for row in rows] and answers[0] == answers[3] and len(set(answers)) > 1
     inputs = generate.inputs(rows[1:2])
     with torch.no_grad():
-        sequence = model.eval().generate(**inputs, max_new_tokens=6, do_sample=False)[
-            0, inputs["input_ids"].shape[1] :
-        ]
-    assert answers[1] == processor.decode(sequence, skip_special_tokens=True).strip()
+        [sequence] = model.eval().generate(**inputs, max_new_tokens=6, do_sample=False)
+    new_tokens = sequence[inputs["input_ids"].shape[1] :]
+    assert answers[1] == processor.decode(new_tokens, skip_special_tokens=True).strip()
     assert "".join(generate.stream(rows[1])).strip() == answers[1]
     model.train()
-    assert (
-        SugarGenerator(model, processor, max_new_tokens=3)(rows[:1])[0]
-        == "".join(generate.stream(rows[0], max_new_tokens=3)).strip()
-    )
+    [short] = SugarGenerator(model, processor, max_new_tokens=3)(rows[:1])
+    assert short == "".join(generate.stream(rows[0], max_new_tokens=3)).strip()
     assert generate([]) == [] and model.training
 
 
-def test_bad_conversations_are_named(pair):
+def test_bad_conversations_are_named(pair, monkeypatch):
     model, processor = pair
     generate = SugarGenerator(model, processor)
     good, image = user("hm"), tiny.image(0)
-    template = processor.chat_template
+    refuse = "{% if 'refuse' in messages[-1]['content'][-1]['text'] %}{{ raise_exception('not this one') }}{% endif %}"
+    monkeypatch.setattr(processor, "chat_template", refuse + processor.chat_template)
     for bad, says in (
         ({**user(image, "a"), "images": []}, "holds 0 images but `messages` has 1"),
         (user("word " * 700, id="x"), "the limit is 512"),
         (user({"bytes": b"no image", "path": None}), r"images\[0\]: image of 8 bytes cannot be decoded"),
         (user("please refuse"), "cannot be put before the model: not this one"),
     ):
-        processor.chat_template = (
-            "{% if 'refuse' in messages[-1]['content'][-1]['text'] %}{{ raise_exception('not this one') }}{% endif %}"
-            + template
-        )
         name = "row 2 \\(x\\)" if bad.get("id") else "row 2"
-        try:
-            with pytest.raises(ValueError, match=f"^{name}.*{says}"):
-                generate([good, good, bad])
-        finally:
-            processor.chat_template = template
+        with pytest.raises(ValueError, match=f"^{name}.*{says}"):
+            generate([good, good, bad])
 
 
 def test_a_stream_ends_with_its_reader_and_passes_errors_on(pair, monkeypatch):

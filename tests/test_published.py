@@ -319,11 +319,6 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(published, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(settings, *arguments)
-    for name in BENCHMARKS:
-        keys = [key for key in published[name] if key != "image_root"]
-        missing = {**published[name], **{key: str(tmp_path / "nowhere.parquet") for key in keys}}
-        with pytest.raises(ValueError, match=f"`benchmarks.{name}` .*: .*nowhere.parquet"):
-            run({name: missing})
     Dataset.from_dict({"image_0": [1], "caption_0": ["a"]}).to_parquet(tmp_path / "columns.parquet")
     with pytest.raises(ValueError, match="has no column caption_1, image_1, but image_0, caption_0"):
         run({"winoground": {"path": str(tmp_path / "columns.parquet")}})

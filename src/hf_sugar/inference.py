@@ -123,14 +123,9 @@ class SugarEmbedder:
         return fingerprint(self.model, adapters=True) + ("" if trained else f"#{self.pooling}, project={self.project}")
 
     def __call__(self, items: Sequence[Any]) -> np.ndarray:
-        """
-        Embeddings of whole items, each as [`~inference.as_row`] takes it: float32 of shape `(items, dim)`, L2-normalised.
-
-        Raises:
-            `TypeError`: if an item is of another type, or `items` is a single one.
-            `ValueError`: if there are no items, one is empty, damaged or too long for the model, or its embedding is not
-                finite; names the item.
-        """
+        """Embeddings of whole items, each as [`~inference.as_row`] takes it: float32 of shape `(items, dim)`, L2-normalised.
+        A `TypeError` for another type or a single item; a `ValueError` that names an item which is empty, damaged or too long
+        for the model, or whose embedding is not finite, and for no items."""
         return np.stack([embeddings[-1] for embeddings in self.every_slice(items)])
 
     @torch.no_grad()
@@ -243,15 +238,11 @@ class SugarGenerator:
 
     @torch.no_grad()
     def __call__(self, conversations: Sequence[dict[str, Any]]) -> list[str]:
-        """
-        Answers to conversations, rows in the conversational vision format whose last turn is the user's: only new tokens,
-        without special tokens. A `ValueError` names the row that is malformed, too long, or refused by the chat template.
-        """
-        answers = [""] * len(conversations)
+        """Answers to conversations, rows in the conversational vision format whose last turn is the user's: only new tokens,
+        without special tokens. A `ValueError` names the row that is malformed, too long, or refused by the chat template."""
+        answers, read = [""] * len(conversations), conversations.__getitem__
         with _evaluating(self.model):
-            for rows in _batches(
-                len(conversations), conversations.__getitem__, self.batch_size, "Generating", self.progress
-            ):
+            for rows in _batches(len(conversations), read, self.batch_size, "Generating", self.progress):
                 names = [row_name(row, n) for n, row in rows.items()]
                 inputs = self.inputs(list(rows.values()), names, self.max_length)
                 sequences = self.model.generate(**inputs, **self.generation_kwargs)
@@ -267,10 +258,8 @@ class SugarGenerator:
         names: Sequence[str] | None = None,
         max_length: int | None = None,
     ) -> BatchFeature:
-        """
-        Inputs of the model, on its device, padded on the left. Errors call the conversations `names`; more than
-        `max_length` tokens are one.
-        """
+        """Inputs of the model, on its device, padded on the left. Errors call the conversations `names`; more than
+        `max_length` tokens are one."""
         names = names or [row_name(row, n) for n, row in enumerate(conversations)]
         filled = [_filled(row, name) for row, name in zip(conversations, names, strict=True)]
         try:
@@ -294,10 +283,8 @@ class SugarGenerator:
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
     def stream(self, conversation: dict[str, Any], **generation_kwargs: Any) -> Iterator[str]:
-        """
-        Answer one conversation piece by piece, with `generation_kwargs` in place of those of the constructor. Generation
-        ends when the iterator is closed.
-        """
+        """Answer one conversation piece by piece, with `generation_kwargs` in place of those of the constructor. Generation
+        ends when the iterator is closed."""
         inputs = self.inputs([conversation], max_length=self.max_length)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed, errors = Event(), []

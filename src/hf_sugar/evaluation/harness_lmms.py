@@ -45,7 +45,7 @@ class LmmsModel(lmms):
             context, doc_to_messages, settings, doc_id, task, split = request.args
             row = _row(doc_to_messages(self.task_dict[task][split][doc_id]))
             self.rag.generation_kwargs = defaults | _generation_kwargs(settings)
-            answer = self.rag.answer(row).text
+            answer = self.rag.answer(row)
             until = settings.get("until") or []
             for stop in [until] if isinstance(until, str) else until:
                 answer = answer.split(stop)[0] if stop else answer

@@ -15,8 +15,6 @@ class MTEBModel(AbsEncoder):
     """
     Model for `mteb.evaluate`. A text, an image, and an image with a text are one item each; instructions are not used.
 
-    Its metadata declare that it takes images. Of a model that does not, mteb would evaluate the texts alone.
-
     Args:
         model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]): Model and its processor.
         name (`str`, *optional*):

@@ -1,7 +1,7 @@
 """Ranks, recalls and bootstrap intervals."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,17 +36,12 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
 
-    def to_dict(self) -> dict[str, float | int]:
-        """The four fields as a JSON-serialisable `dict`."""
-        return asdict(self)
-
 
 def ranks(scores: np.ndarray, relevant: Relevant) -> np.ndarray:
     """
     Rank of the best relevant candidate of each query, counted from 1.
 
-    Ties are broken pessimistically: an irrelevant candidate with the same score counts as ranked above, so that a model
-    which gives every candidate the same score does not get what their order happens to give it.
+    Ties are broken pessimistically: an irrelevant candidate with the same score counts as ranked above.
 
     Args:
         scores (`np.ndarray` of shape `(queries, candidates)`): Higher is more similar.
@@ -54,10 +49,8 @@ def ranks(scores: np.ndarray, relevant: Relevant) -> np.ndarray:
             For each query, the index of its relevant candidate or the set of all of them.
 
     Returns:
-        `np.ndarray` of shape `(queries,)`, int64.
-
-    Raises:
-        `ValueError`: if shapes disagree, a score is NaN, or a query has no relevant candidate or one out of range.
+        `np.ndarray` of shape `(queries,)`, int64. A `ValueError` if shapes disagree, a score is NaN, or a query has no
+        relevant candidate or one out of range.
     """
     scores = np.asarray(scores)
     if scores.ndim != 2 or len(scores) != len(relevant):
@@ -80,36 +73,19 @@ def ranks(scores: np.ndarray, relevant: Relevant) -> np.ndarray:
 
 
 def recall_at_k(scores: np.ndarray, relevant: Relevant, ks: Sequence[int] = (1, 5, 10)) -> dict[int, np.ndarray]:
-    """
-    Whether each query finds a relevant candidate, one of several being enough, among its k best ones.
-
-    Args:
-        scores, relevant: As for [`ranks`], which also says how ties are broken and what is refused.
-        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs.
-
-    Returns:
-        `dict[int, np.ndarray]`: for each k the hits, of shape `(queries,)`, float64 0 or 1. Their mean is the recall.
-    """
+    """Whether each query finds a relevant candidate, one of several being enough, among its k best ones: for each k float64
+    0 or 1, of shape `(queries,)`, whose mean is the recall. Scores and relevant candidates are as for [`ranks`]."""
     positions = ranks(scores, relevant)
     return {k: (positions <= k).astype(np.float64) for k in ks}
 
 
-def bootstrap_interval(
-    values: Sequence[float],
-    confidence: float = BOOTSTRAP["confidence"],
-    resamples: int = BOOTSTRAP["resamples"],
-    seed: int = BOOTSTRAP["seed"],
-    groups: Sequence[int] | None = None,
-) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], groups: Sequence[int] | None = None) -> tuple[float, float]:
     """
-    Lower and upper end of the percentile bootstrap interval of a mean. Where all values are equal the interval is that one
-    point, however few the values: it says nothing then.
+    Lower and upper end of the percentile bootstrap interval of a mean, with the settings of `BOOTSTRAP`. Where all values
+    are equal the interval is that one point, however few the values: it says nothing then.
 
     Args:
         values (`Sequence[float]` or `np.ndarray` of shape `(n,)`): One value for each query; none is a `ValueError`.
-        confidence (`float`, *optional*, defaults to `0.95`): Probability that the interval covers the true mean.
-        resamples (`int`, *optional*, defaults to `2000`), seed (`int`, *optional*, defaults to `0`):
-            Number of bootstrap samples, and their seed.
         groups (`Sequence[int]` or `np.ndarray` of shape `(n,)`, *optional*):
             Label of the group each value belongs to. Whole groups are resampled then. Queries from one story, or from
             one image, are not independent, and an interval that takes them for it is too narrow.
@@ -119,10 +95,11 @@ def bootstrap_interval(
         raise ValueError("`values` is empty: no query was evaluated, so there is no mean to give an interval of.")
     _, members = np.unique(np.arange(len(values)) if groups is None else groups, return_inverse=True)
     sums, counts = np.bincount(members, weights=values), np.bincount(members)
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for r in range(resamples):  # one at a time: (resamples, n) indices do not fit in memory for large n
+    generator = np.random.default_rng(BOOTSTRAP["seed"])
+    means = np.empty(BOOTSTRAP["resamples"])
+    for r in range(len(means)):  # one at a time: (resamples, n) indices do not fit in memory for large n
         drawn = generator.integers(len(sums), size=len(sums))
         means[r] = sums[drawn].sum() / counts[drawn].sum()
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    outside = (1 - BOOTSTRAP["confidence"]) / 2
+    low, high = np.quantile(means, [outside, 1 - outside])
     return float(low), float(high)

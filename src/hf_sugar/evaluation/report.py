@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,13 @@ from .metrics import BOOTSTRAP, Estimate
 
 def to_dict(results: dict[str, Any]) -> dict[str, Any]:
     """Results of a task with every [`Estimate`] turned into a `dict`, ready for `json.dump`."""
-    return {name: value.to_dict() if isinstance(value, Estimate) else value for name, value in results.items()}
+    return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in results.items()}
 
 
 def report_table(runs: dict[str, dict[str, Any]]) -> str:
     """
-    Markdown table of the results of one or several runs: a line for each metric, in the order of the run that has most,
-    and a column for each run.
-
-    Args:
-        runs (`dict[str, dict[str, Any]]`):
-            Results of each run. Estimates, numbers and texts are shown; a list, such as that of misses, is left out.
+    Markdown table of the results of runs by their names: a line for each metric, in the order of the run that has most, and
+    a column for each run. Estimates, numbers and texts are shown; a list, such as that of misses, is left out.
 
     Example:
 

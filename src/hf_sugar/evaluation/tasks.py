@@ -76,18 +76,9 @@ def named_sources(sources: Any) -> dict[str, Any]:
 
 
 def load_tasks(data: EvaluationData, split: str = "test", on_bad_row: str = "error") -> list[Task]:
-    """
-    Read and check the data of every task, for which no model is needed.
-
-    Args:
-        data ([`EvaluationData`]): What to run on.
-        split (`str`, *optional*, defaults to `"test"`): Split of datasets that have several.
-        on_bad_row (`str`, *optional*, defaults to `"error"`):
-            `"skip"` leaves malformed rows and those with unreadable images out and says how many.
-
-    Raises:
-        `FileNotFoundError`, `ValueError`: as [`hf_sugar.data.load_data`]; or if no row of a source fits its task.
-    """
+    """Read and check the data of every task, for which no model is needed. `on_bad_row="skip"` leaves malformed rows and
+    those with unreadable images out and says how many. Raises as [`hf_sugar.data.load_data`], and a `ValueError` if no row
+    of a source fits its task."""
     tasks = []
     for name, prepare in _TASKS.items():
         for label, source in named_sources(getattr(data, name)).items():
@@ -166,14 +157,9 @@ class _Images(Sequence):
 
 
 def image_text_pairs(rows: Dataset, notes: list[str] | None = None) -> tuple[Sequence[Image.Image], list[str]]:
-    """
-    Images, decoded when they are asked for, and the texts that belong to them: the caption of a document of one image, or
-    the first answer of a conversation that begins with its only image.
-
-    Args:
-        rows ([`datasets.Dataset`]): Rows in the conversational vision format. `ValueError` if none has such a pair.
-        notes (`list[str]`, *optional*): Gets what is to be said of rows that have no such pair, or more texts.
-    """
+    """Images, decoded when they are asked for, and the texts that belong to them: the caption of a document of one image, or
+    the first answer of a conversation that begins with its only image. `notes` gets what is to be said of rows that have no
+    such pair, or more texts; a `ValueError` if none has one."""
     rows = undecoded(rows)
     indices, pairs, several = [], [], 0
     for index, row in enumerate(rows):
@@ -344,8 +330,8 @@ def interleaved_retrieval(
 ) -> dict[str, Estimate | int]:
     """
     Recall of the next image of a story, given all of the story before it (at least two slices), among the images of all
-    stories, as visual stories (VIST) are used to test whether a model makes use of context. For reference each image is
-    also searched with the last sentence before it alone. Images with the same pixels are one candidate.
+    stories. For reference each image is also searched with the last sentence before it alone. Images with the same pixels
+    are one candidate.
 
     Args:
         embed (`Callable`), ks (`Sequence[int]`): As in [`image_text_retrieval`].
@@ -396,10 +382,9 @@ def winoground(embed: EmbedFunction | None, rows: Sequence[dict[str, Any]]) -> d
     """
     `text_score`, `image_score` and `group_score` of pairs of captions with the same words and their two images.
 
-    With `s(c, i)` the cosine of caption c and image i, a row counts for the text score if each image prefers its own
-    caption (`s(c0, i0) > s(c1, i0)` and `s(c1, i1) > s(c0, i1)`), for the image score if each caption prefers its own
-    image (`s(c0, i0) > s(c0, i1)` and `s(c1, i1) > s(c1, i0)`), and for the group score if both hold. Equal scores do
-    not count. Source: [Winoground](https://huggingface.co/papers/2204.03162).
+    A row counts for the text score if each image prefers its own caption, for the image score if each caption prefers its
+    own image, and for the group score if both hold. Equal scores do not count. Source:
+    [Winoground](https://huggingface.co/papers/2204.03162).
 
     Args:
         embed (`Callable`): As in [`image_text_retrieval`]; `None` gives [`WINOGROUND_CHANCE`].

@@ -4,7 +4,7 @@ FAISS is not loaded by what only generates."""
 import importlib
 
 
-_RAG = "RAGAnswer RAGPrompt SugarRAG find_examples question_slices rag_generator rag_messages split_answer".split()
+_RAG = "RAGPrompt SugarRAG find_examples question_slices rag_generator rag_messages split_answer".split()
 _MODULE_OF = {
     "Hit": ".base",
     "Index": ".base",

@@ -113,9 +113,9 @@ def build_page(rag: SugarRAG, title: str, k: int, plot_alignment: Callable) -> g
     return page
 
 
-def launch(page: gr.Blocks, server_name: str, server_port: int | None, max_file_size: str, **kwargs: Any) -> Any:
+def launch(page: gr.Blocks, server_name: str, server_port: int | None, max_file_size: str) -> Any:
     """Serve a page of [`build_page`] at `server_name`, without anything from another host: on `server_port` (by default the
-    first free one from 7860), for uploads up to `max_file_size` (such as `"10mb"`). The rest goes to `launch` of Gradio."""
+    first free one from 7860), for uploads up to `max_file_size` (such as `"10mb"`)."""
     return page.queue(default_concurrency_limit=1).launch(
         server_name=server_name,
         server_port=server_port,
@@ -127,7 +127,6 @@ def launch(page: gr.Blocks, server_name: str, server_port: int | None, max_file_
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        **kwargs,
     )
 
 

@@ -43,8 +43,7 @@ class SugarIndex(Index):
         embeddings (`np.ndarray` of shape `(items, dim)`): L2-normalised embeddings.
         metadata (`Sequence[dict[str, Any]]`, *optional*): One JSON-serialisable `dict` for each item.
         fingerprint (`str`, *optional*):
-            Identifies the model of the embeddings; taken from `embed` where that is a [`SugarEmbedder`]. An index loads
-            only with the fingerprint it was saved with, for embeddings of two models cannot be compared.
+            Identifies the model of the embeddings, with which alone the index loads again; that of a [`SugarEmbedder`].
         embed (`Callable`, *optional*):
             [`SugarEmbedder`], or a function from a list of items to L2-normalised float32 embeddings. Not needed to
             search with queries that are embedded already.
@@ -140,9 +139,8 @@ class SugarIndex(Index):
         """
         Embed documents and index them.
 
-        With a `directory` the index is written there, shard by shard: the same call after an interruption goes on where
-        the first one stopped, and under `accelerate launch` the processes share the work. An index that stands there is
-        replaced when the new one is whole; what it holds of the same content and model is taken over.
+        With a `directory` the index is written there, shard by shard: the same call after an interruption goes on. An index
+        that stands there is replaced when the new one is whole; what it holds of the same content and model is taken over.
 
         Args:
             items, metadata, kwargs: As in [`~SugarIndex.add`], which raises the same.
@@ -225,7 +223,7 @@ class SugarIndex(Index):
         return shard
 
     def delete(self, documents: Sequence[int]) -> None:
-        """Take documents out, by their numbers; those behind them move up. An `IndexError` if one is not there."""
+        """Take documents out, by their numbers; those behind them move up."""
         with self._lock:
             for number in documents:
                 self._check(number)
@@ -283,14 +281,9 @@ class SugarIndex(Index):
         return self._faiss
 
     def save(self, directory: str | os.PathLike) -> None:
-        """
-        Write the index to a directory. One that stands there is replaced in one step: after an interruption it is there,
-        or the new one is.
-
-        Raises:
-            `ValueError`: if the index is empty, another process writes to the directory, or has done so since it was loaded.
-            `OSError`: if the disk is full or read-only; the old index is intact.
-        """
+        """Write the index to a directory; one that stands there is replaced in one step. A `ValueError` if the index is
+        empty, another process writes there, or has done so since it was loaded; an `OSError` if the disk is full or
+        read-only: the old index is intact."""
         if len(self) == 0:
             raise ValueError("The index is empty. Add documents before you save it.")
         directory = Path(directory)

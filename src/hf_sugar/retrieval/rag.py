@@ -109,14 +109,6 @@ class RAGPrompt:
     note: str | None = None
 
 
-@dataclass(frozen=True)
-class RAGAnswer:
-    """An answer, and the [`RAGPrompt`] with what it draws on."""
-
-    text: str
-    prompt: RAGPrompt
-
-
 class SugarRAG:
     """
     Answers of one model with the help of what the same model finds in an index of answered questions.
@@ -194,10 +186,9 @@ class SugarRAG:
             f"{self.max_length}. Shorten the question, or lower `max_new_tokens`."
         )
 
-    def answer(self, question: Any) -> RAGAnswer:
-        """Answer one question, as in [`~SugarRAG.prompt`], or what that returned."""
-        prompt = question if isinstance(question, RAGPrompt) else self.prompt(question)
-        return RAGAnswer("".join(self.stream(prompt)).strip(), prompt)
+    def answer(self, question: Any) -> str:
+        """The whole of [`~SugarRAG.stream`]."""
+        return "".join(self.stream(question)).strip()
 
     def stream(self, question: Any) -> Iterator[str]:
         """Answer one question piece by piece; to know the citations, give it what [`~SugarRAG.prompt`] returned.

@@ -95,10 +95,7 @@ class Scene:
 
     @cached_property
     def split(self) -> str:
-        """
-        Where the scene belongs. The hash is of the caption's words in alphabetical order: scenes whose captions differ
-        in word order alone stay together, so no bag of words is shared between `train`, `validation` and `test`.
-        """
+        """Where the scene belongs, by the bag of words of its caption, which no other split shares."""
         if any(thing.unseen for thing in self.things):
             return "test_unseen"
         return partition(" ".join(sorted(self.caption.split())))
@@ -215,11 +212,8 @@ _COUNT_QUESTIONS = (*_EITHER, _ask_count, _ask_count)
 
 
 def story(split: str, rng: random.Random) -> list[tuple[str, list[tuple[Thing, float, float]]]]:
-    """
-    Three to six steps, each a sentence and the objects (with their positions) of the image that follows it. A sentence
-    tells what changes and no more ("It grows."), so that the next image follows from the story so far and the sentence.
-    A story belongs to the split of its first sentence.
-    """
+    """Three to six steps, each a sentence and the objects (with their positions) of the image that follows it. A sentence
+    tells what changes and no more ("It grows."). A story belongs to the split of its first sentence."""
     unseen = split == "test_unseen"
     while True:
         shapes = rng.sample(SHAPES, 4)
