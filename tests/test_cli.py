@@ -11,6 +11,7 @@ import pytest
 import tiny
 import yaml
 from PIL import Image
+from rows import llava, mmc4, write
 from test_trainer import caption, conversation, rows, story
 
 from hf_sugar.cli.main import COMMANDS, main
@@ -24,25 +25,13 @@ def place(tmp_path_factory):
     tiny.llava().save_pretrained(path / "llava")
     tiny.processor().save_pretrained(path / "llava")
     (path / "images").mkdir()
-    llava, mmc4 = [], []
-    for i in range(12):
-        tiny.image(i).save(path / "images" / f"{i}.png")
-        turns = [
-            {"from": "human", "value": "<image>\nwhat is this?"},
-            {"from": "gpt", "value": f"a red circle {i}"},
-        ]
-        llava.append({"id": str(i), "image": f"images/{i}.png", "conversations": turns})
-        mmc4.append(
-            {
-                "text_list": ["a page.", f"a star {i}.", f"a square {i}."],
-                "image_info": [
-                    {"image_name": f"images/{i}.png", "matched_text_index": 1},
-                    {"image_name": f"images/{(i + 1) % 12}.png", "matched_text_index": 2},
-                ],
-            }
-        )
-    (path / "llava.json").write_text(json.dumps(llava))
-    (path / "mmc4.jsonl").write_text("\n".join(map(json.dumps, mmc4)))
+    images = [f"images/{i}.png" for i in range(12)]
+    for i, image in enumerate(images):
+        tiny.image(i).save(path / image)
+    write(path / "llava.json", [llava(image, gpt=f"a red circle {i}") for i, image in enumerate(images)])
+    pages = [["a page.", f"a star {i}.", f"a square {i}."] for i in range(12)]
+    shown = [((image, 1), (following, 2)) for image, following in zip(images, images[1:] + images[:1])]
+    write(path / "mmc4.jsonl", list(map(mmc4, pages, shown)))
     settings = {
         "model_name_or_path": str(path / "llava"),
         "use_peft": True,
@@ -120,8 +109,7 @@ def test_streamed_training(place, tmp_path, capsys):
 
 
 def test_prepare_under_accelerate_launch(place, tmp_path):
-    turns = [[{"from": "human", "value": f"say {i}"}, {"from": "gpt", "value": f"it is {i}"}] for i in range(1100)]
-    (tmp_path / "rows.json").write_text(json.dumps([{"id": str(i), "conversations": t} for i, t in enumerate(turns)]))
+    write(tmp_path / "rows.json", [llava(None, f"say {i}", f"it is {i}") for i in range(1100)])
     teachers = yaml.safe_load((place / "train.yaml").read_text())["teachers"]
     command = ["prepare", "--train_data", str(tmp_path / "rows.json"), "--teachers", json.dumps(teachers)]
     main([*command, "--teacher_cache_dir", str(tmp_path / "one")])
@@ -268,12 +256,10 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monke
 
 
 def test_check(place, capsys):
-    assert (
-        main(["check", "--train_data", str(place / "llava.json"), "--model_name_or_path", str(place / "llava")]) == 0
-    )
+    arguments = ["check", str(place / "llava.json"), "--model_name_or_path", str(place / "llava")]
+    assert main(arguments) == 0
     assert "12" in capsys.readouterr().out
-    long = ["--max_length", "10", "--model_name_or_path", str(place / "llava")]
-    assert main(["check", "--train_data", str(place / "llava.json"), *long]) == 1
+    assert main([*arguments, "--max_length", "10"]) == 1
     assert "max_length=10" in capsys.readouterr().out
 
 

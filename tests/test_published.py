@@ -13,6 +13,7 @@ import tiny
 import yaml
 from datasets import Dataset
 from PIL import Image
+from rows import llava, write
 
 from hf_sugar.cli.main import main
 from hf_sugar.data import load_data, load_image
@@ -276,15 +277,13 @@ def test_rag_gain(published):
 
 @pytest.mark.parametrize("name", ["data.json", "other.json"])
 def test_rag_hides_what_asks_the_same_whatever_its_name(tmp_path, name):
-    def write(path, question):
-        rows = []
-        for n in range(3):
-            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": f"answer {n}"}]
-            tiny.image(n).save(tmp_path / f"{n}.png")
-            rows.append({"image": str(tmp_path / f"{n}.png"), "conversations": turns})
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_text(json.dumps(rows))
-        return str(tmp_path / path)
+    pictures = [tmp_path / f"{n}.png" for n in range(3)]
+    for n, file in enumerate(pictures):
+        tiny.image(n).save(file)
+
+    def written(path, question):
+        path.parent.mkdir(exist_ok=True)
+        return str(write(path, [llava(str(f), f"<image>\n{question}", f"answer {f.stem}") for f in pictures]))
 
     def repeat(prompts):  # the answer that was shown last
         return [_slices(prompt)[-2] if len(prompt["messages"]) > 1 else "?" for prompt in prompts]
@@ -292,9 +291,9 @@ def test_rag_hides_what_asks_the_same_whatever_its_name(tmp_path, name):
     def by_picture(items):
         return np.stack([_vector(item[0]) for item in items])
 
-    questions = write("test/data.json", "what?")
+    questions = written(tmp_path / "test" / "data.json", "what?")
     for asked, gain in (("what?", 0), ("what is it?", 100)):
-        found = BENCHMARKS["rag"](questions, write(f"train/{name}", asked)).run(by_picture, repeat)
+        found = BENCHMARKS["rag"](questions, written(tmp_path / "train" / name, asked)).run(by_picture, repeat)
         assert found["gain"].value == gain, asked
 
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image, ImageDraw
+from rows import llava, write
 from safetensors.numpy import load_file
 from test_retrieval import letters
 
@@ -117,9 +118,8 @@ def corpus(tmp_path_factory):
     records = []
     for i in range(4):
         tiny.image(i).save(path / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>\nwhat is this?"}, {"from": "gpt", "value": f"star {i}"}]
-        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
-    (path / "data.json").write_text(json.dumps(records))
+        records.append(llava(f"{i}.png", "<image>\nwhat is this?", f"star {i}"))
+    write(path / "data.json", records)
     (path / "note.txt").write_text("a blue square")
     return path
 

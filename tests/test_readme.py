@@ -1,6 +1,5 @@
 """Every snippet of README.md and docs/*.md, as it stands: Python is run, a command line is parsed or run."""
 
-import json
 import os
 import re
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 from huggingface_hub import HfApi
+from rows import karpathy, llava, write
 
 import hf_sugar
 from hf_sugar.cli import main as cli
@@ -131,24 +131,15 @@ def workplace(hub, tmp_path, monkeypatch):
         HfApi().create_repo(name, exist_ok=True)
         HfApi().upload_folder(repo_id=name, folder_path=folder)
     shutil.rmtree("made")
-    llava, coco = [], []
-    for i in range(4):
-        name = f"photos/{i}.jpg"
-        Path(name).parent.mkdir(exist_ok=True)
-        tiny.image(i).save(name)
-        turns = [("human", "<image>\nwhat is this?"), ("gpt", f"a red circle {i}")]
-        turns = [{"from": who, "value": text} for who, text in turns]
-        llava.append({"id": f"{i}", "image": name, "conversations": turns})
-        captions = [{"raw": f"a blue square {i} {k}"} for k in range(5)]
-        coco.append(
-            {"filename": f"{i}.jpg", "filepath": "photos", "split": "test", "sentences": captions, "cocoid": i}
-        )
-    for name in "llava.json", "llava_v1_5_mix665k.json":
-        Path(name).write_text(json.dumps(llava))
-    Path("dataset_coco.json").write_text(json.dumps({"images": coco}))
-    Path("coco").mkdir()
-    Path("photos").rename("coco/photos")
+    Path("coco/photos").mkdir(parents=True)
     Path("photos").symlink_to("coco/photos")
+    for i in range(4):
+        tiny.image(i).save(f"photos/{i}.jpg")
+    for name in "llava.json", "llava_v1_5_mix665k.json":
+        write(Path(name), [llava(f"photos/{i}.jpg", gpt=f"a red circle {i}") for i in range(4)])
+    captions = [[f"a blue square {i} {k}" for k in range(5)] for i in range(4)]
+    images = [karpathy(f"photos/{i}.jpg", "test", sentences, cocoid=i) for i, sentences in enumerate(captions)]
+    write(Path("dataset_coco.json"), {"images": images})
     tiny.image().save("photo.jpg")
     return tmp_path
 

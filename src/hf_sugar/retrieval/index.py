@@ -189,7 +189,7 @@ class SugarIndex(Index):
         if not shards:
             raise ValueError("`items` is empty, or none can be embedded. An index needs at least one item.")
         with self._lock:
-            index = None if self._memory_map else self._faiss
+            index = self._faiss
             if index is not None:
                 try:
                     index.add(np.concatenate([vectors for shard in shards for vectors in shard.vectors]))
@@ -342,7 +342,7 @@ class SugarIndex(Index):
 
         Args:
             memory_map (`bool`, *optional*, defaults to `False`):
-                Whether to leave the embeddings on the disk, as rows always are; their checksums are then not compared.
+                Whether to leave the embeddings of an exact index on the disk; their checksums are then not compared.
 
         Raises:
             `FileNotFoundError`: if the directory holds no index.
@@ -357,7 +357,5 @@ class SugarIndex(Index):
         index._arrange([Shard.read(directory / name, size, not memory_map) for name, size in content["shards"]])
         if content["faiss"] is not None:
             index._faiss_file = directory / content["faiss"][0]
-            index._faiss = read_faiss(
-                index._faiss_file, content["faiss"], len(index.origins[0]), index.dim, memory_map
-            )
+            index._faiss = read_faiss(index._faiss_file, content["faiss"])
         return index

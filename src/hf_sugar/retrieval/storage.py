@@ -59,15 +59,12 @@ class Shard:
         self.file = write_atomically(directory / f"shard-{key}-{self.digest}.arrow", write)
 
 
-def read_faiss(file: Path, described: list[Any], items: int, dim: int, memory_map: bool) -> faiss.Index:
-    """The FAISS index of `items` in a file that [`describe`] described. Of a mapped file the checksum is not compared."""
+def read_faiss(file: Path, described: list[Any]) -> faiss.Index:
+    """The FAISS index in a file that [`describe`] described."""
     try:
-        if (file.stat().st_size != described[1]) if memory_map else (describe(file) != described):
+        if describe(file) != described:
             raise OSError("its content is not what was written")
-        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if memory_map else 0)
-        if (index.ntotal, index.d, index.metric_type) != (items, dim, faiss.METRIC_INNER_PRODUCT):
-            raise OSError("it holds other items, of another dimension or metric")
-        return index
+        return faiss.read_index(str(file))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{file} cannot be read ({error}). {REBUILD}") from error
 
