@@ -14,16 +14,20 @@ ROOMS = [f"hf_sugar.{path.stem}" for path in Path(hf_sugar.__file__).parent.iter
 
 
 @pytest.mark.parametrize(
-    "name, absent",
+    "imports, absent",
     [
-        ("hf_sugar", ("torch", "transformers", "numpy", *LAZY)),
+        ("import hf_sugar", ("torch", "transformers", "numpy", *LAZY)),
         # these files travel to Hub repositories, where nothing else of the package is
-        ("hf_sugar.models", (*(room for room in ROOMS if room != "hf_sugar.models"), *LAZY)),
-        ("hf_sugar.data", ("torch", "transformers")),
+        ("import hf_sugar.models", (*(room for room in ROOMS if room != "hf_sugar.models"), *LAZY)),
+        ("import hf_sugar.data", ("torch", "transformers")),
+        (
+            "from hf_sugar import SugarTrainer, SugarGenerator; from hf_sugar.retrieval import SugarRAG",
+            ("faiss", "lancedb", "gradio", "matplotlib"),
+        ),
     ],
 )
-def test_importing_is_light(name, absent):
-    code = f"import sys, {name}; print([name for name in {absent} if name in sys.modules])"
+def test_importing_is_light(imports, absent):
+    code = f"import sys; {imports}; print([name for name in {absent} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "[]", result.stderr
 

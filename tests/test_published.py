@@ -13,7 +13,7 @@ import tiny
 import yaml
 from datasets import Dataset
 from PIL import Image
-from rows import llava, write
+from rows import karpathy, llava, write
 
 from hf_sugar.cli.main import main
 from hf_sugar.data import load_data, load_image
@@ -47,12 +47,8 @@ def published(tmp_path_factory):
         picture.save(root / "val2014" / f"{i}.jpg")
         own = [f"{texts[i]} {n}" for n in range(7 if i == 0 else 5)]
         own[4] = "a caption of two images" if i in (1, 2) else own[4]
-        sentences = [{"raw": text, "tokens": text.split(), "sentid": 10 * i + n} for n, text in enumerate(own)]
-        split = "train" if i == 6 else "test"
-        images.append(
-            {"filepath": "val2014", "filename": f"{i}.jpg", "split": split, "cocoid": i, "sentences": sentences}
-        )
-    (root / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+        images.append(karpathy(f"{i}.jpg", "train" if i == 6 else "test", own, filepath="val2014", cocoid=i))
+    write(root / "dataset_coco.json", {"images": images, "dataset": "coco"})
 
     # stories in sequence; two are told of the same photographs, one photograph of the last story is gone
     (root / "photographs").mkdir()
