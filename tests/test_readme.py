@@ -43,21 +43,13 @@ def run(page: Path, names: dict):
 
 def command_lines() -> list[tuple[str, str]]:
     """Where and what: of fenced shell blocks, and of indented lines and comments of YAML that call `hf-sugar`."""
-    lines = [(page, line) for page in TEXTS for _, block in blocks(page, "bash") for line in _joined(block)]
-    indented = [
-        (page, line) for page in TEXTS for line in page.read_text().splitlines() if re.match("    hf-sugar ", line)
-    ]
-    comments = [
-        (page, line.lstrip("# "))
-        for page in (ROOT / "examples").rglob("*.yaml")
-        for line in page.read_text().splitlines()
-        if re.match("# +(hf-sugar|accelerate launch) ", line)
-    ]
-    return [(str(page.relative_to(ROOT)), line.strip()) for page, line in lines + indented + comments if line.strip()]
-
-
-def _joined(block: str) -> list[str]:
-    return block.replace("\\\n", " ").splitlines()
+    found = []
+    for page in (*TEXTS, *(ROOT / "examples").rglob("*.yaml")):
+        lines = [line for _, block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+        called = "# +(hf-sugar|accelerate launch) " if page.suffix == ".yaml" else "    hf-sugar "
+        lines += [line.lstrip("# ") for line in page.read_text().splitlines() if re.match(called, line)]
+        found += [(str(page.relative_to(ROOT)), line.strip()) for line in lines if line.strip()]
+    return found
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ class PushArguments:
     create_pr: bool = setting("Open a pull request instead.", False)
     base_model: str | None = setting("Hub id of the model that was trained. Needed if it is a local one.", None)
     license: str | None = setting("Licence for the card. Defaults to what the base model states, if it does.", None)
-    commit_message: str = setting("Title of the commit.", "Upload Sugar model with hf_sugar")
 
 
 def push(args: PushArguments) -> CommitInfo:
