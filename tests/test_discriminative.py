@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from test_trainer import PAPER, backbone, caption, config, conversation, history, rows, story, teachers
 
 from hf_sugar import SugarTrainer
@@ -341,8 +342,6 @@ class TestCachedGradients:
     @pytest.mark.parametrize("lora", [False, True])
     def test_an_update_is_that_of_the_large_batch(self, backbone, teachers, tmp_path, lora):
         """The generative loss too; with gradient checkpointing."""
-        from peft import LoraConfig
-
         weights = []
         for batch, matrix in ((12, None), (4, 12)):
             trainer = SugarTrainer(
@@ -366,6 +365,37 @@ class TestCachedGradients:
         for first, second in zip(*weights):
             first, second = torch.as_tensor(first), torch.as_tensor(second)
             assert torch.allclose(first, second, rtol=1e-5, atol=1e-5)
+
+    def test_both_passes_have_the_precision_of_the_run(self, backbone, teachers, tmp_path):
+        args = config(tmp_path, teachers, bf16=True, matrix_batch_size=8, max_steps=1)
+        trainer, seen = SugarTrainer(backbone, args, train_dataset=rows([caption, story])), []
+        trainer.model.base_model.language_model.layers[0].mlp.up_proj.register_forward_hook(
+            lambda module, inputs, output: seen.append((torch.is_grad_enabled(), output.dtype))
+        )
+        trainer.train()
+        assert seen == [*4 * [(False, torch.bfloat16)], *4 * [(True, torch.bfloat16)]]
+
+    def test_resumed_within_an_epoch(self, backbone, teachers, tmp_path):
+        """The last window of an epoch of five batches is short; positions, dropout and singles are drawn as ever."""
+
+        def losses(path, checkpoint=None):
+            trainer = SugarTrainer(
+                backbone,
+                config(
+                    tmp_path / path,
+                    teachers,
+                    **{"matrix_batch_size": 8, "positions_per_sample": 2, "max_steps": 5, "save_steps": 1},
+                    **{"save_strategy": "steps", "lr_scheduler_type": "constant", "warmup_steps": 0},
+                ),
+                train_dataset=rows([conversation, caption, story], 20),
+                peft_config=LoraConfig(r=4, lora_dropout=0.2),
+            )
+            trainer.train(checkpoint and str(tmp_path / checkpoint))
+            return [history(trainer, name) for name in ("generative_loss", "structure_loss", "contrastive_loss")]
+
+        whole = losses("whole")
+        for step in (1, 2, 4):
+            assert losses("resumed", f"whole/checkpoint-{step}") == [pytest.approx(loss, rel=1e-5) for loss in whole]
 
     def test_sizes_that_do_not_fit(self, tmp_path):
         with pytest.raises(

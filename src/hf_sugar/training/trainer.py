@@ -387,18 +387,19 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             self.data_collator = training_collator
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._structure and self.args.matrix_batch_size:
-            self.model.train()
-            size = self.args.matrix_batch_size // self.args.per_device_train_batch_size
-            model = self.accelerator.unwrap_model(self.model)
-            model = model.get_base_model() if is_peft_model(model) else model
-            for start in range(0, len(batches), size):
-                with self.compute_loss_context_manager():
-                    compare_ahead(
-                        model, batches[start : start + size], self.discriminative_loss, self.args.gather_across_devices
-                    )
-        return batches, num_items_in_batch
+        self._window, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self._window, num_items_in_batch
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        # Not in `get_batch_samples`: a run that is resumed gets its random numbers back between the two.
+        if self._structure and self.args.matrix_batch_size and "compared" not in inputs:
+            start = next(n for n, batch in enumerate(self._window) if batch is inputs)
+            end = start + self.args.matrix_batch_size // self.args.per_device_train_batch_size
+            base = self.accelerator.unwrap_model(self.model).train()
+            base = base.get_base_model() if is_peft_model(base) else base
+            with self.accelerator.autocast():  # which is in the forward of the model otherwise
+                compare_ahead(base, self._window[start:end], self.discriminative_loss, self.args.gather_across_devices)
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # `generative_loss` is this micro-batch's share of the accumulated batch; the structure loss is a value of the
