@@ -8,8 +8,22 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, Value
-from rows import archive, caption, chat, karpathy, llava, mmc4, png, shape, story, strings, write, write_pictures
+from datasets import Dataset, Features, Image, List, Value
+from rows import (
+    archive,
+    caption,
+    chat,
+    karpathy,
+    llava,
+    mmc4,
+    png,
+    shape,
+    stored,
+    story,
+    strings,
+    write,
+    write_pictures,
+)
 
 from hf_sugar.data import (
     ROW_FEATURES,
@@ -159,6 +173,28 @@ class TestLayouts:
             [("system", ["Short."]), *turns],
             [("user", ["a"]), ("assistant", ["b"])],
         ]
+
+    @both
+    def test_positives_and_negatives(self, root, streaming, caplog):
+        pairs = [{"image": "red.png", "caption": "red", "negatives": ["blue"], "positives": []}]
+        pairs += [{"image": "blue.png", "caption": "blue"}, {"image": "blue.png", "caption": "x", "negatives": "red"}]
+        plain = chat(answer=None, loss_on="text") | {"images": ["red.png"]}
+        sources = [write(root / "a.json", pairs), write(root / "b.json", [plain, plain | {"positives": ["late"]}])]
+        with caplog.at_level("WARNING"):
+            rows = list(load_data([str(path) for path in sources], streaming=streaming, on_bad_row="skip"))
+        rows = {row["id"]: (row["positives"], row["negatives"]) for row in rows}
+        assert rows == {"a.json:1": ([], ["blue"]), "a.json:2": (None, None), "b.json:1": (None, None)}
+        assert "row 3, `negatives`: is 'red', not a list of texts" in caplog.text
+        assert "row 2, `positives`: is not in the first record" in caplog.text
+        table = stored([chat() | {"images": ["red.png"]}], root).rename_column("messages", "conversations")
+        table.add_column(
+            "negatives", [[{"bytes": png("blue.png", root), "path": None}]], feature=List(Image())
+        ).to_parquet(root / "c.parquet")
+        with pytest.raises(ValueError, match="`negatives` is no list of texts"):
+            load_data(root / "c.parquet", streaming=streaming)
+        table.add_column("negatives", [["blue"]]).to_parquet(root / "d.parquet")
+        [row] = load_data({"path": root / "d.parquet", "rename": {"conversations": "messages"}}, streaming=streaming)
+        assert row["negatives"] == ["blue"] and row["images"][0].size == (4, 4)
 
     def test_auto(self, root):
         path = write(root / "d.jsonl", [{"caption": "x", "url": "y"}])

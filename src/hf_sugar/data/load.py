@@ -35,6 +35,9 @@ ROW_FEATURES = Features(
 )
 """Columns of every dataset that this package reads; equal columns are what lets datasets be mixed."""
 
+# what the contrastive loss puts beside a row
+BESIDE = ("positives", "negatives")
+
 _AS_JSON = json.JSONEncoder(ensure_ascii=False, default=lambda _: None)
 # keys of a source, and the values of those that have a few
 _SOURCE_KEYS = {
@@ -84,7 +87,8 @@ def load_data(
         bad_rows (`list[Problem]`, *optional*): List that the problems of the rows left out are appended to.
 
     Returns:
-        [`datasets.Dataset`] or, with `streaming`, [`datasets.IterableDataset`]: with the columns of `ROW_FEATURES`;
+        [`datasets.Dataset`] or, with `streaming`, [`datasets.IterableDataset`]: with the columns of `ROW_FEATURES`, and
+        `positives` and `negatives`, lists of texts, of a source whose first record has them (or its table, which may have images);
         images are decoded when they are looked at. `id` is `"<file>:<number of the record, from 1>"`, and
         `"<file>:<record>.<n>"` where a record gives several rows.
 
@@ -142,16 +146,16 @@ def _load_source(
     reading = _Reading(source, source.get("split") or split, on_bad_row, bad_rows)
     kind, files = locate(source, reading.split)
     if kind == "json":
-        if layout == "auto":
-            layout = layout_of(set(_renamed(first_record(files[0]), source)), f"{files[0]}, first record")
-        reading.layout = layout
+        fields = set(_renamed(first_record(files[0]), source))
+        reading.layout = layout_of(fields, f"{files[0]}, first record") if layout == "auto" else layout
+        reading.keep_beside(fields)
         return reading.stream(files) if streaming else reading.collect(files)
     if kind == "tar" and streaming:
         reading.layout = "captions" if layout == "auto" else layout
         return reading.stream(files)
 
     table = load_located(kind, files, source, reading.split, streaming)
-    added = {"teacher_embeddings", "positives", "negatives"} & set(table.column_names or ())
+    added = {"teacher_embeddings", *BESIDE} & set(table.column_names or ())
     if added and "messages" in table.column_names:  # of `hf-sugar prepare` or `mine`: rows already
         if changed := {"rename", "loss_on", "structure"} & source.keys():
             raise ValueError(
@@ -160,7 +164,14 @@ def _load_source(
             )
         return table
     table = undecoded(table, path)
-    reading.layout = layout_of(set(_renamed(table.features, source)), path) if layout == "auto" else layout
+    features = _renamed(table.features, source)
+    reading.layout = layout_of(set(features), path) if layout == "auto" else layout
+    for name in BESIDE:
+        if name in features and features[name] != List(Value("string")):
+            raise ValueError(
+                f"{path}: `{name}` is no list of texts. Images can stand there in a table with `messages` alone."
+            )
+    reading.keep_beside(set(features))
     if reading.root is None:
         reading.root = path if os.path.isdir(path) else os.path.dirname(path)
     if streaming:
@@ -175,12 +186,16 @@ class _Reading:
     def __init__(self, source: dict[str, Any], split: str, on_bad_row: str, bad_rows: list[Problem] | None):
         self.source, self.split, self.bad_rows = source, split, bad_rows
         self.path, self.skip = str(source["path"]), on_bad_row == "skip"
-        self.layout, self.root = "", source.get("image_root")
+        self.layout, self.root, self.features = "", source.get("image_root"), ROW_FEATURES
+
+    def keep_beside(self, fields: set[str]) -> None:
+        beside = {name: List(Value("string")) for name in BESIDE if name in fields}
+        self.features = Features({**ROW_FEATURES, **beside})
 
     def stream(self, shards: list[str | IterableDataset]) -> IterableDataset:
         names = [self.path] if len(shards) == 1 else [f"{self.path}[{n}]" for n in range(len(shards))]
         gen_kwargs = {"shards": shards, "names": names}
-        return IterableDataset.from_generator(self.rows, features=ROW_FEATURES, gen_kwargs=gen_kwargs)
+        return IterableDataset.from_generator(self.rows, features=self.features, gen_kwargs=gen_kwargs)
 
     def rows(self, shards: list[str | IterableDataset], names: list[str]) -> Iterator[dict[str, Any]]:
         for *_, row in self.numbered_rows(shards, names):
@@ -190,7 +205,7 @@ class _Reading:
         rows = iter(tqdm(self.rows(shards, [self.path] * len(shards)), desc=f"reading {self.path}", unit=" rows"))
         tables = []
         while chunk := list(itertools.islice(rows, 10_000)):
-            tables.append(Dataset.from_list(chunk, features=ROW_FEATURES))
+            tables.append(Dataset.from_list(chunk, features=self.features))
         if not tables:
             raise ValueError(self.report())
         return concatenate_datasets(tables)
@@ -200,7 +215,7 @@ class _Reading:
         names = {new: old for old, new in (self.source.get("rename") or {}).items()}
         # a record may give several rows with the same image: the first ones of all records, then the second ones ...
         groups: dict[tuple[str | None, int], list[dict[str, Any]]] = {}
-        found, none = [], dict.fromkeys(ROW_FEATURES)
+        found, none = [], dict.fromkeys(self.features)
         records = tqdm(_without_bytes(table, columns), total=len(table), desc=f"reading {self.path}", unit=" rows")
         for number, nth, row in self.numbered_rows([records], [self.path]):
             field = row["images"][0][0].partition("[")[0] if row["images"] else ""
@@ -212,7 +227,7 @@ class _Reading:
             raise ValueError(self.report())
         tables = []
         for (column, _), rows in groups.items():
-            rows = Dataset.from_list(rows, features=ROW_FEATURES)
+            rows = Dataset.from_list(rows, features=self.features)
             if column:
                 rows = concatenate_datasets([rows.remove_columns("images"), _image_lists(table, column)], axis=1)
             tables.append(rows)
@@ -261,9 +276,20 @@ class _Reading:
         for field in (*UNREAD, *UNREAD_MEMBERS):
             if record.get(field):
                 raise BadRow(field, "is not read: a row is of texts and images. Drop the record or the field.")
+        beside = {name: record.get(name) for name in BESIDE if name in self.features or record.get(name)}
+        for name, texts in beside.items():
+            if name not in self.features:
+                raise BadRow(
+                    name, "is not in the first record of its source. Write it there too, `[]` if there is nothing."
+                )
+            if texts and not (isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)):
+                raise BadRow(
+                    name, f"is {texts!r}, not a list of texts. Images can stand in a table with `messages` alone."
+                )
         given = {**record, **{name: value for name, value in self.source.items() if value is not None}}
         rows = LAYOUTS[self.layout].rows(record)
         for row in rows:
+            row.update(beside)
             try:  # JSON can say half of a surrogate pair, Arrow and files cannot
                 _AS_JSON.encode(row).encode()
             except UnicodeEncodeError as error:
