@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from datasets import Image, List
 from peft import LoraConfig
 from test_trainer import PAPER, backbone, caption, config, conversation, history, rows, story, teachers
 
@@ -254,6 +255,42 @@ class TestPairs:
         assert positives == {((0, 3), (0, -99)), ((2, 3), (2, -99))} and not ignored
         trainer.train()
         assert min(history(trainer, "contrastive_loss")) > 0
+
+
+class TestNothingIsWithoutEffect:
+    @pytest.mark.parametrize(
+        "settings, columns, error",
+        [
+            ({"flip_captions": True}, {}, "`flip_captions` puts nothing beside"),
+            ({"singles_per_sample": 0}, {"negatives": [["a"]] * 6}, "The contrastive loss has no pairs"),
+            ({"discriminative_loss": "structure"}, {"positives": [["a"]] * 6}, "`train_dataset` has `positives`"),
+            ({"contrastive_mask_above": math.nan}, {}, "`contrastive_mask_above` is nan"),
+            ({"matrix_batch_size": 8, "auto_find_batch_size": True}, {}, "`auto_find_batch_size` would change"),
+            ({}, {"negatives": ["a"] * 6}, r"train_dataset: `negatives` is Value\('string'\). Make it a list"),
+            ({}, {"negatives": [["a"], [" "], [], [], [], []]}, r"Row row-1, negatives\[0\] is empty"),
+        ],
+    )
+    def test_refused(self, backbone, teachers, tmp_path, settings, columns, error):
+        data = rows([caption], 6)
+        for name, column in columns.items():
+            data = data.add_column(name, column)
+        with pytest.raises(ValueError, match=error):
+            SugarTrainer(backbone, config(tmp_path, teachers, **settings), train_dataset=data)
+
+    def test_unreadable_negative_is_skipped(self, backbone, teachers, tmp_path):
+        negatives = [[{"bytes": b"none", "path": None}], *[[]] * 5]
+        data = rows([caption], 6).add_column("negatives", negatives, feature=List(Image()))
+        args = config(tmp_path, teachers, on_bad_row="skip")
+        assert len(SugarTrainer(backbone, args, train_dataset=data).train_dataset) == 5
+
+    def test_rows_without_structure_are_fine_tuning(self, backbone, teachers, tmp_path):
+        data, losses = rows([conversation, caption], 8), []
+        for name, weight in (("without", 0.3), ("plain", 0.0)):
+            args = config(tmp_path / name, teachers, structure_weight=weight)
+            trainer = SugarTrainer(backbone, args, train_dataset=data.add_column("structure", [False] * 8))
+            trainer.train()
+            losses.append(history(trainer, "loss"))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_structure_loss_of_rows_and_singles(trainer):

@@ -84,10 +84,12 @@ class SugarCollator:
             loss_on.append(loss)
             names.append(name)
             structure.append(row["structure"])
-        batch = self.processor.encode_conversations(conversations, loss_on, names, self.max_length)
+        batch = dict(self.processor.encode_conversations(conversations, loss_on, names, self.max_length))
+        if self.singles is not None:
+            batch |= self._singles(examples, conversations, loss_on, structure, names)
         if self.embed_slices is None and self.teachers is None:
             del batch["slice_ids"]
-            return dict(batch)
+            return batch
 
         parts = [[part for part in iter_slices(messages) if use] for messages, use in zip(conversations, structure)]
         counts = list(map(len, parts))
@@ -104,10 +106,7 @@ class SugarCollator:
             teacher_embeddings[row, : len(values)] = values
             kinds = [IMAGE if part["type"] == "image" else TEXT for part in parts[row]]
             modality[row, : len(values)] = torch.tensor(kinds)
-        batch = {**batch, "teacher_embeddings": teacher_embeddings, "slice_modality": modality}
-        if self.singles is None:
-            return batch
-        return {**batch, **self._singles(examples, conversations, loss_on, structure, names)}
+        return {**batch, "teacher_embeddings": teacher_embeddings, "slice_modality": modality}
 
     def _singles(self, examples, conversations, loss_on, structure, names) -> dict[str, Any]:
         """The sequences that stand beside the rows."""
@@ -133,6 +132,8 @@ class SugarCollator:
                     where = f"{name}, {column}[{n}]"
                     item = item if isinstance(item, str) else load_image(item, where)
                     kind = "text" if isinstance(item, str) else "image"
+                    if kind == "text" and not item.strip():
+                        raise ValueError(f"{where} is empty. Fill it or remove it.")
                     items.append({"type": kind, kind: item})
                     item_names.append(where)
                     later.append(code)

@@ -28,6 +28,7 @@ _RANGES = {
     "structure_weight": (0, 1e6),
     "contrastive_weight": (0, 1e6),
     "contrastive_temperature": (1e-3, 1e3),
+    "contrastive_mask_above": (-1, math.inf),
     "delta": (0, 1e6),
     "singles_per_sample": (0, math.inf),
     "matrix_batch_size": (1, math.inf),
@@ -195,6 +196,10 @@ class SugarTrainingConfig(SFTConfig):
             self.activation_checkpointing = self.gradient_checkpointing
         if self.structure_weight is None:
             self.structure_weight = 0.3 if self.discriminative_loss == "structure" else 0.02
+        if self.matrix_batch_size and self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` would change how many rows `matrix_batch_size` compares: leave it out."
+            )
         if self.matrix_batch_size:
             batches, rest = divmod(self.matrix_batch_size, self.per_device_train_batch_size)
             if self.gradient_accumulation_steps == 1:
@@ -223,6 +228,11 @@ class SugarTrainingConfig(SFTConfig):
             choices = setting.metadata.get("choices") if name in SugarTrainingConfig.__annotations__ else None
             if choices and getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        if self.flip_captions and self.discriminative_loss != "structure":
+            raise ValueError(
+                "`flip_captions` puts nothing beside the rows, so the contrastive loss has no pairs: set "
+                "`discriminative_loss='structure'` too."
+            )
         if self.teacher_mode == "online" and self.dataloader_num_workers > 0:
             raise ValueError(
                 "`teacher_mode='online'` runs the teachers in the training process: set `dataloader_num_workers=0`, or "

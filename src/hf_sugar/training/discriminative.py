@@ -87,6 +87,8 @@ def span_labels(
         `tuple[torch.Tensor, torch.Tensor, float]`: labels `(n, n)`, in which a sequence is 1 to its own prefixes but not yet
         to its slices alone; block of each, see [`~alignment.calibration.label_blocks`]; the share that was clamped.
     """
+    if not len(spans):
+        return spans.new_zeros(0, 0, dtype=torch.float), spans.new_zeros(0, 0), 0.0
     sample, first, end = spans.T
     present = modality >= 0
     counts = present.sum(dim=1)
@@ -190,9 +192,7 @@ class DiscriminativeLoss(nn.Module):
 
         values, loss = {"samples_compared": embeddings.new_tensor(samples)}, (embeddings * 0).sum()
         taught = spans[:, 1] >= 0  # what the user gives beside a row has no teacher embeddings
-        labels, blocks, clamped = embeddings.new_zeros(0, 0), modality.new_zeros(0, 0), 0.0
-        if taught.any():
-            labels, blocks, clamped = span_labels(spans[taught], teacher_embeddings, modality, self.args, self.split)
+        labels, blocks, clamped = span_labels(spans[taught], teacher_embeddings, modality, self.args, self.split)
         values["labels_clamped"] = embeddings.new_tensor(clamped)
         if self.structure is not None:
             calibrated = self.args.label_calibration == "blocks"
@@ -274,7 +274,7 @@ def measure_labels(
         `torch.Tensor` of shape `(5, 2)`: see [`~alignment.calibration.block_statistics`].
     """
     if isinstance(dataset, Dataset):
-        chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), count)).long()
+        chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), count), dtype=torch.float64).long()
         examples = [dataset[int(index)] for index in chosen]
     else:
         examples = list(dataset.take(count))

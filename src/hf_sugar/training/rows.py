@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Image, IterableDataset, List, Value
 from tqdm.auto import tqdm
 
 from hf_sugar.data.checks import validate_rows
@@ -77,4 +77,9 @@ def readable(dataset, name: str, validate: bool):
         raise TypeError(f"`{name}` must be a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}.")
     if validate and isinstance(dataset, Dataset):
         validate_rows(dataset, name)
-    return undecoded(dataset, name)
+    dataset = undecoded(dataset, name)
+    for column in ("positives", "negatives"):
+        kind = dataset.features.get(column, List(Value("string")))
+        if kind not in (List(Value("string")), List(Value("null")), List(Image(decode=False))):
+            raise ValueError(f"{name}: `{column}` is {kind}. Make it a list of texts or of images in each row.")
+    return dataset

@@ -100,6 +100,20 @@ def _require_what_can_work(args: SugarTrainingConfig) -> None:
         logger.warning("%s.", problem)
 
 
+def _require_pairs(args: SugarTrainingConfig, columns: list[str]) -> None:
+    beside = [name for name in ("positives", "negatives") if name in columns]
+    if beside and args.discriminative_loss == "structure":
+        raise ValueError(
+            f"`train_dataset` has `{beside[0]}`, which are for the contrastive loss, and `discriminative_loss` is 'structure': "
+            "remove the column, or set it to 'both'."
+        )
+    if args.discriminative_loss != "structure" and not args.singles_per_sample and "positives" not in beside:
+        raise ValueError(
+            "The contrastive loss has no pairs: set `singles_per_sample` to at least 1, give the rows `positives`, or set "
+            "`discriminative_loss='structure'`."
+        )
+
+
 class SugarTrainer(SavingMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] with the structure loss of [Sugar](https://huggingface.co/papers/2411.00304):
@@ -209,6 +223,8 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         validate = args.on_bad_row == "error"
         train_dataset = readable(train_dataset, "train_dataset", validate)
         eval_dataset = each(eval_dataset, "eval_dataset", lambda *given: readable(*given, validate))
+        if self._structure:
+            _require_pairs(args, train_dataset.column_names)
 
         # Model and processor
         set_seed(args.seed)  # of a new retrieval projector
@@ -241,7 +257,8 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         # SFTTrainer would cut at `max_length`; the collator refuses longer rows instead.
         max_length = args.max_length or base.config.get_text_config().max_position_embeddings
         args.max_length = None
-        self._good_rows = RowFilter(SugarCollator(processing_class, max_length))
+        singles = args.singles_per_sample if self._structure and not args.flip_captions else None
+        self._good_rows = RowFilter(SugarCollator(processing_class, max_length, singles=singles))
         if args.on_bad_row == "skip":
             train_dataset = self._good_rows.filter(train_dataset, "train_dataset")
             eval_dataset = each(eval_dataset, "eval_dataset", self._good_rows.filter)
@@ -264,6 +281,10 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         args.max_length = max_length
         if is_peft_model(self.model):
             require_loadable(base)
+        if args.matrix_batch_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "`matrix_batch_size` needs the whole model in each process, which FSDP and DeepSpeed divide."
+            )
 
         if is_quantized(base):
             # TRL casts all that QLoRA trains to bfloat16; the projector stays as exact as it was
@@ -286,7 +307,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             max_length,
             **teachers,
             flip_captions=self._structure and args.flip_captions,
-            singles=args.singles_per_sample if self._structure and not args.flip_captions else None,
+            singles=singles,
             seed=args.seed,
         )
         self._eval_collator = replace(self.data_collator, flip_captions=False, epoch=torch.zeros((), dtype=torch.long))
@@ -323,12 +344,9 @@ class SugarTrainer(SavingMixin, SFTTrainer):
     def _label_statistics(self) -> torch.Tensor | None:
         """The same in every process, and when the training is resumed."""
         paper = self.args.label_calibration == "none" and self.args.discriminative_loss == "structure"
-        evaluated = (
-            next(iter(self.eval_dataset.values()), None) if isinstance(self.eval_dataset, dict) else self.eval_dataset
-        )
-        dataset = evaluated if self.train_dataset is None else self.train_dataset
-        if paper or dataset is None:
+        if paper:
             return None
+        dataset = self.train_dataset
         dataset = self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
         return measure_labels(dataset, self.data_collator, self.args, self._split)
 
