@@ -15,6 +15,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.utils import is_torchvision_available
 
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer
+from hf_sugar.training import SugarCollator
+from hf_sugar.training.discriminative import ROW_COLUMNS
+from hf_sugar.training.heads import embed_rows
 
 
 # Text, an image, images side by side, several images in a sample; six images of six sizes and five shapes.
@@ -187,6 +190,21 @@ class TestBackbones:
         model.eval()
         assert len(weights) > 4 and all(touched.values()), touched
         assert len(seen) > len(tower) / 2
+
+    def test_slices_alone_beside_their_rows(self, backbone):
+        """As `embed` has them, also where a row of several images gives other features than an image alone."""
+        items = [("a", *ITEMS[1], "b", ITEMS[2][1]), ("c", "d"), ("e", ITEMS[2][2], "f", ITEMS[3][0])]
+        rows = [{"messages": conversation(item), "loss_on": "text"} for item in items]
+        for row, item in zip(rows, items):
+            row["images"] = [part for part in item if not isinstance(part, str)]
+        processor, model = backbone.processor, backbone.model.eval()
+        batch = SugarCollator(processor, embed_slices=lambda slices: torch.ones(len(slices), 2), singles=2)(rows)
+        inputs = {name: value for name, value in batch.items() if name not in (*ROW_COLUMNS, "labels")}
+        with torch.no_grad():
+            _, found = embed_rows(model, **inputs)
+            for embedding, (row, column) in zip(found, (batch["single_slices"] > 0).nonzero(), strict=True):
+                item = items[row][batch["single_slices"][row, column]]
+                assert torch.allclose(embedding, model.embed(**processor.embed_inputs([item]))[0], atol=1e-5)
 
     def test_trains(self, backbone, tmp_path, teachers):
         # images in tiles, images of any size, images that are several runs of tokens

@@ -17,9 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from test_trainer import caption, config, conversation, rows
 
-from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer, models
+from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer, SugarTrainingConfig, models
 from hf_sugar.cli.main import main
 from hf_sugar.hub import model_card
+from hf_sugar.hub.card import SETTINGS
 
 
 # Whatever of this machine could be in a file: where the tests and their files are, who runs them, the token.
@@ -339,6 +340,16 @@ class TestCard:
         run["settings"]["structure_weight"] = 0.0
         (tmp_path / "sugar_run.json").write_text(json.dumps(run))
         assert "The structure loss was off" in str(model_card(tmp_path))
+
+    def test_settings_of_the_loss(self, place):
+        """All of them, but those that say what the model is, where teachers run and what is refused or only measured."""
+        others = {
+            name for name in SugarTrainingConfig.__annotations__ if name.startswith(("teacher", "retrieval", "_"))
+        }
+        others |= {"image_pooling", "allow_single_sample", "eval_retrieval_rows", "load_in_4bit", "on_bad_row"}
+        assert set(SugarTrainingConfig.__annotations__) - others <= set(SETTINGS)
+        settings = json.loads((place / "full" / "sugar_run.json").read_text())["settings"]
+        assert settings["discriminative_loss"] == "both" and "matrix_batch_size" not in settings
 
     def test_of_a_directory_without_a_record(self, place, tmp_path):
         (tmp_path / "config.json").write_bytes((place / "full" / "config.json").read_bytes())

@@ -69,7 +69,7 @@ def estimate_memory(
     Activations are those of a forward and a backward pass of the real language model, adapters and activation
     checkpointing included, on tensors that have shapes but no data; the peak is the most bytes that were alive at once.
     Of a vision tower that is trained too, only weights, gradients and optimizer states are counted. Sharding (FSDP,
-    DeepSpeed) is not taken into account.
+    DeepSpeed) and the sequences beside the rows (`singles_per_sample`) are not taken into account.
 
     Args:
         config ([`SugarConfig`]): Configuration of the model.

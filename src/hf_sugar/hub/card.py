@@ -33,7 +33,9 @@ CITATION = """\
 
 # of a run, what is told to anyone
 STRUCTURE_SETTINGS = (
-    "delta positions_per_sample label_kernel label_normalization structure_reduction gather_across_devices flip_captions"
+    "discriminative_loss contrastive_weight contrastive_temperature contrastive_mask_above singles_per_sample "
+    "label_calibration matrix_batch_size delta positions_per_sample label_kernel label_normalization structure_reduction "
+    "gather_across_devices flip_captions"
 ).split()
 SETTINGS = (
     f"structure_weight {' '.join(STRUCTURE_SETTINGS)} learning_rate lr_scheduler_type warmup_steps optim weight_decay "
@@ -120,7 +122,7 @@ def run_facts(trainer: "SugarTrainer") -> dict[str, Any]:
         "quantization": quantization,
         "steps": trainer.state.global_step,
         "processes": trainer.accelerator.num_processes,
-        "settings": {name: settings[name] for name in SETTINGS if name not in unused},
+        "settings": {name: settings[name] for name in SETTINGS if name not in unused and settings[name] is not None},
         "environment": environment(),
     }
 

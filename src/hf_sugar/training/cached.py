@@ -44,18 +44,9 @@ def compare_ahead(
     model: SugarForConditionalGeneration, batches: list[dict[str, Any]], loss: DiscriminativeLoss, gather: bool
 ) -> None:
     """
-    Compare the rows of several batches with one another: their embeddings are computed without gradients, a batch at a time,
-    and each batch gets a [`Compared`] under `"compared"`, with which its own backward pass is that of the whole matrix.
-
-    Args:
-        model ([`SugarForConditionalGeneration`]):
-            Model in training mode.
-        batches (`list[dict]`):
-            Batches from [`SugarCollator`], on the model's device.
-        loss ([`DiscriminativeLoss`]):
-            Compares the rows.
-        gather (`bool`):
-            Whether with those of all processes.
+    Compare the rows of several batches of [`SugarCollator`] with one another, and with `gather` with those of all processes:
+    their embeddings are computed without gradients, a batch at a time, and each batch gets a [`Compared`] under `"compared"`,
+    with which its own backward pass is that of the whole matrix. The model is in training mode, the batches on its device.
     """
     rows, states = [], []
     for batch in batches:

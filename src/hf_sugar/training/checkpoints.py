@@ -29,18 +29,8 @@ def last_whole_checkpoint(directory: str) -> str | None:
 
 
 def to_resume_from(checkpoint: str | bool | None, directory: str) -> str | None:
-    """
-    The checkpoint that a run goes on from.
-
-    Args:
-        checkpoint (`str` or `bool`, *optional*):
-            Where it is; or `True` for the newest in `directory` that is whole.
-        directory (`str`):
-            Output directory of the run.
-
-    Raises:
-        `ValueError`: if there is none, or it was not written to its end.
-    """
+    """The checkpoint that a run goes on from: the one named, or for `True` the newest in `directory` that is whole. A
+    `ValueError` if there is none, or it was not written to its end."""
     if checkpoint is True:
         checkpoint = last_whole_checkpoint(directory)
         if checkpoint is None:

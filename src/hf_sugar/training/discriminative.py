@@ -32,20 +32,13 @@ def draw_positions(
     modality: torch.Tensor, count: int, spread: bool = False, wanted: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Positions of every sample, each the end of a slice.
+    Sample and slice of positions, each the end of a slice, of every sample.
 
     Args:
-        modality (`torch.LongTensor` of shape `(samples, slices)`):
-            -1 where a sample has fewer slices.
-        count (`int`):
-            How many of each sample; one with fewer slices gives all.
-        spread (`bool`, *optional*, defaults to `False`):
-            Whether they are spread evenly, the last slice among them, rather than drawn at random.
-        wanted (`torch.BoolTensor` of shape `(samples, slices)`, *optional*):
-            Slices that come first: they have a partner in the batch.
-
-    Returns:
-        `tuple[torch.LongTensor, torch.LongTensor]`: sample and slice of each position.
+        modality (`torch.LongTensor` of shape `(samples, slices)`): -1 where a sample has fewer slices.
+        count (`int`): How many of each sample; one with fewer slices gives all.
+        spread (`bool`): Whether they are spread evenly, the last slice among them, rather than drawn at random.
+        wanted (`torch.BoolTensor` of shape `(samples, slices)`): Slices that come first: they have a partner in the batch.
     """
     present = modality >= 0
     if spread:
@@ -74,14 +67,9 @@ def span_labels(
         spans (`torch.LongTensor` of shape `(n, 3)`):
             Sample of each position, its first slice and the one after its last: `(sample, 0, length)` for the prefix that
             leads up to a position, `(sample, slice, slice + 1)` for a slice that stands alone.
-        teacher_embeddings (`torch.Tensor` of shape `(samples, slices, dim)`):
-            What the teachers say of the slices.
-        modality (`torch.LongTensor` of shape `(samples, slices)`):
-            Modality of the slices, -1 where a sample has fewer. A sample may have none, and then no position.
-        args ([`SugarTrainingConfig`]):
-            Kernel, bandwidth and normalisation.
-        split (`int`, *optional*):
-            As in [`~hf_sugar.alignment.label_matrix`].
+        teacher_embeddings (`torch.Tensor` of shape `(samples, slices, dim)`), modality (`torch.LongTensor` of shape `(samples, slices)`):
+            Of the slices; -1 where a sample has fewer. A sample may have none, and then no position.
+        args ([`SugarTrainingConfig`]), split (`int`): Kernel, bandwidth and normalisation, as in [`~alignment.label_matrix`].
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, float]`: labels `(n, n)`, in which a sequence is 1 to its own prefixes but not yet
@@ -256,22 +244,8 @@ def measure_labels(
     count: int = 256,
 ) -> torch.Tensor:
     """
-    Mean and spread of each block of the label matrix of some rows.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows: so many that are spread over it are measured, or the first of a stream.
-        collator ([`SugarCollator`]):
-            Gives teacher embeddings.
-        args ([`SugarTrainingConfig`]):
-            Kernel, bandwidth and normalisation.
-        split (`int`, *optional*):
-            As in [`~hf_sugar.alignment.label_matrix`].
-        count (`int`, *optional*, defaults to `256`):
-            Number of rows.
-
-    Returns:
-        `torch.Tensor` of shape `(5, 2)`: see [`~alignment.calibration.block_statistics`].
+    Mean and spread `(5, 2)` of each block of the label matrix of `count` rows that are spread over a dataset, or of the first
+    of a stream: see [`~alignment.calibration.block_statistics`]. The collator gives their teacher embeddings.
     """
     if isinstance(dataset, Dataset):
         chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), count), dtype=torch.float64).long()

@@ -83,8 +83,8 @@ def _observed(model: SugarForConditionalGeneration):
 
 
 def embed_singles(model: SugarForConditionalGeneration, singles: dict | None, image_features) -> torch.Tensor | None:
-    """Embeddings `(sequences, dim)` of the sequences beside a batch, from the features of the batch's images where there is an
-    entry for each of these, of as many features as the image has tokens here."""
+    """Embeddings `(sequences, dim)` of the sequences beside a batch, from the features of the batch's images if there is an entry
+    for each of them, and not for each patch or row, and as it would be for the image alone."""
     if singles is None:
         return None
     inputs = {name: value for name, value in singles.items() if name not in ("image_index", "images")}
@@ -93,8 +93,8 @@ def embed_singles(model: SugarForConditionalGeneration, singles: dict | None, im
         return model.embed(**inputs)
     known = copy.copy(image_features)
     known.pooler_output = [features[index] for index in singles["image_index"].tolist()]
-    tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
-    if tokens != sum(image.shape[:-1].numel() for image in known.pooler_output):
+    tokens = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
+    if tokens[tokens > 0].tolist() != list(map(len, known.pooler_output)):
         return model.embed(**inputs)
     model.base_model.get_image_features = lambda *args, **kwargs: known
     try:

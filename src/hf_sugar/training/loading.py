@@ -26,18 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def require_vision(model: Any, revision: str | None = None) -> None:
-    """
-    Refuse what is no image-text-to-text model.
-
-    Args:
-        model (`str` or any object):
-            What was given as the model.
-        revision (`str`, *optional*):
-            Revision of one that is on the Hub.
-
-    Raises:
-        `TypeError`: naming what it is.
-    """
+    """Refuse, with a `TypeError`, what is no image-text-to-text model, given as a model, a directory or a Hub id."""
     if isinstance(model, PeftModel):
         base = model.get_base_model()
         if not isinstance(base, SugarForConditionalGeneration):
@@ -62,17 +51,8 @@ def require_vision(model: Any, revision: str | None = None) -> None:
 def load_model(
     name: str, args: SugarTrainingConfig, quantization_config: BitsAndBytesConfig | None = None
 ) -> SugarForConditionalGeneration:
-    """
-    Load a plain backbone, a full Sugar checkpoint or an adapter repository as TRL loads models.
-
-    Args:
-        name (`str`):
-            Hub id or directory.
-        args ([`SugarTrainingConfig`]):
-            `model_init_kwargs`, and what a new retrieval projector is like.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Defaults to what `args.load_in_4bit` says.
-    """
+    """Load a plain backbone, a full Sugar checkpoint or an adapter repository as TRL loads models, quantized as is given or as
+    `args.load_in_4bit` says; a projector that it lacks is made new."""
     kwargs = dict(args.model_init_kwargs or {})
     if quantization_config is None and args.load_in_4bit:
         quantization_config = BitsAndBytesConfig(
@@ -94,12 +74,8 @@ def load_model(
 def load_processor(
     processor: ProcessorMixin | None, name: str, args: SugarTrainingConfig, revision: str | None = None
 ) -> SugarProcessor:
-    """
-    The processor as the trainer needs it: a copy of the one that is given, or the one saved with the model.
-
-    Raises:
-        `TypeError`, `ValueError`: if there is none, or it cannot pad or read images.
-    """
+    """The processor as the trainer needs it: a copy of the one that is given, or the one saved with the model. A `TypeError` or
+    `ValueError` if there is none, or it cannot pad or read images."""
     if processor is None:
         if not name:
             raise ValueError("The model has no name to load a processor by: pass it as `processing_class`.")
@@ -128,16 +104,8 @@ def enter(
     model: PreTrainedModel | PeftModel, args: SugarTrainingConfig, peft_config: PeftConfig | None = None
 ) -> PreTrainedModel | PeftModel:
     """
-    A model, as it was loaded or is given, made ready for the trainer.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            A plain backbone is wrapped. An adapter that came with a Sugar model is gone on with, or merged if there is a
-            `peft_config`.
-        args ([`SugarTrainingConfig`]):
-            What a new retrieval projector is like.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter that is going to be added.
+    A model, as it was loaded or is given, made ready for the trainer: a plain backbone is wrapped; an adapter that came with a
+    Sugar model is gone on with, or merged if a `peft_config` is going to be added.
 
     Raises:
         `TypeError`, `ValueError`: if it cannot be trained, or what would be saved could not be loaded.
@@ -205,18 +173,8 @@ def _go_on(model: SugarForConditionalGeneration) -> PeftModel:
 
 
 def save_backbone(base: SugarForConditionalGeneration, directory: Path, main_process: bool) -> None:
-    """
-    Save a model whose weights lie nowhere (merged, or changed since it was loaded), because an adapter names the place of
-    its backbone.
-
-    Args:
-        base ([`SugarForConditionalGeneration`]):
-            Model without adapter.
-        directory (`Path`):
-            Where to.
-        main_process (`bool`):
-            Whether this process writes.
-    """
+    """Save a model without adapter whose weights lie nowhere (merged, or changed since it was loaded), because an adapter names
+    the place of its backbone."""
     base.save_pretrained(directory, is_main_process=main_process)
     base.config.name_or_path = base.name_or_path = str(directory)
     base.config._commit_hash = None
@@ -225,12 +183,7 @@ def save_backbone(base: SugarForConditionalGeneration, directory: Path, main_pro
 
 
 def require_loadable(base: SugarForConditionalGeneration) -> None:
-    """
-    Refuse an adapter whose backbone nobody could load, before it is trained.
-
-    Raises:
-        `ValueError`: saying what to do.
-    """
+    """Refuse, with a `ValueError`, an adapter whose backbone nobody could load, before it is trained."""
     if not base.backbone_source()[0]:
         raise ValueError(
             "The weights below the adapter lie nowhere, so what is saved could not be loaded. Save the model without adapter and "

@@ -17,13 +17,8 @@ logger = logging.getLogger(__name__)
 
 
 class RowFilter:
-    """
-    Tells rows that can be collated from others, which it counts, in the workers of a data loader too.
-
-    Args:
-        collator ([`SugarCollator`]):
-            What the rows have to pass; its teachers are not asked.
-    """
+    """Tells rows that a [`SugarCollator`] takes from others, which it counts, in the workers of a data loader too. The
+    teachers are not asked."""
 
     def __init__(self, collator: SugarCollator):
         self.collator = replace(collator, teachers=None, embed_slices=None)
@@ -41,18 +36,8 @@ class RowFilter:
         return True
 
     def filter(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        """
-        The good rows of a dataset: all are looked at now, those of a streaming one when they are asked for.
-
-        Args:
-            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-                Rows with undecoded images.
-            name (`str`):
-                What the error calls the dataset.
-
-        Raises:
-            `ValueError`: if no row is left.
-        """
+        """The good rows of a dataset (called `name` in the error if there is none): all are looked at now, those of a stream when
+        they are asked for."""
         if isinstance(dataset, IterableDataset):
             return dataset.filter(self)
         good = [

@@ -21,16 +21,8 @@ class LengthGroups(LengthGroupedSampler):
 
 
 def row_lengths(dataset: Dataset, processor: SugarProcessor) -> list[int]:
-    """
-    About how long rows are: they are tokenised when they are collated, and for grouping an estimate is good enough. It is
-    rounded up to a power of two, so that rows of about the same length stay mixed: the structure loss compares them.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows to train on.
-        processor ([`SugarProcessor`]):
-            Tells how many tokens an image has.
-    """
+    """About how long rows are: they are tokenised when they are collated, and for grouping an estimate is good enough. It is
+    rounded up to a power of two, so that rows of about the same length stay mixed: the structure loss compares them."""
     image_tokens = processor.embed_inputs([Image.new("RGB", (336, 336))])["slice_ids"].eq(0).sum()
     lengths = []
     for row, images in text_rows(dataset):
