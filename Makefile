@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help demo demo-clipart demo-seeds test test-extras test-matrix quality checkpoints kernels clean
 
 help:
-	@echo "make demo          set up, then the main job end to end on the embedded world (about 6 minutes on 2 cores)"
+	@echo "make demo          set up, then the main job end to end on the embedded world (about 7 minutes on 2 cores)"
 	@echo "make demo-clipart  the same on real drawings with their titles"
 	@echo "make demo-seeds    the demo's comparison with 3 seeds"
 	@echo "make test          set up, then lint and tests"
