@@ -2,7 +2,8 @@
 Labels of one scale.
 
 A label matrix mixes cosines of several teachers with kernels, each with a mean and spread of its own; a cosine of two
-embeddings cannot tell them apart. Here every block of the matrix is brought to one mean and spread by an affine map.
+embeddings cannot tell them apart. Here every block of the matrix is brought to one mean and spread by an affine map. The
+paper has no such thing; it belongs to this library.
 """
 
 import torch

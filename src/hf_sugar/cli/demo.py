@@ -1,4 +1,4 @@
-"""Train on the embedded world (or on your own data) with and without the structure loss, compare, report."""
+"""Train on the embedded world (or on your own data) with and without the discriminative loss, compare, report."""
 
 import time
 from dataclasses import dataclass, field
@@ -70,7 +70,7 @@ class DemoArguments:
         metadata={"help": "Frozen encoders: image, text and cross. Defaults to the tiny ones of the world."},
     )
     training: dict | None = field(
-        default=None, metadata={"help": "Fields of SugarTrainingConfig, the same for both runs."}
+        default=None, metadata={"help": "Fields of SugarTrainingConfig, the same for all runs."}
     )
     lora: dict | None = field(default=None, metadata={"help": "Fields of peft.LoraConfig."})
     benchmarks: dict | None = field(
@@ -81,7 +81,7 @@ class DemoArguments:
     )
     seeds: list[int] = field(
         default_factory=lambda: [0],
-        metadata={"help": "Repeat both runs with each seed; figures are then means over the seeds."},
+        metadata={"help": "Repeat all runs with each seed; figures are then means over the seeds."},
     )
     ablations: bool = field(
         default=False,
@@ -127,8 +127,12 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
 
     print("2/4 chance, the labels and the untouched checkpoint")
     encoder = TripleEncoder.from_teachers(teachers, device=device)
-    tasks, defaults = load_tasks(evaluation), SugarTrainingConfig.__dataclass_fields__
-    labels = label_ceilings(tasks, encoder, delta=settings.get("delta", defaults["delta"].default))
+    tasks, fields = load_tasks(evaluation), SugarTrainingConfig.__dataclass_fields__
+    delta, kernel, normalize = (
+        settings.get(name, fields[name].default) for name in ("delta", "label_kernel", "label_normalization")
+    )
+    normalize = None if normalize == "none" else normalize
+    labels = label_ceilings(tasks, encoder, delta=delta, normalize=normalize, label_kernel=kernel)
     columns: dict[str, list[dict[str, Any]]] = {"chance": [chance(tasks)], "labels": [labels]}
     model = SugarForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32).to(device)
     columns |= {f"untouched ({name})": [results] for name, results in _untrained(model, processor, evaluation).items()}

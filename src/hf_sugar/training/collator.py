@@ -114,9 +114,8 @@ class SugarCollator:
         for example, messages, loss, use, name in zip(examples, conversations, loss_on, structure, names):
             parts = list(iter_slices(messages))
             later = list(range(1, len(parts))) if use and loss in ("captions", "text") else []
-            if (
-                len(later) > self.singles
-            ):  # images first: there are few sequences that end with an image and have no text
+            if len(later) > self.singles:
+                # images first: hardly a sequence ends with an image and has no text, and what is searched for is often that
                 text = "".join(part["text"] for part in parts if part["type"] == "text")
                 random.Random(f"{self.seed} {int(self.epoch)} {text}").shuffle(later)
                 later.sort(key=lambda number: parts[number]["type"] != "image")

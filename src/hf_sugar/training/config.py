@@ -46,7 +46,7 @@ _RANGES = {
 @dataclass
 class SugarTrainingConfig(SFTConfig):
     """
-    Configuration of [`SugarTrainer`]: everything that [`~trl.SFTConfig`] has, and the settings of the structure loss of
+    Configuration of [`SugarTrainer`]: everything that [`~trl.SFTConfig`] has, and the settings of the discriminative loss of
     [Sugar](https://huggingface.co/papers/2411.00304), which `hf-sugar train --help` lists with their meaning.
 
     Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 1e-4, `lr_scheduler_type` `"cosine"` and `warmup_steps`
@@ -196,20 +196,6 @@ class SugarTrainingConfig(SFTConfig):
             self.activation_checkpointing = self.gradient_checkpointing
         if self.structure_weight is None:
             self.structure_weight = 0.3 if self.discriminative_loss == "structure" else 0.02
-        if self.matrix_batch_size and self.auto_find_batch_size:
-            raise ValueError(
-                "`auto_find_batch_size` would change how many rows `matrix_batch_size` compares: leave it out."
-            )
-        if self.matrix_batch_size:
-            batches, rest = divmod(self.matrix_batch_size, self.per_device_train_batch_size)
-            if self.gradient_accumulation_steps == 1:
-                self.gradient_accumulation_steps = max(batches, 1)
-            if rest or self.gradient_accumulation_steps % max(batches, 1):
-                raise ValueError(
-                    f"`matrix_batch_size` is {self.matrix_batch_size}: it must be a multiple of "
-                    f"`per_device_train_batch_size` ({self.per_device_train_batch_size}), and "
-                    f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) a multiple of their quotient."
-                )
         super().__post_init__()
         self.load_in_4bit = load_in_4bit
         self.on_bad_row = on_bad_row
@@ -223,6 +209,20 @@ class SugarTrainingConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"`{name}` is {value}; it must be from {least} to {most:g}.")
+        if self.matrix_batch_size and self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` would change how many rows `matrix_batch_size` compares: leave it out."
+            )
+        if self.matrix_batch_size:
+            batches, rest = divmod(self.matrix_batch_size, self.per_device_train_batch_size)
+            if self.gradient_accumulation_steps == 1 and not rest:
+                self.gradient_accumulation_steps = batches
+            if rest or self.gradient_accumulation_steps % batches:
+                raise ValueError(
+                    f"`matrix_batch_size` is {self.matrix_batch_size}: it must be a multiple of "
+                    f"`per_device_train_batch_size` ({self.per_device_train_batch_size}), and "
+                    f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) a multiple of their quotient."
+                )
         _check_delta(self.delta)
         for name, setting in self.__dataclass_fields__.items():
             choices = setting.metadata.get("choices") if name in SugarTrainingConfig.__annotations__ else None

@@ -128,7 +128,8 @@ def pad_rows(batches: Iterable[Iterable[torch.Tensor]]) -> list[torch.Tensor]:
 class DiscriminativeLoss(nn.Module):
     """
     The discriminative loss of a batch, `structure_loss + contrastive_weight * contrastive_loss`, over ends of slices drawn
-    from each row, and the sequences that stand beside the rows.
+    from each row, and the sequences that stand beside the rows. It is L_d of Eq. 1 of
+    [Sugar](https://huggingface.co/papers/2411.00304), whose Eq. 3 is the structure loss; the rest belongs to this library.
 
     Args:
         args ([`SugarTrainingConfig`]):
@@ -189,10 +190,9 @@ class DiscriminativeLoss(nn.Module):
             values["structure_loss"] = loss.detach()
         if self.contrastive is not None:
             mean = self.statistics.to(labels)[blocks, 0]  # of such pairs
+            alike = labels - mean >= self.args.contrastive_mask_above * (1 - mean)
             near = torch.eye(len(spans), dtype=torch.bool, device=spans.device)
-            near[taught.nonzero(), taught.nonzero().T] |= labels - mean >= self.args.contrastive_mask_above * (
-                1 - mean
-            )
+            near[taught.nonzero(), taught.nonzero().T] |= alike
             contrastive = self._contrast(embeddings, spans, modality, near)
             values["contrastive_loss"] = contrastive.detach()
             loss = loss + self.args.contrastive_weight * contrastive

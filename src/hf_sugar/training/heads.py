@@ -67,19 +67,25 @@ def embed_rows(model: SugarForConditionalGeneration, slice_ids: torch.Tensor, si
 @contextmanager
 def _observed(model: SugarForConditionalGeneration):
     """The last hidden states and the image features that are computed meanwhile: the fused head keeps them to itself."""
-    backbone, compute, seen = model.base_model, model.base_model.get_image_features, {}
+    compute, seen = model.base_model.get_image_features, {}
 
     def get_image_features(*args, **kwargs):
         seen["image_features"] = compute(*args, **kwargs)
         return seen["image_features"]
 
-    backbone.get_image_features = get_image_features
-    hook = backbone.register_forward_hook(lambda module, inputs, output: seen.update(hidden_states=output[0]))
-    try:
+    hook = model.base_model.register_forward_hook(lambda module, inputs, output: seen.update(hidden_states=output[0]))
+    with hook, _image_features_from(model, get_image_features):
         yield seen
+
+
+@contextmanager
+def _image_features_from(model: SugarForConditionalGeneration, function):
+    """The backbone takes its image features from a function."""
+    model.base_model.get_image_features = function
+    try:
+        yield
     finally:
-        hook.remove()
-        del backbone.get_image_features
+        del model.base_model.get_image_features
 
 
 def embed_singles(model: SugarForConditionalGeneration, singles: dict | None, image_features) -> torch.Tensor | None:
@@ -96,8 +102,5 @@ def embed_singles(model: SugarForConditionalGeneration, singles: dict | None, im
     tokens = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
     if tokens[tokens > 0].tolist() != list(map(len, known.pooler_output)):
         return model.embed(**inputs)
-    model.base_model.get_image_features = lambda *args, **kwargs: known
-    try:
+    with _image_features_from(model, lambda *args, **kwargs: known):
         return model.embed(**inputs)
-    finally:
-        del model.base_model.get_image_features

@@ -199,7 +199,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         if args is not None and not isinstance(args, SugarTrainingConfig):
             raise TypeError(
                 f"`args` is a {type(args).__name__}. Pass a `SugarTrainingConfig`, which has all settings of `SFTConfig` and "
-                "those of the structure loss."
+                "those of the discriminative loss."
             )
         revision = ((args and args.model_init_kwargs) or {}).get("revision")
         require_vision(model, revision)
@@ -343,8 +343,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
 
     def _label_statistics(self) -> torch.Tensor | None:
         """The same in every process, and when the training is resumed."""
-        paper = self.args.label_calibration == "none" and self.args.discriminative_loss == "structure"
-        if paper:
+        if self.args.label_calibration == "none" and self.args.discriminative_loss == "structure":
             return None
         dataset = self.train_dataset
         dataset = self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
@@ -420,7 +419,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # `generative_loss` is this micro-batch's share of the accumulated batch; the structure loss is a value of the
+        # `generative_loss` is this micro-batch's share of the accumulated batch; the discriminative loss is a value of the
         # micro-batch, so it is averaged over them.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         rows = [inputs.pop(name, None) for name in ROW_COLUMNS]
