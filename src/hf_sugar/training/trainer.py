@@ -283,7 +283,8 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             require_loadable(base)
         if args.matrix_batch_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                "`matrix_batch_size` needs the whole model in each process, which FSDP and DeepSpeed divide."
+                "`matrix_batch_size` needs the whole model in each process, which FSDP and DeepSpeed divide: leave it out, and "
+                "raise `per_device_train_batch_size`."
             )
 
         if is_quantized(base):
