@@ -217,11 +217,10 @@ def note_pairs(trainer, examples):
     hook.remove()
     [(queries, candidates, positives, ignored)] = given
     name = [[(int(row), int(which)) for row, which in table] for table in (queries, candidates)]
-    return (
-        {(name[0][i], name[1][j]) for i, j in positives.nonzero().tolist()},
-        {(name[0][i], name[1][j]) for i, j in ignored.nonzero().tolist()},
-        set(name[0]),
-    )
+    first = {candidate for candidate in name[1] if candidate[1] == 1}  # ignored by their own row alone
+    pairs = [{(name[0][i], name[1][j]) for i, j in pairs.nonzero().tolist()} for pairs in (positives, ignored)]
+    assert first and {(query, (query[0], 1)) for query in name[0] if (query[0], 1) in first} <= pairs[1]
+    return pairs[0], {(query, candidate) for query, candidate in pairs[1] if candidate[1] < 0}, set(name[0])
 
 
 class TestPairs:
@@ -232,6 +231,15 @@ class TestPairs:
         expected = {((i, n), (i, -100 - n)) for i in range(4) for n in beside[i].tolist() if n > 0}
         assert positives == expected and len(expected) == 4
         assert not ignored and queries == {query for query, _ in expected}
+
+    def test_a_question_belongs_to_the_next_picture(self, backbone, teachers, tmp_path):
+        """And so does its answer, but no text before the picture that is asked about, and nothing to an answer."""
+        data = rows([conversation], 4).map(lambda row: {"messages": row["messages"] * 3, "images": row["images"] * 3})
+        args = config(tmp_path, teachers, singles_per_sample=2, positions_per_sample=9)
+        trainer = SugarTrainer(backbone, args, train_dataset=data)
+        positives, ignored, _ = note_pairs(trainer, [trainer.train_dataset[i] for i in range(2)])
+        pairs = [(2, 3), (3, 3), (5, 6), (6, 6)]  # slices of a prefix, number of an image
+        assert positives == {((i, n), (i, -100 - image)) for i in range(2) for n, image in pairs} and not ignored
 
     def test_what_the_teachers_call_alike_is_no_negative(self, trainer):
         data = trainer.train_dataset

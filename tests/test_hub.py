@@ -111,7 +111,7 @@ class TestPush:
         assert {"hf_sugar", "sugar"} <= set(data["tags"])
         text = files["README.md"].decode()
         for expected in (
-            "| `structure_weight` | 0.02 |",
+            "| `structure_weight` | 0.01 |",
             "| `delta` | 1.0 |",
             "| `learning_rate` | 0.01 |",
             "| data | captions.parquet, org/stories; 8 rows |",

@@ -41,9 +41,9 @@ class SugarCollator:
             Whether image-caption rows are put into the other order with probability one half. What happens to a row
             depends on its text, `seed` and `epoch` alone, so that a run that is resumed sees the same.
         singles (`int`, *optional*):
-            How many of the later slices of a caption row or document, images before texts, stand beside it as sequences of
-            their own, besides the items of its columns `positives` and `negatives` (texts and images). Which ones depends on
-            the same.
+            How many of the later slices of a caption row or document, images before texts, and of the further images of a
+            conversation stand beside it as sequences of their own, besides the items of its columns `positives` and
+            `negatives` (texts and images). Which ones depends on the same.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the flips and of that choice.
 
@@ -113,7 +113,12 @@ class SugarCollator:
         items, item_names, single_slices, image_index, images = [], [], [], [], 0
         for example, messages, loss, use, name in zip(examples, conversations, loss_on, structure, names):
             parts = list(iter_slices(messages))
-            later = list(range(1, len(parts))) if use and loss in ("captions", "text") else []
+            later = list(range(1, len(parts)))
+            if (
+                loss == "answers"
+            ):  # of a conversation the further images: an answer such as "yes" says little of what it is about
+                later = [n for n, part in enumerate(parts) if part["type"] == "image"][1:]
+            later = later if use else []
             if len(later) > self.singles:
                 # images first: hardly a sequence ends with an image and has no text, and what is searched for is often that
                 text = "".join(part["text"] for part in parts if part["type"] == "text")

@@ -69,7 +69,7 @@ class SugarTrainingConfig(SFTConfig):
     structure_weight: float | None = HfArg(
         default=None,
         help="Weight of the discriminative loss (alpha in Eq. 1; the paper does not publish its value). 0 is plain supervised "
-        "fine-tuning. Defaults to 0.02, and to 0.3 for the structure loss alone.",
+        "fine-tuning. Defaults to 0.01, and to 0.3 for the structure loss alone.",
     )
     discriminative_loss: str = HfArg(
         default="both",
@@ -78,7 +78,7 @@ class SugarTrainingConfig(SFTConfig):
         metadata={"choices": ["structure", "contrastive", "both"]},
     )
     contrastive_weight: float = HfArg(
-        default=20.0, help="Weight of the contrastive loss within the discriminative loss."
+        default=40.0, help="Weight of the contrastive loss within the discriminative loss."
     )
     contrastive_temperature: float = HfArg(default=0.1, help="Temperature of the contrastive loss.")
     contrastive_mask_above: float = HfArg(
@@ -88,8 +88,8 @@ class SugarTrainingConfig(SFTConfig):
     )
     singles_per_sample: int = HfArg(
         default=1,
-        help="How many of the later slices of a document, images before texts, stand beside it as sequences of their own; of an "
-        "image-caption row it is its caption.",
+        help="How many of the later slices of a document, images before texts, stand beside it as sequences of their own: of an "
+        "image-caption row its caption, of a conversation its further images.",
     )
     label_calibration: str = HfArg(
         default="blocks",
@@ -195,7 +195,7 @@ class SugarTrainingConfig(SFTConfig):
         if "activation_checkpointing" in self.__dataclass_fields__ and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         if self.structure_weight is None:
-            self.structure_weight = 0.3 if self.discriminative_loss == "structure" else 0.02
+            self.structure_weight = 0.3 if self.discriminative_loss == "structure" else 0.01
         super().__post_init__()
         self.load_in_4bit = load_in_4bit
         self.on_bad_row = on_bad_row

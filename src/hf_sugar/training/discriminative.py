@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from hf_sugar.alignment import label_matrix
+from hf_sugar.alignment import IMAGE, TEXT, label_matrix
 from hf_sugar.alignment.calibration import block_statistics, calibrate, label_blocks
 
 from .config import SugarTrainingConfig
@@ -212,17 +213,26 @@ class DiscriminativeLoss(nn.Module):
         return spans, torch.cat([embeddings[sample, number], singles[row, column]])
 
     def _contrast(self, embeddings, spans, modality, near):
-        """A prefix and its next slice alone, or what its row gives as a positive, belong together."""
+        """A prefix and its next slice alone, or what its row gives as a positive, belong together; so do an image and every
+        text since the image before it: a question about a picture and the next picture of the same. The first slices of
+        rows are slices alone that nothing belongs to."""
         sample, first, end = spans.T
-        prefix, beside = (first == 0).nonzero()[:, 0], (first != 0).nonzero()[:, 0]
+        prefix, beside = (first == 0).nonzero()[:, 0], ((first != 0) | (end == 1)).nonzero()[:, 0]
         whole = end == (modality >= 0).sum(dim=1)[sample]
+        images = F.pad((modality == IMAGE).cumsum(dim=1), (1, 0))  # among the first slices of a row
+        before, included = (images[sample, number.clamp(min=0)] for number in (first, end))
+        image = (first > 0) & (included > before)
+        text = modality[sample, (end - 1).clamp(min=0)] == TEXT
         belongs = (end[:, None] == first) | (whole[:, None] & (first == POSITIVE))
-        positives = (belongs & (sample[:, None] == sample))[prefix][:, beside]
+        belongs |= text[:, None] & image & (included[:, None] == before)
+        row = sample[:, None] == sample
+        positives = (belongs & row)[prefix][:, beside]
         prefix, positives = prefix[positives.any(dim=1)], positives[positives.any(dim=1)]
         # No negatives are candidates that the teachers call nearly the same as a positive one, and queries likewise. The label
         # of two prefixes of a sample says nothing of that: it is 1.
-        alike = near[prefix][:, prefix] & (sample[prefix][:, None] != sample[prefix])
+        alike = near[prefix][:, prefix] & ~row[prefix][:, prefix]
         ignored = positives.float() @ near[beside][:, beside].float() + alike.float() @ positives.float() > 0
+        ignored |= row[prefix][:, beside] & (first[beside] == 0)
         return self.contrastive(embeddings[prefix], embeddings[beside], positives, ignored & ~positives)
 
 
