@@ -12,6 +12,7 @@ from .adapter_sugar import ADAPTER_SUBFOLDER, PEFT_PREFIX
 from .checkpoint_sugar import SugarCheckpointMixin
 from .configuration_sugar import SugarConfig
 from .fingerprint_sugar import fingerprint, same_fingerprint, unwrapped
+from .packing_sugar import lay_rows, unlay_rows
 
 
 # transformers 5.24 calls the cache `cache` in every output, and makes the old name a property of it.
@@ -150,6 +151,8 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
     # PEFT looks for tied weights of the parts only where the whole has a mapping
     _tied_weights_keys = {}
     _loaded_from = "", ""  # name of the checkpoint, and fingerprint of the backbone as it was there
+    # Whether rows of unequal length are laid end to end where they are embedded, see `packing_sugar.py`.
+    padding_free = True
 
     def __init__(self, config: SugarConfig):
         super().__init__(config)
@@ -291,8 +294,9 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         Returns:
             `tuple[torch.FloatTensor, torch.LongTensor]`: embeddings `(batch, slices, dim)`, mask `(batch, slices)`.
         """
+        inputs, mask = lay_rows(self, inputs)
         hidden_states = self.base_model(**inputs, use_cache=False, return_dict=True)[0]
-        return self.project_slices(hidden_states, slice_ids, project)
+        return self.project_slices(unlay_rows(hidden_states, mask), slice_ids, project)
 
     def embed(self, slice_ids: torch.LongTensor, project: bool = True, **inputs) -> torch.FloatTensor:
         """

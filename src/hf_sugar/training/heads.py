@@ -10,6 +10,7 @@ import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
 from hf_sugar.models import SugarForConditionalGeneration
+from hf_sugar.models.packing_sugar import lay_rows, unlay_rows
 
 
 @dataclass
@@ -22,7 +23,7 @@ class FusedSugarOutput(FusedCausalLMOutput):
     single_embeddings: torch.Tensor | None = None
 
 
-def add_structure_head(model: SugarForConditionalGeneration) -> None:
+def add_structure_head(model: SugarForConditionalGeneration, padding_free: bool = False) -> None:
     """
     Let a model that has TRL's fused LM head also return embeddings from the same call: with `slice_ids` those of slices, and
     with `singles`, inputs of [`SugarForConditionalGeneration.embed`], those of other sequences. `image_index` among these
@@ -32,7 +33,11 @@ def add_structure_head(model: SugarForConditionalGeneration) -> None:
     Args:
         model ([`SugarForConditionalGeneration`]):
             Model patched by [`~trl.trainer.utils.add_fused_lm_head`].
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Whether the rows of a batch are laid end to end, see [`~models.packing_sugar.lay_rows`]. What the fused head gives
+            a token has the shape `(1, tokens - 1)` then.
     """
+    model.padding_free = padding_free
     # For anything but the fused head TRL's function goes on to the forward that this very object had, which a copy would
     # ask for its answers (seen in TRL 1.16; nothing to be done here once it looks that forward up on `self`).
     fused_forward = model.forward.__func__
@@ -41,11 +46,12 @@ def add_structure_head(model: SugarForConditionalGeneration) -> None:
     def forward(self, *args, slice_ids=None, singles=None, fused_lm_head=False, **kwargs):
         if not fused_lm_head:
             return type(self).forward(self, *args, slice_ids=slice_ids, **kwargs)
+        kwargs, rows = lay_rows(self, kwargs)
         if slice_ids is None:
             return fused_forward(self, *args, fused_lm_head=True, **kwargs)
         with _observed(self) as seen:
             output = fused_forward(self, *args, fused_lm_head=True, **kwargs)
-        embeddings, mask = self.project_slices(seen["hidden_states"], slice_ids)
+        embeddings, mask = self.project_slices(unlay_rows(seen["hidden_states"], rows), slice_ids)
         return FusedSugarOutput(
             **output,
             embeddings=embeddings,
