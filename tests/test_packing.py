@@ -1,17 +1,21 @@
 """Rows laid end to end against the same rows padded."""
 
 import pytest
-import test_trainer
 import tiny
 import tiny_backbones
 import torch
 from test_backbones import CONVERSATIONS
+from test_trainer import backbone, caption, config, conversation, history, rows, story, teachers
 from transformers import MistralConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer
+from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarProcessor, SugarTrainer
 from hf_sugar.models.packing_sugar import lay_rows, why_padded
 from hf_sugar.training.heads import add_structure_head
+from hf_sugar.training.sampler import TokenBatches, row_lengths
+
+
+__all__ = ["backbone", "teachers"]  # fixtures
 
 
 def built(family: str):
@@ -40,6 +44,15 @@ def test_embeddings_are_those_of_padded_rows(family):
     inputs = processor.embed_inputs(["a red circle and a small star left of it", "star"])
     padded, free, _ = in_both_ways(model, inputs)
     torch.testing.assert_close(free, padded, atol=1e-5, rtol=0)
+
+    sizes = [(40, 40), (30, 80), (60, 28), (100, 200)]
+    counts = processor.count_tokens(["", "", "", "star"], [[size] for size in sizes])
+    tokens = [len(processor.embed_inputs([tiny.image(0, *size)])["input_ids"][0]) for size in sizes]
+    template = {tokens - count for tokens, count in zip(tokens[:3], counts)}
+    assert len(template) == 1 or family == "aya_vision"  # transformers 5.24 leaves the names of its tiles out
+    assert counts[3] - tokens[3] + max(template) == len(
+        processor.tokenizer("star", add_special_tokens=False)["input_ids"]
+    )
 
 
 def test_a_sliding_window_stays_within_its_row():
@@ -103,3 +116,104 @@ def test_rows_of_one_length_and_other_attention_stay_padded():
     assert "eager" in why_padded(model.vlm)
     padded, free, laid = in_both_ways(model, processor.encode_conversations(CONVERSATIONS))
     assert torch.equal(padded, free) and not laid
+
+
+class TestTraining:
+    @pytest.mark.parametrize("extra", [{}, {"matrix_batch_size": 8, "structure_weight": 1.0}])
+    def test_a_run_is_that_of_padded_rows(self, backbone, teachers, tmp_path, extra):
+        logs = []
+        for padding_free in (False, True):
+            trainer = SugarTrainer(
+                backbone,
+                config(tmp_path, teachers, padding_free=padding_free, max_steps=2, eval_strategy="steps", **extra),
+                train_dataset=rows([conversation, caption, story]),
+                eval_dataset=rows([caption, story], 6),
+            )
+            trainer.train()
+            logs.append(trainer.state.log_history)
+            assert trainer.args.padding_free == padding_free
+            assert (trainer.model.vlm.get_decoder().config._attn_implementation == "sdpa_rows") == padding_free
+        kinds = ("loss", "grad_norm", "num_tokens", "mean_token_accuracy")
+        names = [name for name in logs[0][1] | logs[0][0] if name.removeprefix("eval_") in kinds or "_loss" in name]
+        assert len(names) >= 8 and len(logs[0]) == len(logs[1])
+        for padded, free in zip(*logs):
+            found, expected = ({name: log[name] for name in names if name in log} for log in (free, padded))
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+    def test_families_that_cannot_are_named(self, tmp_path, caplog):
+        model, processor = tiny_backbones.build("gemma3")
+        kwargs = dict(processing_class=processor, train_dataset=rows([conversation]))
+        SugarTrainer(model, config(tmp_path, structure_weight=0.0, padding_free=True), **kwargs)
+        assert "rows of gemma3 are padded, its attention is not causal within an image" in caplog.text
+        with pytest.raises(ValueError, match="max_batch_tokens.*gemma3"):
+            SugarTrainer(
+                model, config(tmp_path, structure_weight=0.0, padding_free=True, max_batch_tokens=200), **kwargs
+            )
+
+
+class TestTokenBatches:
+    def batches(self, lengths, budget, epoch=0, world_size=2):
+        samplers = [TokenBatches(lengths, budget, torch.tensor(epoch), 3, r, world_size) for r in range(world_size)]
+        assert len({len(sampler) for sampler in samplers}) == 1
+        return [list(sampler) for sampler in samplers]
+
+    def test_every_row_once_and_no_process_waits(self):
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(40, 1500, (400,), generator=generator).tolist()
+        first, second = self.batches(lengths, 6000), self.batches(lengths, 6000, epoch=1)
+        assert first == self.batches(lengths, 6000) != second
+        assert len(first[0]) == len(first[1]) == len(second[0])
+        for ranks in (first, second):
+            assert sorted(row for rank in ranks for batch in rank for row in batch) == list(range(400))
+            totals = [[sum(lengths[row] for row in batch) for batch in rank] for rank in ranks]
+            assert max(map(max, totals)) <= 6000 and min(map(min, totals)) > 5000
+        # rows meet others in the next epoch
+        together = {frozenset(batch) for rank in first for batch in rank}
+        assert not together & {frozenset(batch) for rank in second for batch in rank}
+
+    def test_what_does_not_fit(self):
+        assert sorted(map(len, sum(self.batches([60] * 8, 100, world_size=1), []))) == [1] * 8
+        with pytest.raises(ValueError, match=r"max_batch_tokens.*100.*train_dataset\[1\] alone has 101"):
+            self.batches([5, 101], 100)
+        with pytest.raises(ValueError, match="1 rows are too few for 2 processes"):
+            self.batches([5], 100)
+
+    def test_a_run_and_its_resumption(self, backbone, tmp_path):
+        data = rows([conversation, caption, story], 16)
+
+        def trainer():
+            settings = dict(padding_free=True, max_batch_tokens=150, num_train_epochs=2, max_steps=-1)
+            settings |= dict(save_strategy="steps", save_steps=1, structure_weight=0.0)
+            return SugarTrainer(backbone, config(tmp_path, **settings), train_dataset=data)
+
+        whole = trainer()
+        lengths = row_lengths(whole.train_dataset, whole.processing_class)
+        for length, row in zip(lengths, whole.train_dataset):
+            inputs = whole.data_collator([row])["attention_mask"]
+            assert 0 < inputs.sum() - length <= 12  # the chat template
+        whole.train()
+        steps = whole.state.max_steps
+        assert steps % 2 == 0 and history(whole, "epoch")[-2] == 2
+        resumed = trainer()
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps // 2 + 1}"))
+        assert history(resumed, "loss") == history(whole, "loss")
+
+    def test_settings_that_cannot_work(self, tmp_path):
+        with pytest.raises(ValueError, match="max_batch_tokens.*padding_free"):
+            config(tmp_path, max_batch_tokens=100)
+        with pytest.raises(ValueError, match="matrix_batch_size.*max_batch_tokens"):
+            config(tmp_path, max_batch_tokens=100, padding_free=True, matrix_batch_size=8)
+
+
+def test_the_embedder_cuts_batches_by_tokens(monkeypatch):
+    model, processor = built("llava_next")
+    sizes = [(40, 40), (30, 80), (40, 40), (60, 28), (30, 80), (40, 40)]
+    items = [tiny.image(n, *size) for n, size in enumerate(sizes)]
+    shapes, compute = [], model.embed_slices
+    monkeypatch.setattr(model, "embed_slices", lambda **kw: shapes.append(kw["input_ids"].shape) or compute(**kw))
+    embeddings = SugarEmbedder(model, processor, batch_size=3)(items)
+    assert [tuple(shape) for shape in shapes] == [(3, 28), (3, 20)]  # 24, 14 and 16 tokens, and the template's
+    shapes.clear()
+    cut = SugarEmbedder(model, processor, batch_size=3, max_batch_tokens=50)(items)
+    assert [shape[0] for shape in shapes] == [2, 2, 2]
+    torch.testing.assert_close(torch.from_numpy(cut), torch.from_numpy(embeddings), atol=1e-5, rtol=0)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreamer
 
 from .data import load_image
+from .data.images import image_size
 from .models.fingerprint_sugar import fingerprint
 from .models.rows_sugar import IMAGE_SUFFIXES, check_row, conversation_row, fill_images, row_name
 
@@ -72,7 +73,8 @@ class SugarEmbedder:
     """
     Embedding function of a model: called with items, it returns their embeddings.
 
-    Items of similar length share a batch. Of a lazily decoded column of a dataset only some images are in memory.
+    Items of similar length share a batch, and where they differ nothing is computed for padding, see
+    [`~models.packing_sugar.lay_rows`]. Of a lazily decoded column of a dataset only some images are in memory.
 
     Args:
         model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]):
@@ -84,6 +86,8 @@ class SugarEmbedder:
         pooling (`str`, *optional*, defaults to `"slice"`):
             `"slice"` for the last slice, as trained, or `"mean"` for all tokens of the item, another baseline.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
+        max_batch_tokens (`int`, *optional*):
+            Most tokens in one forward pass, images expanded; of longer items each is a batch of its own.
 
     Example:
 
@@ -102,6 +106,7 @@ class SugarEmbedder:
         project: bool = True,
         pooling: str = "slice",
         progress: bool = False,
+        max_batch_tokens: int | None = None,
     ):
         if pooling not in ("slice", "mean"):
             raise ValueError(f"`pooling` is {pooling!r}; use 'slice' or 'mean'.")
@@ -109,6 +114,7 @@ class SugarEmbedder:
             raise ValueError("`pooling='mean'` needs a model with `image_pooling='mean'`.")
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.project, self.pooling, self.progress = project, pooling, progress
+        self.max_batch_tokens = max_batch_tokens
 
     @property
     def dim(self) -> int:
@@ -159,7 +165,7 @@ class SugarEmbedder:
 
         result: list[Any] = [None] * len(items)
         with _evaluating(self.model):
-            for rows in _batches(len(items), read, self.batch_size, "Embedding", self.progress):
+            for rows in _batches(self, len(items), read, "Embedding"):
                 rows, inputs = self._inputs(rows, names, errors)
                 if rows:
                     for n, embeddings in zip(rows, self._forward(inputs, [names[n] for n in rows]), strict=True):
@@ -233,6 +239,7 @@ class SugarGenerator:
         **generation_kwargs: Any,
     ):
         self.model, self.processor, self.batch_size, self.progress = model, processor, batch_size, progress
+        self.max_batch_tokens = None
         self.generation_kwargs = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_kwargs}
         self.max_length = model.config.get_text_config().max_position_embeddings
 
@@ -242,7 +249,7 @@ class SugarGenerator:
         without special tokens. A `ValueError` names the row that is malformed, too long, or refused by the chat template."""
         answers, read = [""] * len(conversations), conversations.__getitem__
         with _evaluating(self.model):
-            for rows in _batches(len(conversations), read, self.batch_size, "Generating", self.progress):
+            for rows in _batches(self, len(conversations), read, "Generating"):
                 names = [row_name(row, n) for n, row in rows.items()]
                 inputs = self.inputs(list(rows.values()), names, self.max_length)
                 sequences = self.model.generate(**inputs, **self.generation_kwargs)
@@ -330,22 +337,27 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _batches(
-    total: int, read: Callable[[int], dict[str, Any] | None], batch_size: int, desc: str, progress: bool
+    user: SugarEmbedder | SugarGenerator, total: int, read: Callable[[int], dict[str, Any] | None], desc: str
 ) -> Iterator[dict[int, dict[str, Any]]]:
     """Rows by their numbers, those of similar length together. Of a long input some batches are read at a time."""
-    with tqdm(total=total, desc=desc, disable=not progress) as bar:
-        for start in range(0, total, 16 * batch_size):
-            window = range(start, min(start + 16 * batch_size, total))
+    with tqdm(total=total, desc=desc, disable=not user.progress) as bar:
+        for start in range(0, total, 16 * user.batch_size):
+            window = range(start, min(start + 16 * user.batch_size, total))
             rows = {n: row for n in window if (row := read(n)) is not None}
             bar.update(len(window) - len(rows))
-            order = sorted(rows, key=lambda n: _length(rows[n]), reverse=True)  # running out of memory shows early
-            for first in range(0, len(order), batch_size):
-                yield {n: rows[n] for n in order[first : first + batch_size]}
-                bar.update(len(order[first : first + batch_size]))
+            texts = [_text(row) for row in rows.values()]
+            sizes = [list(map(image_size, row.get("images") or [])) for row in rows.values()]
+            lengths = dict(zip(rows, user.processor.count_tokens(texts, sizes) if rows else []))
+            order = sorted(rows, key=lengths.__getitem__, reverse=True)  # running out of memory shows early
+            while order:
+                count = user.batch_size
+                if user.max_batch_tokens is not None:
+                    count = min(count, max(1, user.max_batch_tokens // max(1, lengths[order[0]])))
+                batch, order = order[:count], order[count:]
+                yield {n: rows[n] for n in batch}
+                bar.update(len(batch))
 
 
-def _length(row: dict[str, Any]) -> tuple[int, int]:
-    """Images, then characters: an image is many tokens."""
+def _text(row: dict[str, Any]) -> str:
     contents = [message["content"] for message in row["messages"]]
-    texts = [c if isinstance(c, str) else "".join(part.get("text") or "" for part in c) for c in contents]
-    return len(row.get("images") or []), sum(map(len, texts))
+    return "".join(c if isinstance(c, str) else "".join(part.get("text") or "" for part in c) for c in contents)

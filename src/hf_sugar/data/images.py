@@ -60,6 +60,18 @@ def load_image(image: Image.Image | str | Path | bytes | dict[str, Any], where: 
         raise ValueError(f"{where}: {name} {problem}") from error
 
 
+def image_size(image: Image.Image | str | Path | bytes | dict[str, Any]) -> tuple[int, int]:
+    """Height and width of an image that [`load_image`] takes, from the head of its file; of one that it will refuse, any."""
+    try:
+        if not isinstance(image, Image.Image):
+            image = _undecoded_image(image, "image")
+            with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
+                return opened.size[::-1]
+        return image.size[::-1]
+    except Exception:  # a decoder may raise anything, and says it again when the image is loaded
+        return 336, 336
+
+
 def _undecoded_image(image: str | Path | bytes | dict[str, Any], where: str) -> dict[str, Any]:
     """An image that is not decoded as `{"bytes": ..., "path": ...}`."""
     if isinstance(image, str | Path):

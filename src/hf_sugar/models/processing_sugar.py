@@ -212,6 +212,28 @@ class SugarProcessor(ProcessorMixin):
         count among `image_token_ids`, are not; in others (Gemma 3) `image_token_id` is a bracket."""
         return [self.image_token_id] if self.image_token_id in self.image_token_ids else self.image_token_ids
 
+    def count_tokens(self, texts: Sequence[str], image_sizes: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
+        """
+        Tokens of rows with their images expanded, for putting rows of like length together: no image is processed, and the
+        tokens of the chat template are not counted.
+
+        Args:
+            texts (`list[str]`): all that each row says.
+            image_sizes (`list[list[tuple[int, int]]]`): height and width of each image of each row.
+        """
+        sizes = [tuple(size) for row in image_sizes for size in row]
+        try:
+            counts = self._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
+        except AttributeError:  # transformers 5.24 has it in most families
+            known = {size: self._tokens_of_image(size) for size in set(sizes)}
+            counts = [known[size] for size in sizes]
+        counts = iter(counts)
+        of_texts = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [len(ids) + sum(next(counts) for _ in row) for ids, row in zip(of_texts, image_sizes)]
+
+    def _tokens_of_image(self, size: tuple[int, int]) -> int:
+        return int(self.embed_inputs([Image.new("RGB", size[::-1])])["attention_mask"].sum())
+
     def embed_inputs(self, items: Sequence[Any], max_length: int | None = None) -> BatchFeature:
         """
         Model inputs for [`SugarForConditionalGeneration.embed`].

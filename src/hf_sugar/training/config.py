@@ -16,7 +16,6 @@ _WITHOUT_EFFECT = {
     "packing": "A row stays by itself: the structure loss compares rows.",
     "packing_strategy": "A row stays by itself: the structure loss compares rows.",
     "eval_packing": "A row stays by itself: the structure loss compares rows.",
-    "padding_free": "Rows are padded: the structure loss compares rows.",
     "completion_only_loss": "What is learnt is said by the rows: of `prompt` and `completion` the completion, of "
     "`messages` what the column `loss_on` says.",
     "assistant_only_loss": "What is learnt is said by the rows: give them a column `loss_on` of 'answers' (its default).",
@@ -37,6 +36,7 @@ _RANGES = {
     "retrieval_hidden_size": (1, math.inf),
     "eval_retrieval_rows": (0, math.inf),
     "max_length": (1, math.inf),
+    "max_batch_tokens": (1, math.inf),
     "per_device_train_batch_size": (1, math.inf),
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
@@ -63,6 +63,17 @@ class SugarTrainingConfig(SFTConfig):
         default=None,
         help="Longest sequence allowed, image tokens included; a longer sample is an error, never cut. Defaults to what the "
         "model takes.",
+    )
+
+    padding_free: bool = HfArg(
+        default=False,
+        help="Lay the rows of a batch end to end, each attending to itself alone, instead of padding them: the same losses, "
+        "and nothing is computed for padding. With 'sdpa' and with flash attention.",
+    )
+    max_batch_tokens: int | None = HfArg(
+        default=None,
+        help="Instead of `per_device_train_batch_size` rows, as many as have so many tokens together (images expanded, the "
+        "chat template not counted) are a training batch of a device; every device gets about as many. Needs `padding_free`.",
     )
 
     # Discriminative loss
@@ -209,6 +220,12 @@ class SugarTrainingConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"`{name}` is {value}; it must be from {least} to {most:g}.")
+        if self.max_batch_tokens and not self.padding_free:
+            raise ValueError("`max_batch_tokens` counts no padding: set `padding_free` too.")
+        if self.max_batch_tokens and self.matrix_batch_size:
+            raise ValueError(
+                "`matrix_batch_size` counts rows, and `max_batch_tokens` leaves their number open: set one."
+            )
         if self.matrix_batch_size and self.auto_find_batch_size:
             raise ValueError(
                 "`auto_find_batch_size` would change how many rows `matrix_batch_size` compares: leave it out."

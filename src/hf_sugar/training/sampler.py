@@ -1,9 +1,13 @@
+import heapq
+import math
+
 import torch
 from datasets import Dataset
-from PIL import Image
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from tqdm.auto import tqdm
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from hf_sugar.data.checks import text_rows
+from hf_sugar.data.images import image_size, undecoded
 from hf_sugar.models import SugarProcessor
 from hf_sugar.models.rows_sugar import fill_images
 
@@ -20,13 +24,79 @@ class LengthGroups(LengthGroupedSampler):
         yield from [index for n in order for index in batches[n]] + indices[whole * self.batch_size :]
 
 
+class TokenBatches(BatchRebalanceSampler):
+    """
+    Batches of one process that hold at most so many tokens. All batches of an epoch hold nearly as many as one another, so
+    that no process waits; each epoch has every row once, in other batches, and as many of them.
+
+    Upstream takes a sampler of this class for one that knows its process; its own keeps to a number of rows.
+
+    Args:
+        lengths (`list[int]`): tokens of each row.
+        max_batch_tokens (`int`): most tokens of a batch.
+        epoch (`torch.Tensor`): number of the epoch. `set_epoch` does not reach a run that several processes resume (transformers 5.24).
+        seed, rank, world_size (`int`): as of the training.
+    """
+
+    drop_last = True  # there is no rest: the number of batches is a multiple of that of processes
+
+    def __init__(
+        self, lengths: list[int], max_batch_tokens: int, epoch: torch.Tensor, seed: int, rank: int, world_size: int
+    ):
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        if lengths[longest] > max_batch_tokens:
+            raise ValueError(
+                f"`max_batch_tokens` is {max_batch_tokens}, and train_dataset[{longest}] alone has {lengths[longest]} tokens. "
+                "Raise it, or shorten or drop the row."
+            )
+        # rounded up to five bits: rows of about the same length take each other's place in other epochs
+        steps = [1 << max(0, length.bit_length() - 5) for length in lengths]
+        self.lengths = [min(-(-n // step) * step, max_batch_tokens) for n, step in zip(lengths, steps)]
+        self.current, self.seed, self.rank, self.world_size = epoch, seed, rank, world_size
+        half = sum(2 * length > max_batch_tokens for length in self.lengths)
+        self.batches = max(half, math.ceil(sum(self.lengths) / max_batch_tokens), 1)
+        while True:  # what is in a batch differs from epoch to epoch, how full it is does not
+            self.batches = math.ceil(self.batches / world_size) * world_size
+            if max(total for total, *_ in self._filled(range(len(lengths)))) <= max_batch_tokens:
+                break
+            self.batches += 1 + self.batches // 50
+        if self.batches > len(lengths):
+            raise ValueError(f"{len(lengths)} rows are too few for {world_size} processes.")
+
+    def _filled(self, order) -> list[tuple[int, int, list[int]]]:
+        """Each row, from long to short, goes to the batch that is emptiest."""
+        batches = [(0, number, []) for number in range(self.batches)]
+        for index in sorted(order, key=self.lengths.__getitem__, reverse=True):
+            total, number, rows = batches[0]
+            rows.append(index)
+            heapq.heapreplace(batches, (total + self.lengths[index], number, rows))
+        return batches
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + int(self.current))
+        batches = self._filled(torch.randperm(len(self.lengths), generator=generator).tolist())
+        order = torch.randperm(self.batches, generator=generator).tolist()
+        yield from (batches[n][2] for n in order[self.rank :: self.world_size])
+
+    def __len__(self):
+        return self.batches // self.world_size
+
+
 def row_lengths(dataset: Dataset, processor: SugarProcessor) -> list[int]:
-    """About how long rows are: they are tokenised when they are collated, and for grouping an estimate is good enough. It is
-    rounded up to a power of two, so that rows of about the same length stay mixed: the structure loss compares them."""
-    image_tokens = processor.embed_inputs([Image.new("RGB", (336, 336))])["slice_ids"].eq(0).sum()
-    lengths = []
-    for row, images in text_rows(dataset):
+    """Tokens of rows, images expanded; see [`~models.SugarProcessor.count_tokens`]. Files of images are opened, for their
+    sizes, if the processor makes more tokens of a larger image."""
+    square, wide = processor.count_tokens(["", ""], [[(336, 336)], [(672, 1344)]])
+    column = next((name for name in ("images", "image") if name in dataset.column_names), None)
+    pictures = undecoded(dataset).select_columns(column) if column and square != wide else None
+    texts, sizes, lengths = [], [], []
+    rows = tqdm(text_rows(dataset), desc="counting tokens", unit=" rows", total=len(dataset), delay=5)
+    for index, (row, images) in enumerate(rows):
         parts = [part for message in fill_images(row["messages"], [None] * images, "") for part in message["content"]]
-        characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
-        lengths.append(1 << int(characters / 4 + images * int(image_tokens)).bit_length())
+        texts.append("".join(part["text"] for part in parts if part["type"] == "text"))
+        found = pictures[index][column] if pictures is not None and images else [None] * images
+        found = found if isinstance(found, list) else [found]
+        sizes.append([(336, 336) if image is None else image_size(image) for image in found])
+        if len(texts) == 1000 or index + 1 == len(dataset):
+            lengths += processor.count_tokens(texts, sizes)
+            texts, sizes = [], []
     return lengths

@@ -20,6 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id
 from hf_sugar.inference import SugarEmbedder
+from hf_sugar.models.packing_sugar import why_padded
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings, check_same_teachers, teachers_of
 
 from .cached import compare_ahead
@@ -41,7 +42,7 @@ from .loading import (
     train_through_4bit,
 )
 from .rows import RowFilter, each, readable
-from .sampler import LengthGroups, row_lengths
+from .sampler import LengthGroups, TokenBatches, row_lengths
 from .saving import SavingMixin
 
 
@@ -223,6 +224,8 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         validate = args.on_bad_row == "error"
         train_dataset = readable(train_dataset, "train_dataset", validate)
         eval_dataset = each(eval_dataset, "eval_dataset", lambda *given: readable(*given, validate))
+        if args.max_batch_tokens and not isinstance(train_dataset, Dataset):
+            raise ValueError("`max_batch_tokens` has to know all rows: turn `streaming` off, or leave it out.")
         if self._structure:
             _require_pairs(args, train_dataset.column_names)
 
@@ -266,6 +269,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         # SFTTrainer
         projector = base.retrieval_projector
         exact = copy.deepcopy([projector.linear_1, projector.linear_2])
+        padding_free, args.padding_free = args.padding_free, False  # TRL 1.16 refuses it for images
         with warnings.catch_warnings():
             # PEFT 0.21 reads it by the name that transformers 5.23 warns of
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -278,9 +282,15 @@ class SugarTrainer(SavingMixin, SFTTrainer):
                 peft_config=peft_config,
                 **kwargs,
             )
-        args.max_length = max_length
+        args.max_length, args.padding_free = max_length, padding_free
         if is_peft_model(self.model):
             require_loadable(base)
+        if padding_free and (reason := why_padded(base.vlm)):
+            if args.max_batch_tokens:
+                raise ValueError(
+                    f"`max_batch_tokens`: rows of {base.config.vlm_config.model_type} are padded, {reason}."
+                )
+            logger.warning("`padding_free`: rows of %s are padded, %s.", base.config.vlm_config.model_type, reason)
         if args.matrix_batch_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "`matrix_batch_size` needs the whole model in each process, which FSDP and DeepSpeed divide: leave it out, and "
@@ -297,7 +307,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             # backwards for nothing. Those of the tokens are enough, unless checkpointing is reentrant.
             base.disable_input_require_grads()
             base.enable_input_require_grads = base.vlm.get_decoder().enable_input_require_grads
-        add_structure_head(base)
+        add_structure_head(base, padding_free)
 
         # Teachers, collators and loss
         self.teachers: dict[str, str] = {}  # what the model card says of the run
@@ -386,11 +396,17 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             self._signature_columns += ["teacher_embeddings", "teachers"]
 
     def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
+        dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        by_length = args.max_batch_tokens or args.train_sampling_strategy == "group_by_length"
+        if not by_length or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroups(batch_size, lengths=row_lengths(dataset, self.processing_class))
+        lengths = row_lengths(dataset, self.processing_class)
+        if args.max_batch_tokens:
+            epoch, rank, world_size = self.data_collator.epoch, args.process_index, args.world_size
+            return TokenBatches(lengths, args.max_batch_tokens, epoch, args.seed, rank, world_size)
+        # rounded up to powers of two, so that rows of about the same length stay mixed: the structure loss compares them
+        lengths = [1 << length.bit_length() for length in lengths]
+        return LengthGroups(args.train_batch_size * args.gradient_accumulation_steps, lengths=lengths)
 
     def _get_eval_sampler(self, eval_dataset):
         return None  # in order: upstream groups them by length too, and would have to collate them to know it
