@@ -144,7 +144,7 @@ class TestTraining:
         model, processor = tiny_backbones.build("gemma3")
         kwargs = dict(processing_class=processor, train_dataset=rows([conversation]))
         SugarTrainer(model, config(tmp_path, structure_weight=0.0, padding_free=True), **kwargs)
-        assert "rows of gemma3 are padded, its attention is not causal within an image" in caplog.text
+        assert "rows of gemma3 are padded, its masks are its own" in caplog.text
         with pytest.raises(ValueError, match="max_batch_tokens.*gemma3"):
             SugarTrainer(
                 model, config(tmp_path, structure_weight=0.0, padding_free=True, max_batch_tokens=200), **kwargs

@@ -388,7 +388,7 @@ class TestErrors:
             ("label_kernel", "dtw"),
             ("teacher_mode", "offline"),
             # what TRL would take and nothing here would heed
-            *((name, True) for name in ("packing", "padding_free", "completion_only_loss", "assistant_only_loss")),
+            *((name, True) for name in ("packing", "completion_only_loss", "assistant_only_loss")),
             ("completion_only_loss", False),
             ("label_smoothing_factor", 0.1),
         ],

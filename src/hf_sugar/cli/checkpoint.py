@@ -54,6 +54,7 @@ class ModelArguments(CheckpointArguments):
     """The model that embeds and answers."""
 
     batch_size: int = setting("Items in one forward pass.", 32)
+    max_batch_tokens: int | None = setting("Most tokens in one forward pass that embeds, images expanded.", None)
 
     def embedder(self) -> SugarEmbedder:
         """The model as an embedder. One whose projector is not trained is refused."""
@@ -62,7 +63,8 @@ class ModelArguments(CheckpointArguments):
                 f"The retrieval projector of {self.model_name_or_path} is not trained ({reason}), so its embeddings mean "
                 "nothing. Train it with the structure loss first (`hf-sugar train`)."
             )
-        return SugarEmbedder(*self.load(distributed_state().device), self.batch_size)
+        model, processor = self.load(distributed_state().device)
+        return SugarEmbedder(model, processor, self.batch_size, max_batch_tokens=self.max_batch_tokens)
 
     def load_index(self, directory: str, k: int = 1, memory_map: bool = False) -> SugarIndex:
         """The index in a directory, of this model, which is loaded once the directory and the number of hits are right."""

@@ -47,7 +47,7 @@ def why_padded(vlm: PreTrainedModel) -> str | None:
     if decoder._is_stateful or others:
         return f"its layers carry a state from token to token ({', '.join(sorted(others)) or 'recurrent'})"
     if hasattr(vlm, "create_masks_for_generate"):
-        return "its attention is not causal within an image"
+        return "its masks are its own (attention that goes both ways within an image, for example)"
     if "mrope_section" in str(getattr(config, "rope_parameters", "")) and not hasattr(
         vlm.base_model, "get_rope_index"
     ):
@@ -72,7 +72,7 @@ def lay_rows(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, 
         that [`unlay_rows`] takes.
     """
     tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if not model.padding_free or tokens is None or mask is None or why_padded(model.vlm) is not None:
+    if not model.padding_free or tokens is None or mask is None or mask.shape != tokens.shape or why_padded(model.vlm):
         return inputs, None
     mask = mask.bool()
     lengths = mask.sum(dim=1).cpu()

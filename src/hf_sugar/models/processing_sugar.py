@@ -225,14 +225,11 @@ class SugarProcessor(ProcessorMixin):
         try:
             counts = self._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
         except AttributeError:  # transformers 5.24 has it in most families
-            known = {size: self._tokens_of_image(size) for size in set(sizes)}
-            counts = [known[size] for size in sizes]
+            blank = {size: self.embed_inputs([Image.new("RGB", size[::-1])]) for size in set(sizes)}
+            counts = [blank[size]["input_ids"].shape[1] for size in sizes]
         counts = iter(counts)
         of_texts = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [len(ids) + sum(next(counts) for _ in row) for ids, row in zip(of_texts, image_sizes)]
-
-    def _tokens_of_image(self, size: tuple[int, int]) -> int:
-        return int(self.embed_inputs([Image.new("RGB", size[::-1])])["attention_mask"].sum())
 
     def embed_inputs(self, items: Sequence[Any], max_length: int | None = None) -> BatchFeature:
         """

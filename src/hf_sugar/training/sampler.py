@@ -27,14 +27,14 @@ class LengthGroups(LengthGroupedSampler):
 class TokenBatches(BatchRebalanceSampler):
     """
     Batches of one process that hold at most so many tokens. All batches of an epoch hold nearly as many as one another, so
-    that no process waits; each epoch has every row once, in other batches, and as many of them.
-
-    Upstream takes a sampler of this class for one that knows its process; its own keeps to a number of rows.
+    that no process waits; each epoch has every row once, in other batches, and as many of them. (Upstream's own sampler keeps
+    to a number of rows, and the trainer takes one of its class for a sampler that knows its process.)
 
     Args:
         lengths (`list[int]`): tokens of each row.
         max_batch_tokens (`int`): most tokens of a batch.
-        epoch (`torch.Tensor`): number of the epoch. `set_epoch` does not reach a run that several processes resume (transformers 5.24).
+        epoch (`torch.Tensor`):
+            Number of the epoch. Upstream's `set_epoch` does not reach a run that several processes resume (transformers 5.24).
         seed, rank, world_size (`int`): as of the training.
     """
 
