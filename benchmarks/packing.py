@@ -27,7 +27,7 @@ import numpy as np
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
-from prepare import WORDS, full_teachers
+from prepare import WORDS
 from train_step import FEATURES, llava, step
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor, set_seed
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -65,7 +65,7 @@ def trainer(padding_free: bool, directory: Path, data: Dataset, batch: int) -> S
     config = SugarTrainingConfig(
         str(directory / "sugar"),
         padding_free=padding_free,
-        teachers={leg: str(directory / "teachers" / leg) for leg in ("image", "text", "cross")},
+        teachers="tiny",
         teacher_cache_dir=str(directory / "cache"),
         per_device_train_batch_size=batch,
         report_to="none",
@@ -88,7 +88,6 @@ def peak(padding_free: bool, directory: Path, data: Dataset, batch: int) -> floa
 def train(args, directory: Path):
     data = mixed_rows(args.batch * (args.steps + 1), args.image_size)
     llava(args, directory / "llava")
-    full_teachers(directory / "teachers", layers=1)  # the width of an embedding counts here, not its content
 
     def apart(function, *arguments):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

@@ -198,11 +198,13 @@ class TestTokenBatches:
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps // 2 + 1}"))
         assert history(resumed, "loss") == history(whole, "loss")
 
-    def test_settings_that_cannot_work(self, tmp_path):
-        with pytest.raises(ValueError, match="max_batch_tokens.*padding_free"):
-            config(tmp_path, max_batch_tokens=100)
-        with pytest.raises(ValueError, match="matrix_batch_size.*max_batch_tokens"):
-            config(tmp_path, max_batch_tokens=100, padding_free=True, matrix_batch_size=8)
+    def test_settings_that_cannot_work(self, backbone, tmp_path):
+        for settings in ({}, {"padding_free": True, "matrix_batch_size": 8}):
+            with pytest.raises(ValueError, match="max_batch_tokens.*padding_free.*matrix_batch_size"):
+                config(tmp_path, max_batch_tokens=100, **settings)
+        stream = rows([conversation]).to_iterable_dataset()
+        with pytest.raises(ValueError, match="max_batch_tokens.*streaming"):
+            SugarTrainer(backbone, config(tmp_path, max_batch_tokens=100, padding_free=True), train_dataset=stream)
 
 
 def test_the_embedder_cuts_batches_by_tokens(monkeypatch):

@@ -220,11 +220,10 @@ class SugarTrainingConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"`{name}` is {value}; it must be from {least} to {most:g}.")
-        if self.max_batch_tokens and not self.padding_free:
-            raise ValueError("`max_batch_tokens` counts no padding: set `padding_free` too.")
-        if self.max_batch_tokens and self.matrix_batch_size:
+        if self.max_batch_tokens and (self.matrix_batch_size or not self.padding_free):
             raise ValueError(
-                "`matrix_batch_size` counts rows, and `max_batch_tokens` leaves their number open: set one."
+                "`max_batch_tokens` counts no padding, and leaves the number of rows open: set `padding_free` too, and leave "
+                "`matrix_batch_size` out."
             )
         if self.matrix_batch_size and self.auto_find_batch_size:
             raise ValueError(
