@@ -144,7 +144,7 @@ class TestTraining:
         model, processor = tiny_backbones.build("gemma3")
         kwargs = dict(processing_class=processor, train_dataset=rows([conversation]))
         SugarTrainer(model, config(tmp_path, structure_weight=0.0, padding_free=True), **kwargs)
-        assert "rows of gemma3 are padded, its masks are its own" in caplog.text
+        assert "the rows of gemma3 are padded: its masks are its own" in caplog.text
         with pytest.raises(ValueError, match="max_batch_tokens.*gemma3"):
             SugarTrainer(
                 model, config(tmp_path, structure_weight=0.0, padding_free=True, max_batch_tokens=200), **kwargs
@@ -153,7 +153,7 @@ class TestTraining:
 
 class TestTokenBatches:
     def batches(self, lengths, budget, epoch=0, world_size=2):
-        samplers = [TokenBatches(lengths, budget, torch.tensor(epoch), 3, r, world_size) for r in range(world_size)]
+        samplers = [TokenBatches(lengths, torch.tensor(epoch), budget, 3, r, world_size) for r in range(world_size)]
         assert len({len(sampler) for sampler in samplers}) == 1
         return [list(sampler) for sampler in samplers]
 

@@ -15,9 +15,8 @@ LEAST_PADDING = 0.1
 
 def sdpa_rows(module, query, key, value, attention_mask, sliding_window=None, **kwargs):
     """
-    transformers' `sdpa`; given the lengths of rows that lie end to end, integers `(1, 1, 1, rows)` in place of a mask, each
-    row attends to itself alone. A mask of four dimensions reaches the attention of the language model as it is, and nothing
-    else of the model.
+    transformers' `sdpa`; given the lengths of rows that lie end to end, integers `(1, 1, 1, rows)` in place of a mask, each row
+    attends to itself alone. A mask of four dimensions reaches the attention of the language model as it is, and nothing else.
     """
     if attention_mask is None or attention_mask.dtype != torch.long:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -38,9 +37,9 @@ AttentionMaskInterface.register(ROWS, sdpa_mask)
 def why_padded(vlm: PreTrainedModel) -> str | None:
     """What keeps the rows of a backbone from being laid end to end, if anything does."""
     decoder = vlm.get_decoder()
-    config = decoder.config
-    if config._attn_implementation not in ("sdpa", ROWS) and "flash" not in config._attn_implementation:
-        return f"its attention is {config._attn_implementation!r}, neither 'sdpa' nor flash attention"
+    config, attention = decoder.config, decoder.config._attn_implementation
+    if attention not in ("sdpa", ROWS) and "flash" not in attention:
+        return f"its attention is {attention!r}, neither 'sdpa' nor flash attention"
     if not decoder._supports_attention_backend:
         return "its attention does not go through transformers' attention interface"
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
@@ -62,14 +61,11 @@ def lay_rows(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, 
     Inputs of a batch with its rows laid end to end.
 
     Args:
-        model ([`SugarForConditionalGeneration`]):
-            The model that takes them. Where `model.padding_free` is `False`, or its backbone cannot, they stay as they are.
-        inputs (`dict`):
-            `input_ids` and `attention_mask` `(batch, length)`, and whatever else the backbone takes.
+        model ([`SugarForConditionalGeneration`]): Where its `padding_free` is `False`, or its backbone cannot, they stay padded.
+        inputs (`dict`): `input_ids` and `attention_mask` `(batch, length)`, and whatever else the backbone takes.
 
     Returns:
-        `tuple[dict, torch.Tensor | None]`: the inputs, tokens and labels of shape `(1, tokens)`, and the mask `(batch, length)`
-        that [`unlay_rows`] takes.
+        `tuple[dict, torch.Tensor | None]`: the inputs, with tokens `(1, tokens)`, and the mask that [`unlay_rows`] takes.
     """
     tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not model.padding_free or tokens is None or mask is None or mask.shape != tokens.shape or why_padded(model.vlm):

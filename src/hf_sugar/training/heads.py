@@ -7,10 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import logging
 from trl.trainer.utils import FusedCausalLMOutput
 
 from hf_sugar.models import SugarForConditionalGeneration
-from hf_sugar.models.packing_sugar import lay_rows, unlay_rows
+from hf_sugar.models.packing_sugar import lay_rows, unlay_rows, why_padded
+
+from .config import SugarTrainingConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -60,6 +66,16 @@ def add_structure_head(model: SugarForConditionalGeneration, padding_free: bool 
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def lays_rows(model: SugarForConditionalGeneration, args: SugarTrainingConfig) -> bool:
+    """Whether a training lays rows end to end. A model that cannot is named, and refused where it would have to."""
+    reason, name = why_padded(model.vlm), model.config.vlm_config.model_type
+    if args.max_batch_tokens and reason:
+        raise ValueError(f"`max_batch_tokens` needs rows without padding, and those of {name} are padded: {reason}.")
+    if args.padding_free and reason:
+        logger.warning("`padding_free`: the rows of %s are padded: %s.", name, reason)
+    return args.padding_free and not reason
 
 
 def embed_rows(model: SugarForConditionalGeneration, slice_ids: torch.Tensor, singles: dict | None = None, **inputs):

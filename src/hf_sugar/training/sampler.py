@@ -2,7 +2,8 @@ import heapq
 import math
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
@@ -10,6 +11,8 @@ from hf_sugar.data.checks import text_rows
 from hf_sugar.data.images import image_size, undecoded
 from hf_sugar.models import SugarProcessor
 from hf_sugar.models.rows_sugar import fill_images
+
+from .config import SugarTrainingConfig
 
 
 class LengthGroups(LengthGroupedSampler):
@@ -31,18 +34,15 @@ class TokenBatches(BatchRebalanceSampler):
     to a number of rows, and the trainer takes one of its class for a sampler that knows its process.)
 
     Args:
-        lengths (`list[int]`): tokens of each row.
-        max_batch_tokens (`int`): most tokens of a batch.
+        lengths (`list[int]`): Tokens of each row.
         epoch (`torch.Tensor`):
             Number of the epoch. Upstream's `set_epoch` does not reach a run that several processes resume (transformers 5.24).
-        seed, rank, world_size (`int`): as of the training.
+        max_batch_tokens, seed, rank, world_size (`int`): Most tokens of a batch, and what the training has.
     """
 
     drop_last = True  # there is no rest: the number of batches is a multiple of that of processes
 
-    def __init__(
-        self, lengths: list[int], max_batch_tokens: int, epoch: torch.Tensor, seed: int, rank: int, world_size: int
-    ):
+    def __init__(self, lengths, epoch, max_batch_tokens: int, seed: int, rank: int, world_size: int):
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > max_batch_tokens:
             raise ValueError(
@@ -53,13 +53,10 @@ class TokenBatches(BatchRebalanceSampler):
         steps = [1 << max(0, length.bit_length() - 5) for length in lengths]
         self.lengths = [min(-(-n // step) * step, max_batch_tokens) for n, step in zip(lengths, steps)]
         self.current, self.seed, self.rank, self.world_size = epoch, seed, rank, world_size
-        half = sum(2 * length > max_batch_tokens for length in self.lengths)
-        self.batches = max(half, math.ceil(sum(self.lengths) / max_batch_tokens), 1)
-        while True:  # what is in a batch differs from epoch to epoch, how full it is does not
-            self.batches = math.ceil(self.batches / world_size) * world_size
-            if max(total for total, *_ in self._filled(range(len(lengths)))) <= max_batch_tokens:
-                break
-            self.batches += 1 + self.batches // 50
+        fewest, self.batches = sum(self.lengths) / max_batch_tokens, 0
+        # what is in a batch differs from epoch to epoch, how full it is does not
+        while not self.batches or max(self._filled(range(len(lengths))))[0] > max_batch_tokens:
+            self.batches = math.ceil(max(fewest, 1.02 * self.batches + 0.5) / world_size) * world_size
         if self.batches > len(lengths):
             raise ValueError(f"{len(lengths)} rows are too few for {world_size} processes.")
 
@@ -80,6 +77,21 @@ class TokenBatches(BatchRebalanceSampler):
 
     def __len__(self):
         return self.batches // self.world_size
+
+
+def train_sampler(
+    dataset: Dataset | IterableDataset, args: SugarTrainingConfig, processor: SugarProcessor, epoch: torch.Tensor
+) -> Sampler | None:
+    """The sampler of a training by the lengths of its rows, if that is asked for; `epoch` is the number of the epoch."""
+    by_length = args.max_batch_tokens or args.train_sampling_strategy == "group_by_length"
+    if not by_length or not isinstance(dataset, Dataset):
+        return None
+    lengths = row_lengths(dataset, processor)
+    if args.max_batch_tokens:
+        return TokenBatches(lengths, epoch, args.max_batch_tokens, args.seed, args.process_index, args.world_size)
+    # rounded up to powers of two, so that rows of about the same length stay mixed: the structure loss compares them
+    lengths = [1 << length.bit_length() for length in lengths]
+    return LengthGroups(args.train_batch_size * args.gradient_accumulation_steps, lengths=lengths)
 
 
 def row_lengths(dataset: Dataset, processor: SugarProcessor) -> list[int]:

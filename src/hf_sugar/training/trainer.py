@@ -20,7 +20,6 @@ from trl.trainer.utils import get_config_model_id
 
 from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id
 from hf_sugar.inference import SugarEmbedder
-from hf_sugar.models.packing_sugar import why_padded
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings, check_same_teachers, teachers_of
 
 from .cached import compare_ahead
@@ -28,7 +27,7 @@ from .collator import SugarCollator
 from .config import SugarTrainingConfig
 from .discriminative import ROW_COLUMNS, DiscriminativeLoss, discriminative_rows, measure_labels
 from .eval_losses import EvalLosses, retrieval_of_rows
-from .heads import add_structure_head
+from .heads import add_structure_head, lays_rows
 from .loading import (
     enter,
     for_language_model,
@@ -42,7 +41,7 @@ from .loading import (
     train_through_4bit,
 )
 from .rows import RowFilter, each, readable
-from .sampler import LengthGroups, TokenBatches, row_lengths
+from .sampler import train_sampler
 from .saving import SavingMixin
 
 
@@ -80,12 +79,14 @@ _REFUSED = {
 }
 
 
-def _require_what_can_work(args: SugarTrainingConfig) -> None:
+def _require_what_can_work(args: SugarTrainingConfig, train_dataset: Dataset | IterableDataset | None) -> None:
     if args.push_to_hub and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
         raise ValueError(
             f"`hub_strategy={args.hub_strategy.value!r}` publishes optimizer states and training_args.bin, a pickle with the "
             "paths and tokens of this machine. Set it to 'every_save' or 'end'."
         )
+    if args.max_batch_tokens and isinstance(train_dataset, IterableDataset):
+        raise ValueError("`max_batch_tokens` has to know all rows: turn `streaming` off, or leave it out.")
     gathered = args.gather_across_devices and args.world_size > 1
     if (
         args.structure_weight > 0
@@ -210,7 +211,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         for name, remedy in _REFUSED.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` cannot be combined with the structure loss: {remedy}")
-        _require_what_can_work(args)
+        _require_what_can_work(args, train_dataset)
         args = copy.copy(args)  # TRL changes some, in the parts of it too
         args.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)
         args.accelerator_config = copy.copy(args.accelerator_config)
@@ -224,8 +225,6 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         validate = args.on_bad_row == "error"
         train_dataset = readable(train_dataset, "train_dataset", validate)
         eval_dataset = each(eval_dataset, "eval_dataset", lambda *given: readable(*given, validate))
-        if args.max_batch_tokens and not isinstance(train_dataset, Dataset):
-            raise ValueError("`max_batch_tokens` has to know all rows: turn `streaming` off, or leave it out.")
         if self._structure:
             _require_pairs(args, train_dataset.column_names)
 
@@ -285,12 +284,6 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         args.max_length, args.padding_free = max_length, padding_free
         if is_peft_model(self.model):
             require_loadable(base)
-        if padding_free and (reason := why_padded(base.vlm)):
-            if args.max_batch_tokens:
-                raise ValueError(
-                    f"`max_batch_tokens`: rows of {base.config.vlm_config.model_type} are padded, {reason}."
-                )
-            logger.warning("`padding_free`: rows of %s are padded, %s.", base.config.vlm_config.model_type, reason)
         if args.matrix_batch_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "`matrix_batch_size` needs the whole model in each process, which FSDP and DeepSpeed divide: leave it out, and "
@@ -307,7 +300,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             # backwards for nothing. Those of the tokens are enough, unless checkpointing is reentrant.
             base.disable_input_require_grads()
             base.enable_input_require_grads = base.vlm.get_decoder().enable_input_require_grads
-        add_structure_head(base, padding_free)
+        add_structure_head(base, lays_rows(base, args))
 
         # Teachers, collators and loss
         self.teachers: dict[str, str] = {}  # what the model card says of the run
@@ -396,17 +389,9 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             self._signature_columns += ["teacher_embeddings", "teachers"]
 
     def _get_train_sampler(self, train_dataset=None):
-        dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        by_length = args.max_batch_tokens or args.train_sampling_strategy == "group_by_length"
-        if not by_length or not isinstance(dataset, Dataset):
-            return super()._get_train_sampler(train_dataset)
-        lengths = row_lengths(dataset, self.processing_class)
-        if args.max_batch_tokens:
-            epoch, rank, world_size = self.data_collator.epoch, args.process_index, args.world_size
-            return TokenBatches(lengths, args.max_batch_tokens, epoch, args.seed, rank, world_size)
-        # rounded up to powers of two, so that rows of about the same length stay mixed: the structure loss compares them
-        lengths = [1 << length.bit_length() for length in lengths]
-        return LengthGroups(args.train_batch_size * args.gradient_accumulation_steps, lengths=lengths)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler = train_sampler(dataset, self.args, self.processing_class, self.data_collator.epoch)
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _get_eval_sampler(self, eval_dataset):
         return None  # in order: upstream groups them by length too, and would have to collate them to know it
