@@ -94,23 +94,26 @@ def train(args, directory: Path):
             return process.submit(function, *arguments, directory, data, args.batch).result()
 
     trainers = {name: trainer(name == "end to end", directory, data, args.batch) for name in ("padded", "end to end")}
-    memory = {name: apart(peak, name == "end to end") for name in trainers}
-    speeds, shares = {name: [] for name in trainers}, []
+    speeds, work, shares = {name: [] for name in trainers}, {name: [] for name in trainers}, []
     for n in range(args.steps + 1):
         rows = [trainers["padded"].train_dataset[n * args.batch + i] for i in range(args.batch)]
         mask = trainers["padded"].data_collator(rows)["attention_mask"]
         shares.append(mask.float().mean().item())
         print(f"batch {n}: rows of {mask.sum(dim=1).tolist()} tokens", flush=True)
         for name in list(trainers)[:: 1 if n % 2 else -1]:
+            started = time.process_time()
             speeds[name].append(int(mask.sum()) / step(trainers[name], rows)[1])
-    print(
-        f"\n| batch {args.batch}, {statistics.mean(shares):.0%} of places are tokens | tokens/s | peak memory (GiB) |"
-    )
-    print("|---|---|---|")
+            work[name].append(int(mask.sum()) / (time.process_time() - started))
+            print(f"{name}: {speeds[name][-1]:.1f} tokens/s, {work[name][-1]:.1f} a CPU second", flush=True)
+    memory = {name: apart(peak, name == "end to end") for name in trainers}
+    print(f"\nbatches of {args.batch} rows, of whose places {statistics.mean(shares):.0%} are tokens\n")
+    print("| way | tokens/s | tokens a CPU second | peak memory (GiB) |\n|---|---|---|---|")
     for name in trainers:
-        print(f"| {name} | {statistics.median(speeds[name][1:]):.1f} | {memory[name]:.2f} |")
-    ratios = [free / padded for padded, free in zip(speeds["padded"][1:], speeds["end to end"][1:])]
-    print(f"\ntokens/s, end to end / padded: {statistics.median(ratios):.2f} (" + " ".join(f"{r:.2f}" for r in ratios))
+        medians = [statistics.median(values[name][1:]) for values in (speeds, work)]
+        print(f"| {name} | {medians[0]:.1f} | {medians[1]:.1f} | {memory[name]:.2f} |")
+    for unit, values in (("tokens/s", speeds), ("tokens a CPU second", work)):
+        ratios = [free / padded for padded, free in zip(values["padded"][1:], values["end to end"][1:])]
+        print(f"{unit}, end to end / padded: {statistics.median(ratios):.2f}")
     print(f"peak memory, end to end / padded: {memory['end to end'] / memory['padded']:.2f}")
 
 
@@ -168,9 +171,11 @@ def embed(args, directory: Path):
         seconds, results = {name: [] for name in ways}, {}
         for n in range(args.steps + 1):
             for name in list(ways)[:: 1 if n % 2 else -1]:
-                started = time.perf_counter()
+                started = time.perf_counter(), time.process_time()
                 results[name] = ways[name](images)
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(time.perf_counter() - started[0])
+                work = time.process_time() - started[1]
+                print(f"{name}: {seconds[name][-1]:.2f} s, {work:.2f} CPU seconds", flush=True)
         tokens = processor.count_tokens([""] * len(images), [[image.size[::-1]] for image in images])
         print(f"\n{family}: {len(images)} images of {min(tokens)} to {max(tokens)} tokens, batches of {args.batch}\n")
         print("| way | images/s | SugarEmbedder is faster by | largest difference |\n|---|---|---|---|")
