@@ -71,7 +71,7 @@ def rows(makers, n=12):
         make = makers[i % len(makers)]
         messages = make(i)
         count = sum(part["type"] == "image" for message in messages for part in message["content"])
-        loss_on = {"conversation": "answers", "caption": "captions", "story": "text"}[make.__name__]
+        loss_on = {"caption": "captions", "story": "text"}.get(make.__name__, "answers")
         images = [tiny.image(10 * i + k) for k in range(count)]
         data.append({"messages": messages, "images": images, "loss_on": loss_on, "id": f"row-{i}"})
     return Dataset.from_list(data, features=FEATURES)

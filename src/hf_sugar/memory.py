@@ -19,7 +19,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from .models import SugarConfig, SugarForConditionalGeneration
 from .training.config import SugarTrainingConfig
-from .training.loading import for_language_model
+from .training.loading import for_language_model, freeze_vision_tower
 
 
 GIB = 2**30
@@ -29,25 +29,27 @@ RESERVE = GIB  # assumed: CUDA context, cuBLAS workspaces, gaps in the allocator
 @dataclass
 class MemoryEstimate:
     """What one process needs on its GPU: bytes by name, parameters without adapters, trained parameters, samples in a step,
-    and tokens in a sample, those of its images included."""
+    tokens in a sample, those of its images included, and how many processes there are."""
 
     parts: dict[str, int]
     parameters: int
     trained: int
     batch_size: int
     length: int
+    processes: int = 1
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
 
-    def table(self, cards: tuple[int, ...] = (12, 16, 24)) -> str:
+    def table(self, cards: tuple[int, ...] = (12, 16, 24, 40, 48, 80, 96, 141, 192)) -> str:
         """The parts, and which cards (sizes in GiB) they fit, in Markdown."""
         sizes = [(name, size / GIB) for name, size in {**self.parts, "**total**": self.total}.items()]
         left = [(card, card - self.total / GIB) for card in cards]
         return (
             f"{self.parameters / 1e9:.2f} billion parameters, {self.trained / 1e6:.1f} million trained; "
-            f"{self.batch_size} x {self.length} tokens, image tokens included\n\n| part | GiB |\n|---|---|\n"
+            f"{self.batch_size} x {self.length} tokens, image tokens included; each of {self.processes} GPU(s)\n\n"
+            "| part | GiB |\n|---|---|\n"
             + "".join(f"| {name} | {gib:.2f} |\n" for name, gib in sizes)
             + "\n| card | fits | GiB left |\n|---|---|---|\n"
             + "".join(f"| {card} GB | {'yes' if gib >= 0 else 'no'} | {gib:.2f} |\n" for card, gib in left)
@@ -62,14 +64,16 @@ def estimate_memory(
     quantization_config: BitsAndBytesConfig | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    processes: int = 1,
+    sharding: str | None = None,
 ) -> MemoryEstimate:
     """
-    Memory of a training run of one process: no weights are read or allocated.
+    Memory of one process of a training run: no weights are read or allocated.
 
     Activations are those of a forward and a backward pass of the real language model, adapters and activation
     checkpointing included, on tensors that have shapes but no data; the peak is the most bytes that were alive at once.
-    Of a vision tower that is trained too, only weights, gradients and optimizer states are counted. Sharding (FSDP,
-    DeepSpeed) and the sequences beside the rows (`singles_per_sample`) are not taken into account.
+    Of a vision tower that is trained too, only weights, gradients and optimizer states are counted. The sequences beside the
+    rows (`singles_per_sample`) are taken to be an image each.
 
     Args:
         config ([`SugarConfig`]): Configuration of the model.
@@ -78,12 +82,16 @@ def estimate_memory(
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): Quantization of the backbone.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of what is not quantized.
         attn_implementation (`str`, *optional*): `"eager"` keeps the attention weights; all others do not.
+        processes (`int`, *optional*, defaults to 1): Of the run, one a GPU.
+        sharding (`str`, *optional*): What these divide among them: `"fsdp2"`, `"zero2"`, `"zero3"`, or nothing.
     """
     with init_empty_weights():
         model = SugarForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation="eager" if attn_implementation == "eager" else "sdpa"
         )
         parameters = model.num_parameters()
+        if args.freeze_vision_tower:
+            freeze_vision_tower(model)
         if quantization_config is not None:
             _mark_quantized(model, quantization_config)
         trained = model if peft_config is None else get_peft_model(model, for_language_model(peft_config, model))
@@ -102,7 +110,8 @@ def estimate_memory(
         "trained weights (adapters, projector)": learned_bytes,
         "gradients": learned_bytes,
         f"optimizer states ({args.optim.value})": _optimizer_bytes(args.optim.value, learned),
-        "activations and working space, peak": _peak(trained, model, args, length),
+        **({} if sharding is None else _shares(model, learned, full - learned_bytes, args, processes, sharding)),
+        "activations and working space, peak": _peak(trained, model, args, length, processes),
         "CUDA context and allocator (assumed)": RESERVE,
     }
     return MemoryEstimate(
@@ -111,7 +120,34 @@ def estimate_memory(
         sum(parameter.numel() for parameter in learned),
         args.per_device_train_batch_size,
         length,
+        processes,
     )
+
+
+def _shares(model, learned: list[nn.Parameter], frozen: int, args: SugarTrainingConfig, processes: int, sharding: str):
+    """What a process has of weights, gradients and states that are divided, and what it gathers meanwhile. In mixed precision
+    accelerate makes of the weights that FSDP2 trains float32 ones, and DeepSpeed has a float32 copy of its share."""
+    count = sum(parameter.numel() for parameter in learned)
+    mixed = args.bf16 or args.fp16
+    size = 2 if mixed and sharding != "fsdp2" else 4 if mixed else learned[0].element_size()
+    name = args.optim.value
+    states = _optimizer_bytes(name if "8bit" in name or not mixed else f"{name} 32bit", learned)
+    parts = {"gradients": size * count // processes, f"optimizer states ({name})": states // processes}
+    if mixed and sharding != "fsdp2":
+        parts["float32 copy of what is trained"] = 4 * count // processes
+    parts["trained weights (adapters, projector)"] = size * count // (1 if sharding == "zero2" else processes)
+    if sharding == "zero2":
+        return parts
+    parts["backbone and projector as loaded, not quantized"] = frozen // processes
+    dtype_size = 2 if mixed else learned[0].element_size()
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    if sharding == "zero3":
+        gathered = min(whole, 10**9)  # DeepSpeed's `stage3_max_live_parameters`
+    else:  # a layer, the next one, and what is in no layer
+        layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+        sizes = sorted(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+        gathered = whole - sum(sizes) + sum(sizes[-2:])
+    return {**parts, "weights gathered from all processes": dtype_size * gathered}
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -197,7 +233,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _peak(trained: nn.Module, model: SugarForConditionalGeneration, args: SugarTrainingConfig, length: int) -> int:
+def _peak(trained: nn.Module, model: SugarForConditionalGeneration, args, length: int, processes: int) -> int:
     """Most bytes alive in one training step, beside weights, gradients and optimizer states."""
     batch_size = args.per_device_train_batch_size
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -215,22 +251,33 @@ def _peak(trained: nn.Module, model: SugarForConditionalGeneration, args: SugarT
             with torch.autocast("cpu", half, enabled=half is not None):
                 hidden = torch.empty(batch_size, length, embedding.shape[1], dtype=embedding.dtype)
                 hidden = model.vlm.get_decoder()(inputs_embeds=hidden, use_cache=False)[0]
-                embeddings = _structure(model, hidden, args) if args.structure_weight else None
+                outputs = [_structure(model, hidden, args, processes)] if args.structure_weight else []
                 labelled, gradient = _head(model, hidden, half or embedding.dtype)
+                if outputs and args.singles_per_sample and not args.flip_captions:
+                    size = batch_size * args.singles_per_sample, min(_image_tokens(model.config), length)
+                    hidden = torch.empty(*size, embedding.shape[1], dtype=embedding.dtype)
+                    hidden = model.vlm.get_decoder()(inputs_embeds=hidden, use_cache=False)[0]
+                    outputs += [_structure(model, hidden, args, processes)]
                 del hidden
-            outputs = [labelled] if embeddings is None else [labelled, embeddings]
+            outputs = [labelled, *outputs]
             torch.autograd.backward(outputs, [gradient, *map(torch.empty_like, outputs[1:])])
     return live.peak
 
 
-def _structure(model: SugarForConditionalGeneration, hidden: torch.Tensor, args: SugarTrainingConfig):
+def _image_tokens(config: SugarConfig) -> int:
+    vision = getattr(config.vlm_config, "vision_config", None)
+    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 576
+
+
+def _structure(model: SugarForConditionalGeneration, hidden: torch.Tensor, args: SugarTrainingConfig, processes: int):
     """Embeddings, and for a moment the matrices of labels and cosines."""
     batch_size, length, size = hidden.shape
     slices = batch_size * args.positions_per_sample
     pooled = torch.zeros(slices + batch_size, size)
     pooled = pooled.index_add(0, torch.zeros(batch_size * length, dtype=torch.long), hidden.reshape(-1, size).float())
     embeddings = nn.functional.normalize(model.retrieval_projector(pooled[batch_size:]).float(), dim=-1)
-    positions = slices * (args.world_size if args.gather_across_devices else 1)
+    positions = slices * (processes if args.gather_across_devices else 1)
     torch.empty(4, positions, positions)
     return embeddings
 

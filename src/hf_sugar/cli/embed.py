@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from safetensors.numpy import save_file
 
 from hf_sugar.data import load_data
+from hf_sugar.distributed import distributed_state
 from hf_sugar.files import replacing
 from hf_sugar.retrieval import SugarIndex, find_files
 
@@ -42,24 +44,36 @@ class CorpusArguments:
 class EmbedArguments:
     """Settings of `hf-sugar embed`."""
 
-    output: str = setting("File to write.", "embeddings.safetensors")
+    output: str = setting(
+        "File to write. Several processes write one each, NAME-00000-of-00016.safetensors: their rows one after the other "
+        "are those of one process.",
+        "embeddings.safetensors",
+    )
 
 
 def embed(model: ModelArguments, corpus: CorpusArguments, args: EmbedArguments) -> SugarIndex:
     """Write a safetensors file: `embeddings` of shape `(items, dim)`, `document` and `slice` of each, and in its header the
-    model's `fingerprint` and the documents' `metadata`. Returns the same as an index, in memory."""
+    model's `fingerprint` and the documents' `metadata`. Returns the same as an index, in memory. Under `accelerate launch`
+    each process embeds its share."""
     output = Path(args.output)
     if output.is_dir():
         raise ValueError(f"`output` is the directory {args.output!r}; name a file.")
-    items = corpus.items()
+    items, state, start = corpus.items(), distributed_state(), 0
+    if state.num_processes > 1:
+        if len(items) < state.num_processes:
+            raise ValueError(f"There are {len(items)} items for {state.num_processes} processes. Start fewer.")
+        start, end = (len(items) * (state.process_index + n) // state.num_processes for n in (0, 1))
+        items = items.select(range(start, end)) if isinstance(items, Dataset) else items[start:end]
+        share = f"{output.stem}-{state.process_index:05d}-of-{state.num_processes:05d}{output.suffix}"
+        output = output.with_name(share)
     output.parent.mkdir(parents=True, exist_ok=True)
     embedder = model.embedder()
     settings = {"by": corpus.by, "every_slice": corpus.every_slice, "on_bad_row": corpus.on_bad_row}
     index = SugarIndex.build(items, embedder, **settings, progress=True)
     header = {"fingerprint": embedder.fingerprint, "metadata": json.dumps(index.metadata, ensure_ascii=False)}
     documents, slices = index.origins
-    content = {"embeddings": index.embeddings, "document": documents, "slice": slices}
+    content = {"embeddings": index.embeddings, "document": documents + start, "slice": slices}
     with replacing(output) as path:
         save_file(content, path, metadata=header)
-    print(f"{len(index)} documents, embeddings of shape {index.embeddings.shape} -> {args.output}")
+    print(f"{len(index)} documents, embeddings of shape {index.embeddings.shape} -> {output}")
     return index

@@ -15,6 +15,7 @@ class IndexArguments:
     """Settings of `hf-sugar index`."""
 
     index: str = setting("Directory of the index.", "index")
+    merge: list[str] | None = setting("Directories of indexes, of which this one is made; nothing is embedded.", None)
     add: bool = setting("Add to the index that is there, by its settings; by default it is replaced.", False)
     factory: str = setting("FAISS factory string: Flat (exact), HNSW32, 'IVF1024,PQ32', ...", "Flat")
     search_options: str | None = setting("FAISS search parameters: nprobe=16, efSearch=64, ...", None)
@@ -22,7 +23,12 @@ class IndexArguments:
 
 
 def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) -> SugarIndex:
-    """Build an index, go on with one that was interrupted (the same call), or add to one."""
+    """Build an index, go on with one that was interrupted (the same call), add to one, or put several together."""
+    if args.merge:
+        embed = model.embedder()
+        found = SugarIndex.merge(args.merge, args.index, embed.fingerprint, args.factory, args.search_options)
+        print(f"{len(found)} documents -> {args.index}")
+        return found
     items = corpus.items()
     how = {"shard_size": args.shard_size, "on_bad_row": corpus.on_bad_row, "progress": True}
     settings = {name: vars(corpus)[name] for name in ("by", "every_slice")}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import BitsAndBytesConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -13,7 +14,7 @@ from hf_sugar.data import load_data
 from hf_sugar.evaluation import EvaluationData, evaluate_tasks, plot_losses, write_report
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.memory import MemoryEstimate, estimate_memory
-from hf_sugar.models import SugarConfig
+from hf_sugar.models import SugarConfig, SugarForConditionalGeneration
 from hf_sugar.teachers import TripleEncoder
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
 from hf_sugar.training.loading import projector_settings
@@ -36,6 +37,9 @@ class TrainArguments(SugarTrainingConfig):
     """[`SugarTrainingConfig`], also of a run that is elsewhere."""
 
     estimate_memory: bool = setting("Print how much memory the run would need, and do not train.", False)
+    accelerate_config: str | None = setting(
+        "With `estimate_memory`: the file by which the run will be started (`accelerate launch --config_file`).", None
+    )
 
     def __post_init__(self, *args):
         if self.estimate_memory:  # the machine that asks need not be the one that trains
@@ -62,6 +66,12 @@ def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
         stored = {**stored, **projector_settings(args)}
     config = SugarConfig.from_dict(stored)
     dtype = config.vlm_config.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype)
+    processes, sharding = 1, None
+    if getattr(args, "accelerate_config", None) is not None:
+        launch = load_config_from_file(args.accelerate_config)
+        processes = launch.num_processes
+        zero = f"zero{launch.deepspeed_config.get('zero_stage')}"
+        sharding = {"FSDP": "fsdp2", "DEEPSPEED": zero}.get(launch.distributed_type)
     return estimate_memory(
         config,
         args,
@@ -69,6 +79,8 @@ def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
         quantization_config(model),
         dtype=dtype or torch.float32,
         attn_implementation=model.attn_implementation,
+        processes=processes,
+        sharding=sharding,
     )
 
 
@@ -124,7 +136,10 @@ def train(
 def report(trainer: SugarTrainer, model: ModelConfig, evaluation: EvaluationData) -> None:
     """Measure what was trained, and write it down beside the model."""
     output_dir, project = Path(trainer.args.output_dir), trainer.args.structure_weight > 0
-    trained = (trainer.model, trainer.processing_class, trainer.args.per_device_eval_batch_size)
+    trained = trainer.model
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # of which this process has a share
+        trained = SugarForConditionalGeneration.from_pretrained(output_dir, dtype="auto").to(trainer.args.device)
+    trained = (trained, trainer.processing_class, trainer.args.per_device_eval_batch_size)
     embed = SugarEmbedder(*trained, project=project, progress=True)
     results = evaluate_tasks(evaluation, embed, SugarGenerator(*trained, progress=True))
     plot_losses({"": trainer.state.log_history}, output_dir / "losses.png")

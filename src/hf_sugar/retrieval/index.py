@@ -163,6 +163,34 @@ class SugarIndex(Index):
             index.save(directory)
         return index
 
+    @classmethod
+    def merge(
+        cls,
+        parts: Sequence[str | os.PathLike],
+        directory: str | os.PathLike,
+        fingerprint: str | None = None,
+        factory: str = "Flat",
+        search_options: str | None = None,
+    ) -> "SugarIndex":
+        """
+        Write an index of the documents of several, which machines that share no disk have built: those of the first, then
+        those of the second. Nothing is embedded. `fingerprint` is that of their model.
+
+        Raises:
+            `FileNotFoundError`, `ValueError`: as [`~SugarIndex.load`]; and if they were built with other settings.
+        """
+        indexes = [cls.load(part, fingerprint) for part in parts]
+        first = indexes[0]
+        for part, index in zip(parts, indexes):
+            if (index.by, index.every_slice, index.dim) != (first.by, first.every_slice, first.dim):
+                raise ValueError(f"{part} was built with other settings than {parts[0]}. Build one of them anew.")
+        check_factory(factory, search_options, first.dim, sum(len(index.origins[0]) for index in indexes))
+        merged = cls.__new__(cls)
+        merged._set(None, first.fingerprint, first.by, first.every_slice, factory, search_options)
+        merged._arrange([shard for index in indexes for shard in index._shards])
+        merged.save(directory)
+        return merged
+
     def _ranks(self) -> tuple[int, int]:
         return (0, 1) if self.directory is None else super()._ranks()
 

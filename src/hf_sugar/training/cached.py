@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_sugar.models import SugarForConditionalGeneration
-
 from .discriminative import ROW_COLUMNS, DiscriminativeLoss, discriminative_rows, pad_rows
-from .heads import embed_rows
 
 
 @dataclass
@@ -41,12 +38,13 @@ class Compared:
 
 
 def compare_ahead(
-    model: SugarForConditionalGeneration, batches: list[dict[str, Any]], loss: DiscriminativeLoss, gather: bool
+    model: torch.nn.Module, batches: list[dict[str, Any]], loss: DiscriminativeLoss, gather: bool
 ) -> None:
     """
     Compare the rows of several batches of [`SugarCollator`] with one another, and with `gather` with those of all processes:
     their embeddings are computed without gradients, a batch at a time, and each batch gets a [`Compared`] under `"compared"`,
-    with which its own backward pass is that of the whole matrix. The model is in training mode, the batches on its device.
+    with which its own backward pass is that of the whole matrix. The model, as it is wrapped for several processes, is in
+    training mode, and the batches on its device.
     """
     rows, states = [], []
     for batch in batches:
@@ -54,7 +52,7 @@ def compare_ahead(
         states.append([torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])])
         with torch.no_grad():
             inputs = {name: value for name, value in batch.items() if name not in (*ROW_COLUMNS, "labels")}
-            embeddings = embed_rows(model, **inputs)
+            embeddings = model(**inputs, without_head=True)
         rows.append(discriminative_rows(*embeddings, *(batch.get(name) for name in ROW_COLUMNS)))
     leaves = [[embeddings.requires_grad_(), singles.requires_grad_()] for embeddings, _, _, singles, _ in rows]
     value, found = loss(*pad_rows(rows), training=True, gather=gather)

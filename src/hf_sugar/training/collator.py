@@ -20,6 +20,9 @@ from hf_sugar.teachers import check_same_teachers
 from .discriminative import NEGATIVE, NOTHING, POSITIVE
 
 
+_SHARED = ("image_index", "images")  # by which the sequences beside the rows take the features of the batch's images
+
+
 @dataclass
 class SugarCollator:
     """
@@ -46,6 +49,9 @@ class SugarCollator:
             `negatives` (texts and images). Which ones depends on the same.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the flips and of that choice.
+        fill_up (`bool`, *optional*, defaults to `False`):
+            Whether a batch without images or sequences beside the rows gets a blank one, of which nothing is used: processes
+            that divide a model among them must call the same parts of it, or they wait for one another for ever.
 
     Returns of a call:
         `dict[str, torch.Tensor]`: what the backbone's processor gives, `labels` `(batch, length)`, and with
@@ -63,6 +69,7 @@ class SugarCollator:
     flip_captions: bool = False
     singles: int | None = None
     seed: int = 0
+    fill_up: bool = False
     # in memory that the workers of a data loader share, so that those that persist know it too
     epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
 
@@ -87,6 +94,8 @@ class SugarCollator:
         batch = dict(self.processor.encode_conversations(conversations, loss_on, names, self.max_length))
         if self.singles is not None:
             batch |= self._singles(examples, conversations, loss_on, structure, names)
+        if self.fill_up:
+            self._fill_up(batch)
         if self.embed_slices is None and self.teachers is None:
             del batch["slice_ids"]
             return batch
@@ -150,6 +159,17 @@ class SugarCollator:
                 singles |= {"image_index": torch.tensor(image_index), "images": images}
             result["singles"] = dict(singles)
         return result
+
+    def _fill_up(self, batch: dict[str, Any]) -> None:
+        image = {"type": "image", "image": Image.new("RGB", (32, 32))}
+        blank = dict(self.processor.encode_conversations([[{"role": "user", "content": [image]}]]))
+        images = {name: blank[name] for name in self.processor.image_processor.model_input_names if name in blank}
+        if self.singles is not None:
+            # whether they can take the features of the batch's images may not be the same for all processes
+            batch["singles"] = {name: x for name, x in batch.get("singles", blank).items() if name not in _SHARED}
+        for inputs in (batch, batch.get("singles", batch)):
+            if not images.keys() <= inputs.keys():
+                inputs.update(images, blank_image=True)
 
     def _embeddings_of_rows(
         self, examples: list[dict[str, Any]], names: list[str], counts: list[int], flipped: list[bool]

@@ -180,6 +180,11 @@ class SugarTrainingConfig(SFTConfig):
         default=None,
         help="Width of the hidden layer of a new retrieval projector. Defaults to the language model's hidden size.",
     )
+    freeze_vision_tower: bool = HfArg(
+        default=False,
+        help="Whether the vision tower stays as it is when full weights are trained, as in LLaVA; by default it is trained too. "
+        "Under PEFT it is frozen anyway.",
+    )
     # On the command line these two are settings of `trl.ModelConfig` and of the data, so they are no fields here. QLoRA:
     # a model that is named by id is loaded with NF4 weights, double quantization and bfloat16 compute.
     load_in_4bit: InitVar[bool] = False

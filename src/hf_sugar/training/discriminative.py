@@ -114,7 +114,8 @@ def discriminative_rows(
         single_slices = modality.new_empty(len(modality), 0)
     singles = embeddings.new_zeros(*single_slices.shape, embeddings.shape[-1])
     if single_embeddings is not None:
-        singles = singles.index_put(tuple((single_slices > NOTHING).nonzero().T), single_embeddings)
+        places = (single_slices > NOTHING).nonzero()
+        singles = singles.index_put(tuple(places.T), single_embeddings[: len(places)])  # none of a blank sequence
     return embeddings, teacher_embeddings, modality, singles, single_slices
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -34,7 +35,8 @@ def add_structure_head(model: SugarForConditionalGeneration, padding_free: bool 
     Let a model that has TRL's fused LM head also return embeddings from the same call: with `slice_ids` those of slices, and
     with `singles`, inputs of [`SugarForConditionalGeneration.embed`], those of other sequences. `image_index` among these
     says which of the `images` of the batch each of their images is; the vision tower sees it once, in families whose
-    `get_image_features` gives a list of images. A copy of the model computes with its own weights.
+    `get_image_features` gives a list of images. With `blank_image` nothing of the image is used, with `without_head` no loss
+    is computed, as in [`embed_rows`]. A copy of the model computes with its own weights.
 
     Args:
         model ([`SugarForConditionalGeneration`]):
@@ -49,14 +51,21 @@ def add_structure_head(model: SugarForConditionalGeneration, padding_free: bool 
     fused_forward = model.forward.__func__
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, slice_ids=None, singles=None, fused_lm_head=False, **kwargs):
+    def forward(
+        self, *args, slice_ids=None, singles=None, fused_lm_head=False, blank_image=False, without_head=False, **kwargs
+    ):
+        if without_head:
+            return embed_rows(self, slice_ids, singles, blank_image, **kwargs)
         if not fused_lm_head:
             return type(self).forward(self, *args, slice_ids=slice_ids, **kwargs)
         kwargs, rows = lay_rows(self, kwargs)
-        if slice_ids is None:
-            return fused_forward(self, *args, fused_lm_head=True, **kwargs)
-        with _observed(self) as seen:
+        if isinstance(head := self.get_output_embeddings(), FSDPModule):
+            # TRL 1.16 uses its weight without a call of it, and would leave out the other processes' gradients
+            head.unshard()
+        with _observed(self, blank_image) as seen:
             output = fused_forward(self, *args, fused_lm_head=True, **kwargs)
+        if slice_ids is None:
+            return output
         embeddings, mask = self.project_slices(unlay_rows(seen["hidden_states"], rows), slice_ids)
         return FusedSugarOutput(
             **output,
@@ -78,22 +87,26 @@ def lays_rows(model: SugarForConditionalGeneration, args: SugarTrainingConfig) -
     return args.padding_free and not reason
 
 
-def embed_rows(model: SugarForConditionalGeneration, slice_ids: torch.Tensor, singles: dict | None = None, **inputs):
+def embed_rows(model: SugarForConditionalGeneration, slice_ids, singles=None, blank_image: bool = False, **inputs):
     """The embeddings that a call with the same inputs gives in training, without the LM head: `(batch, slices, dim)`, and
     `(sequences, dim)` or `None`."""
-    with _observed(model) as seen:
+    with _observed(model, blank_image) as seen:
         embeddings, _ = model.embed_slices(slice_ids, **inputs)
     return embeddings, embed_singles(model, singles, seen.get("image_features"))
 
 
 @contextmanager
-def _observed(model: SugarForConditionalGeneration):
-    """The last hidden states and the image features that are computed meanwhile: the fused head keeps them to itself."""
+def _observed(model: SugarForConditionalGeneration, blank_image: bool = False):
+    """The last hidden states and the image features that are computed meanwhile: the fused head keeps them to itself. Of a
+    blank image there are none."""
     compute, seen = model.base_model.get_image_features, {}
 
     def get_image_features(*args, **kwargs):
-        seen["image_features"] = compute(*args, **kwargs)
-        return seen["image_features"]
+        seen["image_features"] = output = compute(*args, **kwargs)
+        if blank_image:
+            images = output.pooler_output
+            output.pooler_output = images[:0] if isinstance(images, torch.Tensor) else [image[:0] for image in images]
+        return output
 
     hook = model.base_model.register_forward_hook(lambda module, inputs, output: seen.update(hidden_states=output[0]))
     with hook, _image_features_from(model, get_image_features):
@@ -115,7 +128,10 @@ def embed_singles(model: SugarForConditionalGeneration, singles: dict | None, im
     for each of them, and not for each patch or row, and as it would be for the image alone."""
     if singles is None:
         return None
-    inputs = {name: value for name, value in singles.items() if name not in ("image_index", "images")}
+    inputs = {name: value for name, value in singles.items() if name not in ("image_index", "images", "blank_image")}
+    if singles.get("blank_image"):
+        with _observed(model, blank_image=True):
+            return model.embed(**inputs)
     features = getattr(image_features, "pooler_output", None)
     if not isinstance(features, list | tuple) or len(features) != singles.get("images"):
         return model.embed(**inputs)

@@ -63,7 +63,7 @@ def load_model(
         )
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED", "FSDP"):
         kwargs["device_map"] = None
     stored, _ = SugarConfig.get_config_dict(name, revision=kwargs.get("revision"))
     if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
@@ -146,6 +146,8 @@ def enter(
             )
     elif peft_config is None and is_quantized(base):
         raise ValueError("The weights are quantized, and cannot be trained: pass `peft_config` to train an adapter.")
+    if args.freeze_vision_tower:
+        freeze_vision_tower(base)
     if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "No weight of `model` can be trained (`requires_grad`); load its adapter with `is_trainable`."
@@ -192,6 +194,17 @@ def require_loadable(base: SugarForConditionalGeneration) -> None:
     if isinstance(base.get_output_embeddings(), TrainableTokensWrapper):
         # TRL 1.16's fused head reads the bias of a linear layer
         raise ValueError("`trainable_token_indices` cannot be trained where embeddings are tied to the LM head.")
+
+
+def freeze_vision_tower(base: SugarForConditionalGeneration) -> None:
+    """Train nothing of the vision tower. A `ValueError` where transformers does not know which module that is."""
+    tower = base.vlm.get_encoder(modality="image")
+    if any(module is tower for module in (base.vlm, base.base_model)):
+        raise ValueError(
+            f"`freeze_vision_tower`: which module of {type(base.vlm).__name__} that is, is not known. Freeze it yourself "
+            "(`requires_grad_(False)`) and pass the model."
+        )
+    tower.requires_grad_(False)
 
 
 def is_quantized(base: SugarForConditionalGeneration) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
@@ -56,18 +57,33 @@ class SavingMixin:
         model.load_state_dict(loaded.state_dict())
         return True
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        # upstream saves no model where states are sharded
+        self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
     # Under PEFT every save, of a checkpoint too, is what `SugarForConditionalGeneration.from_pretrained` loads in one line:
     # an adapter repository (configuration, code and processor, with the adapter and the projector in `adapter/`).
     def _save(self, output_dir=None, state_dict=None):
-        if not is_peft_model(self.model):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
+        if self.args.should_save:
             output_dir = output_dir or self.args.output_dir
-            self.model.get_base_model().save_pretrained(output_dir, state_dict=state_dict)
+            model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            if isinstance(model, FSDPModule):  # a class of FSDP's: the model is saved with the code of its own
+                kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+                whole, model = model, kind.__new__(kind)
+                model.__dict__ = vars(whole)
+            model.save_pretrained(output_dir, state_dict=state_dict)
             self.processing_class.save_pretrained(output_dir)
             torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
         if self.is_world_process_zero():
             write_card(output_dir or self.args.output_dir, run_facts(self))
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # what the first process writes next says that all have written theirs
 
     def create_model_card(self, model_name: str | None = None, dataset_name=None, tags=None):
         """Write the model card of what has been saved in `args.output_dir`, for a repository `model_name`, trained on the

@@ -12,6 +12,7 @@ from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -267,7 +268,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
 
         # SFTTrainer
         projector = base.retrieval_projector
-        exact = copy.deepcopy([projector.linear_1, projector.linear_2])
+        exact = copy.deepcopy([projector.linear_1, projector.linear_2]) if is_quantized(base) else []
         padding_free, args.padding_free = args.padding_free, False  # TRL 1.16 refuses it for images
         with warnings.catch_warnings():
             # PEFT 0.21 reads it by the name that transformers 5.23 warns of
@@ -284,12 +285,9 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         args.max_length, args.padding_free = max_length, padding_free
         if is_peft_model(self.model):
             require_loadable(base)
-        if args.matrix_batch_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "`matrix_batch_size` needs the whole model in each process, which FSDP and DeepSpeed divide: leave it out, and "
-                "raise `per_device_train_batch_size`."
-            )
-
+        if self.is_fsdp_enabled:
+            # accelerate 1.15 refuses names of layers that a backbone lists and does not have (CLIP's of texts)
+            base._no_split_modules = {type(module).__name__ for module in base.modules()} & {*base._no_split_modules}
         if is_quantized(base):
             # TRL casts all that QLoRA trains to bfloat16; the projector stays as exact as it was
             for layer, kept in zip([base.retrieval_projector.linear_1, base.retrieval_projector.linear_2], exact):
@@ -313,6 +311,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             flip_captions=self._structure and args.flip_captions,
             singles=singles,
             seed=args.seed,
+            fill_up=self.accelerator.num_processes > 1,
         )
         self._eval_collator = replace(self.data_collator, flip_captions=False, epoch=torch.zeros((), dtype=torch.long))
         self.add_callback(_TellCollator(self.data_collator, self._good_rows))
@@ -414,10 +413,8 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         if self._structure and self.args.matrix_batch_size and "compared" not in inputs:
             start = next(n for n, batch in enumerate(self._window) if batch is inputs)
             end = start + self.args.matrix_batch_size // self.args.per_device_train_batch_size
-            base = self.accelerator.unwrap_model(self.model).train()
-            base = base.get_base_model() if is_peft_model(base) else base
-            with self.accelerator.autocast():  # which is in the forward of the model otherwise
-                compare_ahead(base, self._window[start:end], self.discriminative_loss, self.args.gather_across_devices)
+            batches = self._window[start:end]
+            compare_ahead(model.train(), batches, self.discriminative_loss, self.args.gather_across_devices)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -490,9 +487,10 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         if self._structure and self.args.eval_retrieval_rows:
             rows, batch_size = dataloader.dataset, self.args.per_device_eval_batch_size
             rows = rows.dataset if isinstance(rows, IterableDatasetShard) else rows
-            embed = SugarEmbedder(
-                self.accelerator.unwrap_model(self.model), self.processing_class, batch_size=batch_size
-            )
+            model = self.accelerator.unwrap_model(self.model)
+            if self.is_fsdp_enabled and "embed_slices" not in vars(model):
+                register_fsdp_forward_method(model, "embed_slices")
+            embed = SugarEmbedder(model, self.processing_class, batch_size=batch_size)
             metrics |= retrieval_of_rows(rows, embed, self.args.eval_retrieval_rows)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
