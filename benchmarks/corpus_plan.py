@@ -73,11 +73,11 @@ def main():
         print(
             f"parts written: {1e6 * seconds / count:.0f} us a document beside the model, {size(directory) / count:.0f} bytes"
         )
-        index, seconds = timed(SugarIndex.merge, parts, directory / "whole", "drawn")
+        index, seconds = timed(SugarIndex.merge, parts, directory / "whole")
         print(f"{args.machines} parts put together: {seconds:.1f} s, {1e6 * seconds / count:.0f} us a document")
         assert len(index) == count and np.array_equal(index.embeddings, documents)
 
-        clusters = 2 ** round(np.log2(4 * count**0.5))
+        clusters = 2 ** round(np.log2(2 * count**0.5))
         kinds = [(dim, "SQfp16"), (short, "SQ8"), (dim, f"IVF{clusters},SQfp16"), (short, f"IVF{clusters},SQ8")]
         kinds += [
             (dim, "HNSW32_SQfp16"),

@@ -6,23 +6,37 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiny
+import tiny_backbones
 import torch
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import LoraConfig
+from safetensors.numpy import load_file
 from test_trainer import backbone, caption, config, conversation, history, rows, story, teachers, text_part
+from trl.trainer.utils import add_fused_lm_head
 
-from hf_sugar import SugarForConditionalGeneration, SugarTrainer
+from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor, SugarTrainer
+from hf_sugar.cli.embed import EmbedArguments, embed
+from hf_sugar.memory import estimate_memory
+from hf_sugar.retrieval import LanceIndex, SugarIndex
+from hf_sugar.training import SugarCollator
+from hf_sugar.training.discriminative import discriminative_rows
+from hf_sugar.training.heads import add_structure_head
 
 
 __all__ = ["backbone", "teachers"]  # fixtures
 
+OTHERS = [family for family in tiny_backbones.FAMILIES if family != "llava"]
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
 
 
@@ -46,7 +60,7 @@ def words(i):
 KEYS = ("loss", "generative_loss", "structure_loss", "contrastive_loss", "grad_norm")
 RUNS = {
     # in each batch the second process has no image, and nothing beside its rows
-    "full": {"makers": (caption, story, words, words), "eval_strategy": "steps", "eval_steps": 4},
+    "full": {"makers": (caption, story, words, words)},
     # matrices of two batches; the images of the second process stand beside its rows too
     "lora": {
         "makers": (caption, conversation, story, story),
@@ -63,6 +77,7 @@ def run(path, backbone, teachers, processes, makers, lora=False, matrix=None, re
         settings |= {"matrix_batch_size": matrix // processes, "gradient_accumulation_steps": 2}
     common = {"per_device_train_batch_size": 4 // processes, "positions_per_sample": 99, "contrastive_mask_above": 2}
     common |= {"optim": "sgd", "train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 3}
+    common |= {"eval_strategy": "steps", "eval_steps": 4}
     trainer = SugarTrainer(
         backbone,
         config(path, teachers, **{**common, "max_steps": 5, **settings}),
@@ -173,3 +188,140 @@ def test_launch_configurations():
         environment = launched_by(f"zero{stage}")
         assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
     assert environment["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
+
+
+@pytest.mark.parametrize("family", ["llava", *(pytest.param(f, marks=pytest.mark.extras) for f in OTHERS)])
+def test_blank_image(family):
+    """Of a blank image nothing is used, but that the vision tower was called: all of it has gradients, of zero."""
+    vlm, processor = tiny_backbones.build(family)
+    model = SugarForConditionalGeneration.from_vlm(vlm.train(), retrieval_dim=8)
+    add_fused_lm_head(model, outputs=("log_probs",))
+    add_structure_head(model)
+    collator = SugarCollator(
+        SugarProcessor.from_processor(processor), embed_slices=lambda slices: torch.ones(len(slices), 4), singles=1
+    )
+    examples = [{"messages": words(i), "images": []} for i in range(2)]
+    columns = ("teacher_embeddings", "slice_modality", "single_slices")
+
+    def forward(fill_up):
+        batch = replace(collator, fill_up=fill_up)(examples)
+        rows = [batch.pop(name) for name in columns]
+        output = model(**batch, fused_lm_head=True)
+        return output.loss, discriminative_rows(output.embeddings, output.single_embeddings, *rows)
+
+    (loss, found), (expected_loss, expected) = forward(True), forward(False)
+    torch.testing.assert_close(loss, expected_loss)
+    for values, wanted in zip(found, expected):
+        torch.testing.assert_close(values, wanted)
+    (loss + found[0].sum() + found[3].sum()).backward()
+    tower = vlm.get_encoder(modality="image")
+    gradients = [parameter.grad for parameter in tower.parameters() if parameter.grad is not None]
+    assert gradients and not any(gradient.any() for gradient in gradients)
+    model.zero_grad()
+    image = [{"messages": caption(0), "images": [tiny.image(0)]}]
+    batch = collator(image)
+    model(**{k: v for k, v in batch.items() if k not in columns}, fused_lm_head=True).embeddings.sum().backward()
+    assert len(gradients) == sum(parameter.grad is not None for parameter in tower.parameters())
+
+
+TEXTS = [f"{'abc'[n % 3] * (n + 1)}" for n in range(11)]
+
+
+def letters(texts):
+    vectors = np.array([[text.count(letter) + 0.1 * len(text) for letter in "abc"] for text in texts], np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_parts_of_an_index(tmp_path):
+    """Put together, they are the index of all documents."""
+    names = [str(tmp_path / name) for name in ("first", "second")]
+    for name, texts in zip(names, (TEXTS[:4], TEXTS[4:])):
+        SugarIndex.build(texts, letters, fingerprint="m", directory=name, shard_size=3)
+    SugarIndex.merge(names, tmp_path / "all", factory="HNSW4")
+    merged, whole = SugarIndex.load(tmp_path / "all", "m"), SugarIndex.build(TEXTS, letters, fingerprint="m")
+    np.testing.assert_array_equal(merged.embeddings, whole.embeddings)
+    assert merged.metadata == whole.metadata and merged.factory == "HNSW4"
+    for n in range(len(TEXTS)):
+        assert merged[n] == whole[n]
+    SugarIndex.build(TEXTS, letters, fingerprint="n", directory=tmp_path / "odd")
+    with pytest.raises(ValueError, match="odd.* was built with another model"):
+        SugarIndex.merge([*names, tmp_path / "odd"], tmp_path / "other")
+    SugarIndex.build(TEXTS, letters, fingerprint="m", by="document", directory=tmp_path / "odd")
+    with pytest.raises(ValueError, match="odd was built with other settings than .*first"):
+        SugarIndex.merge([names[0], tmp_path / "odd"], tmp_path / "other")
+
+
+def test_shares_of_embeddings(tmp_path, monkeypatch):
+    """The files of several processes, one after the other, are that of one."""
+    model = SimpleNamespace(embedder=lambda: letters)
+    corpus = SimpleNamespace(items=lambda: TEXTS, by="auto", every_slice=False, on_bad_row="error")
+    monkeypatch.setattr(letters, "fingerprint", "m", raising=False)
+    embed(model, corpus, EmbedArguments(str(tmp_path / "one.safetensors")))
+    for rank in range(3):
+        state = SimpleNamespace(num_processes=3, process_index=rank)
+        monkeypatch.setattr("hf_sugar.cli.embed.distributed_state", lambda state=state: state)
+        embed(model, corpus, EmbedArguments(str(tmp_path / "all.safetensors")))
+    files = sorted(tmp_path.glob("all-*.safetensors"))
+    assert [file.name for file in files] == [f"all-0000{n}-of-00003.safetensors" for n in range(3)]
+    for name, values in load_file(tmp_path / "one.safetensors").items():
+        np.testing.assert_array_equal(np.concatenate([load_file(file)[name] for file in files]), values)
+    corpus.items = lambda: TEXTS[:2]
+    with pytest.raises(ValueError, match="2 items for 3 processes"):
+        embed(model, corpus, EmbedArguments(str(tmp_path / "all.safetensors")))
+
+
+@pytest.mark.extras
+def test_lance_takes_the_address_of_an_object_store(tmp_path):
+    """Through the code of object stores, on a local path."""
+    pytest.importorskip("lancedb")
+    index = LanceIndex(f"file://{tmp_path}/database", letters, "m", storage_options={"timeout": "60s"})
+    index.add(TEXTS, shard_size=3)
+    index.add(TEXTS[:5])  # again
+    again = LanceIndex(str(tmp_path / "database"), letters, "m")
+    assert len(again) == len(TEXTS)
+    assert again.search(["aaaa"], k=1)[0][0].metadata["text"].startswith("a")
+
+
+@pytest.mark.parametrize(
+    "sharding,weights,gradients,copy",
+    [("fsdp2", 4 / 8, 4 / 8, 0), ("zero2", 2, 2 / 8, 4 / 8), ("zero3", 2 / 8, 2 / 8, 4 / 8)],
+)
+def test_estimate_divides(backbone, tmp_path, sharding, weights, gradients, copy):
+    """Bytes a parameter of full weights in mixed precision, on each of 8 GPUs."""
+    args = config(tmp_path, max_length=64, optim="adamw_torch")
+    args.bf16 = True
+    settings = SugarConfig.from_pretrained(backbone, retrieval_dim=16)
+    found = estimate_memory(settings, args, dtype=torch.bfloat16, processes=8, sharding=sharding)
+    parts, count = found.parts, found.trained
+    assert parts["trained weights (adapters, projector)"] == int(weights * count)
+    assert parts["gradients"] == int(gradients * count)
+    assert parts["optimizer states (adamw_torch)"] == 8 * count // 8
+    assert parts.get("float32 copy of what is trained", 0) == int(copy * count)
+    assert ("weights gathered from all processes" in parts) == (sharding != "zero2")
+    assert "each of 8 GPU(s)" in found.table() and "| 192 GB | yes |" in found.table()
+    args.freeze_vision_tower = True
+    less = estimate_memory(settings, args, dtype=torch.bfloat16, processes=8, sharding=sharding)
+    tower = tiny.llava().model.vision_tower.num_parameters()
+    assert less.trained == count - tower
+
+
+def test_frozen_vision_tower(backbone, teachers, tmp_path):
+    trainer = SugarTrainer(
+        backbone, config(tmp_path, teachers, freeze_vision_tower=True), train_dataset=rows([caption], 4)
+    )
+    frozen = {name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
+    assert frozen and all("vision_tower" in name for name in frozen)
+    assert len(frozen) == len(list(trainer.model.vlm.model.vision_tower.parameters()))
+
+
+@pytest.mark.extras
+def test_gpu_script_runs_dry(tmp_path):
+    """Not that it is fast: every part runs and finds no wrong value."""
+    script = CONFIGS.parents[1] / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--dry", "--output", str(tmp_path / "gpu.json")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert result.returncode == 0 and not found["failed"], result.stderr[-3000:]
+    assert len(found["found"]) > 20 and not any(row["wrong"] for row in found["found"])

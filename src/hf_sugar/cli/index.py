@@ -25,8 +25,7 @@ class IndexArguments:
 def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) -> SugarIndex:
     """Build an index, go on with one that was interrupted (the same call), add to one, or put several together."""
     if args.merge:
-        embed = model.embedder()
-        found = SugarIndex.merge(args.merge, args.index, embed.fingerprint, args.factory, args.search_options)
+        found = SugarIndex.merge(args.merge, args.index, args.factory, args.search_options)
         print(f"{len(found)} documents -> {args.index}")
         return found
     items = corpus.items()

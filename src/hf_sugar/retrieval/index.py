@@ -168,17 +168,17 @@ class SugarIndex(Index):
         cls,
         parts: Sequence[str | os.PathLike],
         directory: str | os.PathLike,
-        fingerprint: str | None = None,
         factory: str = "Flat",
         search_options: str | None = None,
     ) -> "SugarIndex":
         """
         Write an index of the documents of several, which machines that share no disk have built: those of the first, then
-        those of the second. Nothing is embedded. `fingerprint` is that of their model.
+        those of the second. Nothing is embedded.
 
         Raises:
-            `FileNotFoundError`, `ValueError`: as [`~SugarIndex.load`]; and if they were built with other settings.
+            `FileNotFoundError`, `ValueError`: as [`~SugarIndex.load`]; and if they are of different models or settings.
         """
+        fingerprint = read_json(Path(parts[0], "index.json"))[1]["fingerprint"]
         indexes = [cls.load(part, fingerprint) for part in parts]
         first = indexes[0]
         for part, index in zip(parts, indexes):
