@@ -218,7 +218,7 @@ def test_blank_image(family):
     gradients = [parameter.grad for parameter in tower.parameters() if parameter.grad is not None]
     assert gradients and not any(gradient.any() for gradient in gradients)
     model.zero_grad()
-    image = [{"messages": caption(0), "images": [tiny.image(0)]}]
+    image = [{"messages": caption(0), "images": [tiny.image(0)], "loss_on": "captions"}]
     batch = collator(image)
     model(**{k: v for k, v in batch.items() if k not in columns}, fused_lm_head=True).embeddings.sum().backward()
     assert len(gradients) == sum(parameter.grad is not None for parameter in tower.parameters())
