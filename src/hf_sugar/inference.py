@@ -89,6 +89,9 @@ class SugarEmbedder:
         progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
         max_batch_tokens (`int`, *optional*):
             Most tokens in one forward pass, images expanded; of longer items each is a batch of its own.
+        truncate_dim (`int`, *optional*):
+            Length to which embeddings are cut before they are normalised; `model.config.matryoshka_dims` are those that the
+            model was trained for. A `ValueError` if it is longer than the embeddings.
 
     Example:
 
@@ -108,6 +111,7 @@ class SugarEmbedder:
         pooling: str = "slice",
         progress: bool = False,
         max_batch_tokens: int | None = None,
+        truncate_dim: int | None = None,
     ):
         if pooling not in ("slice", "mean"):
             raise ValueError(f"`pooling` is {pooling!r}; use 'slice' or 'mean'.")
@@ -116,18 +120,26 @@ class SugarEmbedder:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.project, self.pooling, self.progress = project, pooling, progress
         self.max_batch_tokens = max_batch_tokens
+        self.truncate_dim = None  # the whole length
+        if truncate_dim not in (None, self.dim):
+            if not 0 < truncate_dim < self.dim:
+                raise ValueError(f"`truncate_dim` is {truncate_dim}; it must be from 1 to {self.dim}.")
+            self.truncate_dim = truncate_dim
 
     @property
     def dim(self) -> int:
         """`int`: dimension of the embeddings."""
         config = self.model.config
-        return config.retrieval_dim if self.project else config.get_text_config().hidden_size
+        whole = config.retrieval_dim if self.project else config.get_text_config().hidden_size
+        return self.truncate_dim or whole
 
     @cached_property
     def fingerprint(self) -> str:
         """`str`: samples of the weights, see [`~models.fingerprint_sugar.fingerprint`]."""
         trained = self.project and self.pooling == "slice"
-        return fingerprint(self.model, adapters=True) + ("" if trained else f"#{self.pooling}, project={self.project}")
+        how = "" if trained else f"#{self.pooling}, project={self.project}"
+        how += f"#truncate_dim={self.truncate_dim}" if self.truncate_dim else ""
+        return fingerprint(self.model, adapters=True) + how
 
     def __call__(self, items: Sequence[Any]) -> np.ndarray:
         """Embeddings of whole items, each as [`~inference.as_row`] takes it: float32 of shape `(items, dim)`, L2-normalised.
@@ -197,7 +209,7 @@ class SugarEmbedder:
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
         if self.pooling == "mean":
             inputs["slice_ids"] = inputs["attention_mask"].long() - 1
-        embeddings, mask = self.model.embed_slices(**inputs, project=self.project)
+        embeddings, mask = self.model.embed_slices(**inputs, project=self.project, truncate_dim=self.truncate_dim)
         embeddings = embeddings.float().cpu().numpy()
         for name, row in zip(names, embeddings, strict=True):
             if not np.isfinite(row).all():

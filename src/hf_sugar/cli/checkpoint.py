@@ -55,6 +55,9 @@ class ModelArguments(CheckpointArguments):
 
     batch_size: int = setting("Items in one forward pass.", 32)
     max_batch_tokens: int | None = setting("Most tokens in one forward pass that embeds, images expanded.", None)
+    truncate_dim: int | None = setting(
+        "Length to cut embeddings to; with an index, by default that of the index.", None
+    )
 
     def embedder(self) -> SugarEmbedder:
         """The model as an embedder. One whose projector is not trained is refused."""
@@ -63,12 +66,14 @@ class ModelArguments(CheckpointArguments):
                 f"The retrieval projector of {self.model_name_or_path} is not trained ({reason}), so its embeddings mean "
                 "nothing. Train it with the structure loss first (`hf-sugar train`)."
             )
-        model, processor = self.load(distributed_state().device)
-        return SugarEmbedder(model, processor, self.batch_size, max_batch_tokens=self.max_batch_tokens)
+        loaded, tokens = self.load(distributed_state().device), self.max_batch_tokens
+        return SugarEmbedder(*loaded, self.batch_size, max_batch_tokens=tokens, truncate_dim=self.truncate_dim)
 
     def load_index(self, directory: str, k: int = 1, memory_map: bool = False) -> SugarIndex:
         """The index in a directory, of this model, which is loaded once the directory and the number of hits are right."""
         if k < 1:
             raise ValueError(f"`k` is {k}; ask for at least 1.")
-        read_json(Path(directory, "index.json"))
+        _, stored = read_json(Path(directory, "index.json"))
+        if self.truncate_dim is None and "#truncate_dim=" in stored["fingerprint"]:
+            self.truncate_dim = int(stored["fingerprint"].rpartition("=")[2])
         return SugarIndex.load(directory, embed=self.embedder(), memory_map=memory_map)

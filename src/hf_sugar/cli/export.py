@@ -15,6 +15,7 @@ class ExportArguments(CheckpointArguments):
 
     output_dir: str = setting("Directory to write to, which must not exist, or be empty.", aliases=["--output"])
     format: str = setting("For sentence-transformers, or the plain backbone.", "sentence-transformers")
+    truncate_dim: int | None = setting("Length to cut embeddings to, for sentence-transformers.", None)
 
 
 def export(args: ExportArguments) -> Path:
@@ -34,6 +35,6 @@ def export(args: ExportArguments) -> Path:
     if args.format == "backbone":
         model.export_backbone(output, merge=True, processor=processor)
     else:
-        export_sentence_transformers(model, processor, output)
+        export_sentence_transformers(model, processor, output, args.truncate_dim)
     print(f"Wrote {output}.")
     return output

@@ -17,8 +17,12 @@ class IndexArguments:
     index: str = setting("Directory of the index.", "index")
     merge: list[str] | None = setting("Directories of indexes, of which this one is made; nothing is embedded.", None)
     add: bool = setting("Add to the index that is there, by its settings; by default it is replaced.", False)
-    factory: str = setting("FAISS factory string: Flat (exact), HNSW32, 'IVF1024,PQ32', ...", "Flat")
+    factory: str = setting(
+        "FAISS factory string: Flat (exact), SQ8 (a byte of a dimension), RaBitQ (a bit), HNSW32, 'IVF1024,PQ32', ...",
+        "Flat",
+    )
     search_options: str | None = setting("FAISS search parameters: nprobe=16, efSearch=64, ...", None)
+    rescore_multiplier: int = setting("Candidates of each hit that are compared exactly; 0 for FAISS alone.", 4)
     shard_size: int = setting("Documents embedded and written at a time.", 1024)
 
 
@@ -31,7 +35,7 @@ def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) 
     items = corpus.items()
     how = {"shard_size": args.shard_size, "on_bad_row": corpus.on_bad_row, "progress": True}
     settings = {name: vars(corpus)[name] for name in ("by", "every_slice")}
-    settings |= {name: vars(args)[name] for name in ("factory", "search_options")}
+    settings |= {name: vars(args)[name] for name in ("factory", "search_options", "rescore_multiplier")}
     if args.add:
         found = model.load_index(args.index)
         defaults = {f.name: f.default for f in (*fields(corpus), *fields(args))}
@@ -46,4 +50,9 @@ def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) 
     else:
         found = SugarIndex.build(items, model.embedder(), **settings, **how, directory=Path(args.index))
     print(f"{len(found)} documents -> {args.index}")
+    searched, exact, recall = found.measure().values()
+    print(
+        f"{found.dim} dimensions; {searched / 1e6:,.2f} MB are searched, of {exact / 1e6:,.2f} MB of embeddings; "
+        f"{recall:.1f}% of the nearest items of a sample are found."
+    )
     return found

@@ -20,6 +20,7 @@ class MTEBModel(AbsEncoder):
         name (`str`, *optional*):
             `organization/model` under which mteb files the results. By default the name that the model was loaded by, under
             the organization `local`.
+        truncate_dim (`int`, *optional*): As in [`SugarEmbedder`].
 
     Example:
 
@@ -31,8 +32,10 @@ class MTEBModel(AbsEncoder):
     ```
     """
 
-    def __init__(self, model: torch.nn.Module, processor: Any, name: str | None = None):
-        self.embedder = SugarEmbedder(model, processor)
+    def __init__(
+        self, model: torch.nn.Module, processor: Any, name: str | None = None, truncate_dim: int | None = None
+    ):
+        self.embedder = SugarEmbedder(model, processor, truncate_dim=truncate_dim)
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
                 "name": name or f"local/{model.name_or_path.rstrip('/').split('/')[-1] or 'sugar'}",
@@ -41,7 +44,7 @@ class MTEBModel(AbsEncoder):
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "use_instructions": False,
                 "framework": ["PyTorch", "Transformers"],
-                "embed_dim": model.config.retrieval_dim,
+                "embed_dim": self.embedder.dim,
                 "max_tokens": model.config.get_text_config().max_position_embeddings,
                 "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
             }

@@ -77,6 +77,8 @@ print(model.similarity(model.encode([message]), documents))
   string, or the address of an image (`https://...` with a path that ends in `.jpg`, `.png` and so on), which it **fetches from the
   network**. `hf_sugar` itself takes every `str` for a text and fetches nothing. Texts of unknown origin are safe as
   messages: `[{"role": "user", "content": [{"type": "text", "text": text}]}]` is always a text.
+- `SentenceTransformer("PATH_OR_ID"TRUST, truncate_dim=...)` cuts embeddings after they are normalised: give its `encode`
+  `normalize_embeddings=True` where inner products are to be cosines.SHORT
 NOTES"""
 
 STOCK_NOTES = """- White space at the end of a text is removed: some tokenizers join it with what follows.
@@ -126,7 +128,10 @@ def find_inexact_input(processor: SugarProcessor, template: str) -> str | None:
 
 
 def export_sentence_transformers(
-    model: SugarForConditionalGeneration, processor: SugarProcessor, save_directory: str | Path
+    model: SugarForConditionalGeneration,
+    processor: SugarProcessor,
+    save_directory: str | Path,
+    truncate_dim: int | None = None,
 ) -> bool:
     """
     Write a directory whose `SentenceTransformer(directory).encode(...)` equals
@@ -141,16 +146,23 @@ def export_sentence_transformers(
         processor ([`SugarProcessor`]): its processor.
         save_directory (`str` or `Path`):
             Directory to write to. It may hold an earlier export, which is replaced, or stays if this fails.
+        truncate_dim (`int`, *optional*):
+            Length of the embeddings, of which the second Dense then gives no more. Without, all are there to be cut later:
+            `SentenceTransformer(directory, truncate_dim=...)`, and `normalize_embeddings=True` in its `encode`.
 
     Returns:
         `bool`: whether the modules are all stock ones, so that it loads without `trust_remote_code`.
 
     Raises:
-        `ValueError`: if the directory holds anything else.
+        `ValueError`: if the directory holds anything else, or `truncate_dim` is longer than the embeddings.
     """
     directory = Path(save_directory)
     if directory.exists() and any(directory.iterdir()) and not (directory / "modules.json").is_file():
         raise ValueError(f"{directory} is not empty and holds no earlier export. Name another directory.")
+    projector = model.retrieval_projector
+    dim = projector.linear_2.out_features if truncate_dim is None else truncate_dim
+    if not 0 < dim <= projector.linear_2.out_features:
+        raise ValueError(f"`truncate_dim` is {dim}; it must be from 1 to {projector.linear_2.out_features}.")
     template = slice_end_template(processor)
     stock = model.config.image_pooling == "last"
     if stock and (inexact := find_inexact_input(processor, template)):
@@ -179,7 +191,6 @@ def export_sentence_transformers(
         }
     else:
         transformer["image_pooling"] = model.config.image_pooling
-    projector = model.retrieval_projector
     files = {
         "modules.json": modules,
         "config_sentence_transformers.json": {
@@ -197,23 +208,28 @@ def export_sentence_transformers(
         },
         "4_Normalize/config.json": {"module_input_name": "sentence_embedding"},
     }
-    dense = (("2_Dense", projector.linear_1, projector.act), ("3_Dense", projector.linear_2, nn.Identity()))
-    for path, linear, activation in dense:
+    dense = (
+        ("2_Dense", projector.linear_1, projector.act, projector.linear_1.out_features),
+        ("3_Dense", projector.linear_2, nn.Identity(), dim),
+    )
+    for path, linear, activation, size in dense:
         files[f"{path}/config.json"] = {
             "in_features": linear.in_features,
-            "out_features": linear.out_features,
+            "out_features": size,
             "bias": linear.bias is not None,
             "activation_function": f"{type(activation).__module__}.{type(activation).__name__}",
         }
     readme = README.replace("TRUST", "" if stock else ", trust_remote_code=True")
+    short = [str(size) for size in model.config.matryoshka_dims or [] if size < dim]
+    readme = readme.replace("SHORT", f" This model is trained for {', '.join(short)}." if short else "")
     readme = readme.replace("NOTES", STOCK_NOTES if stock else CUSTOM_NOTES)
     with whole_directory(directory) as directory:
         model.export_backbone(directory, merge=True, processor=processor)
         for path, content in files.items():
             (directory / path).parent.mkdir(exist_ok=True)
             (directory / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for path, linear, _ in dense:
-            weights = {f"linear.{key}": value.contiguous() for key, value in linear.state_dict().items()}
+        for path, linear, _, size in dense:
+            weights = {f"linear.{key}": value[:size].contiguous() for key, value in linear.state_dict().items()}
             save_file(weights, directory / path / "model.safetensors", metadata={"format": "pt"})
         if not stock:
             for file in ("sugar_transformer.py", "processing_sugar.py", "rows_sugar.py"):

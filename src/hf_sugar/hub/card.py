@@ -34,7 +34,7 @@ CITATION = """\
 # of a run, what is told to anyone
 STRUCTURE_SETTINGS = (
     "discriminative_loss contrastive_weight contrastive_temperature contrastive_mask_above singles_per_sample "
-    "label_calibration matrix_batch_size delta positions_per_sample label_kernel label_normalization structure_reduction "
+    "label_calibration matryoshka_dims matrix_batch_size delta positions_per_sample label_kernel label_normalization structure_reduction "
     "gather_across_devices flip_captions"
 ).split()
 SETTINGS = (
@@ -235,7 +235,9 @@ def _public_sources(value: Any) -> Any:
 def _evaluation_command(repo_id: str, settings: dict[str, Any]) -> str:
     data = {key: _public_sources(value) for key, value in settings.items() if key.endswith("_data") and value}
     data = data or {"image_text_data": "test.json"}
-    data |= {key: settings[key] for key in ("split", "max_new_tokens", "untrained") if settings.get(key)}
+    data |= {
+        key: settings[key] for key in ("split", "truncate_dim", "max_new_tokens", "untrained") if settings.get(key)
+    }
     text = yaml.safe_dump(data, sort_keys=False).strip()
     command = f"hf-sugar evaluate --config evaluate.yaml --model_name_or_path {repo_id}"
     return f"cat > evaluate.yaml <<END\n{text}\nEND\n{command}"

@@ -27,6 +27,8 @@ class SugarConfig(PreTrainedConfig):
         image_pooling (`"mean"` or `"last"`, *optional*, defaults to `"mean"`):
             What represents an image slice: the mean of the hidden states of its tokens, or the last one (the "w/o
             AvgPool" ablation of the [paper](https://huggingface.co/papers/2411.00304)).
+        matryoshka_dims (`list[int]`, *optional*):
+            Lengths to which the embeddings are trained to be cut, the whole one among them.
         initializer_range (`float`, *optional*):
             Standard deviation of the projector's initial weights. Defaults to one over the square root of the
             backbone's hidden size: much less would make the embeddings so short that normalising them blows up the
@@ -46,6 +48,7 @@ class SugarConfig(PreTrainedConfig):
     retrieval_dim: int = 768
     retrieval_hidden_size: int | None = None
     image_pooling: str = "mean"
+    matryoshka_dims: list[int] | None = None
     initializer_range: float | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None

@@ -259,7 +259,13 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         )
         return output if return_dict else output.to_tuple()
 
-    def project_slices(self, hidden_states: torch.Tensor, slice_ids: torch.Tensor, project: bool = True):
+    def project_slices(
+        self,
+        hidden_states: torch.Tensor,
+        slice_ids: torch.Tensor,
+        project: bool = True,
+        truncate_dim: int | None = None,
+    ):
         """
         Embeddings of the slices from the last hidden states.
 
@@ -270,24 +276,31 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
             project (`bool`, *optional*, defaults to `True`):
                 Whether to use the retrieval projector; without it the pooled hidden states themselves are returned,
                 which is what an untrained model is to be compared by.
+            truncate_dim (`int`, *optional*):
+                Length to which the embeddings are cut before they are normalised; `config.matryoshka_dims` are those that
+                the model was trained for.
 
         Returns:
             `tuple[torch.FloatTensor, torch.LongTensor]`: L2-normalised embeddings `(batch, slices, dim)`, mask
-            `(batch, slices)`.
+            `(batch, slices)`. A `ValueError` if `truncate_dim` is longer than the embeddings.
         """
         pooled, mask = pool_slices(hidden_states, slice_ids, self.config.image_pooling)
         if project:
             pooled = self.retrieval_projector(pooled).float()
-        return nn.functional.normalize(pooled, dim=-1) * mask[..., None], mask
+        if truncate_dim is not None and not 0 < truncate_dim <= pooled.shape[-1]:
+            raise ValueError(f"`truncate_dim` is {truncate_dim}; it must be from 1 to {pooled.shape[-1]}.")
+        return nn.functional.normalize(pooled[..., :truncate_dim], dim=-1) * mask[..., None], mask
 
-    def embed_slices(self, slice_ids: torch.LongTensor, project: bool = True, **inputs):
+    def embed_slices(
+        self, slice_ids: torch.LongTensor, project: bool = True, truncate_dim: int | None = None, **inputs
+    ):
         """
         One embedding for every prefix of every sample that ends at a slice, from one pass without the LM head.
 
         Args:
             slice_ids (`torch.LongTensor` of shape `(batch, length)`):
                 As in [`~SugarForConditionalGeneration.forward`].
-            project (`bool`, *optional*, defaults to `True`): Whether to use the retrieval projector.
+            project, truncate_dim: As in [`~SugarForConditionalGeneration.project_slices`].
             inputs:
                 `input_ids`, `attention_mask`, `pixel_values` and whatever else the backbone takes.
 
@@ -296,9 +309,11 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         """
         inputs, mask = lay_rows(self, inputs)
         hidden_states = self.base_model(**inputs, use_cache=False, return_dict=True)[0]
-        return self.project_slices(unlay_rows(hidden_states, mask), slice_ids, project)
+        return self.project_slices(unlay_rows(hidden_states, mask), slice_ids, project, truncate_dim)
 
-    def embed(self, slice_ids: torch.LongTensor, project: bool = True, **inputs) -> torch.FloatTensor:
+    def embed(
+        self, slice_ids: torch.LongTensor, project: bool = True, truncate_dim: int | None = None, **inputs
+    ) -> torch.FloatTensor:
         """
         The embedding of each whole sample: that of its last slice. Takes the arguments of
         [`~SugarForConditionalGeneration.embed_slices`], which [`SugarProcessor.embed_inputs`] makes.
@@ -306,7 +321,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         Returns:
             `torch.FloatTensor` of shape `(batch, dim)`: L2-normalised, so inner products are cosines.
         """
-        embeddings, mask = self.embed_slices(slice_ids, project, **inputs)
+        embeddings, mask = self.embed_slices(slice_ids, project, truncate_dim, **inputs)
         last = mask.sum(dim=1) - 1
         return embeddings[torch.arange(len(last), device=embeddings.device), last]
 

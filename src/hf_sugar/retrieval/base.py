@@ -148,7 +148,7 @@ class Index(ABC):
         (first, _, how), (second, _, how_asked) = stored.partition("#"), self.fingerprint.partition("#")
         if how != how_asked or not same_fingerprint(first, second):
             raise ValueError(
-                f"{where} was built with another model or pooling. Load that model, or build the index anew."
+                f"{where} was built with another model, pooling or `truncate_dim`. Load that model, or build the index anew."
             )
 
     def _ranks(self) -> tuple[int, int]:

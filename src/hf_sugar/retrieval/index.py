@@ -27,7 +27,7 @@ from .storage import REBUILD, Shard, describe, read_faiss, read_json, write_atom
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = ("by", "every_slice", "factory", "search_options")
+SETTINGS = ("by", "every_slice", "factory", "search_options", "rescore_multiplier")
 
 
 class SugarIndex(Index):
@@ -48,8 +48,12 @@ class SugarIndex(Index):
             [`SugarEmbedder`], or a function from a list of items to L2-normalised float32 embeddings. Not needed to
             search with queries that are embedded already.
         factory (`str`, *optional*, defaults to `"Flat"`):
-            A FAISS factory string: `"Flat"` is exact, `"HNSW32"` and `"IVF1024,PQ32"` are approximate.
+            A FAISS factory string: `"Flat"` is exact, `"HNSW32"` and `"IVF1024,PQ32"` are approximate; `"SQ8"` keeps a byte of
+            a dimension in memory, `"RaBitQ"` a bit.
         search_options (`str`, *optional*): FAISS search parameters: `"nprobe=16"`, `"efSearch=64"`.
+        rescore_multiplier (`int`, *optional*, defaults to `4`):
+            How many candidates of an approximate index are looked up for each hit, and compared by the embeddings themselves,
+            which lie on the disk. With 0 its hits and scores are those of FAISS.
 
     Example:
 
@@ -69,6 +73,7 @@ class SugarIndex(Index):
         embed: Callable[[Sequence[Any]], np.ndarray] | None = None,
         factory: str = "Flat",
         search_options: str | None = None,
+        rescore_multiplier: int = 4,
     ):
         if len(embeddings) == 0:
             raise ValueError("`embeddings` is empty. An index needs at least one item.")
@@ -76,13 +81,15 @@ class SugarIndex(Index):
         if metadata is not None and len(metadata) != len(embeddings):
             raise ValueError(f"{len(metadata)} `metadata` for {len(embeddings)} items. Give one for each item.")
         check_factory(factory, search_options, embeddings.shape[1], len(embeddings))
-        self._set(embed, fingerprint, "auto", False, factory, search_options)
+        self._set(embed, fingerprint, "auto", False, factory, search_options, rescore_multiplier)
         entries = [json.dumps(entry, ensure_ascii=False) for entry in metadata or [{}] * len(embeddings)]
         self._arrange([Shard(to_table([Document("", None, e, None, []) for e in entries], embeddings[:, None]))])
 
-    def _set(self, embed, fingerprint, by, every_slice, factory, search_options):
+    def _set(self, embed, fingerprint, by, every_slice, factory, search_options, rescore_multiplier):
+        if rescore_multiplier < 0:
+            raise ValueError(f"`rescore_multiplier` is {rescore_multiplier}; it must be 0 or more.")
         self._set_model(embed, fingerprint, by, every_slice)
-        self.factory, self.search_options = factory, search_options
+        self.factory, self.search_options, self.rescore_multiplier = factory, search_options, rescore_multiplier
         self.directory: Path | None = None
         self._stored: str | None = None  # `index.json` of the directory, as it was read or written
         self._memory_map = False
@@ -93,6 +100,8 @@ class SugarIndex(Index):
         """Take other shards."""
         self._shards, self._faiss, self._faiss_file = shards, index, None
         self._table = pa.concat_tables([shard.table for shard in shards]) if shards else None
+        self._mapped = [vectors for shard in shards for vectors in shard.vectors]
+        self._offsets = np.cumsum([0, *map(len, self._mapped)])
         slices = np.concatenate([np.empty(0, np.int32), *(shard.slices for shard in shards)])
         self._starts = np.flatnonzero(slices == 0)
         self.origins = np.cumsum(slices == 0) - 1, slices
@@ -101,8 +110,7 @@ class SugarIndex(Index):
     @cached_property
     def _matrices(self) -> list[np.ndarray]:
         """One matrix, so that a search is one call of FAISS; mapped files stay where they are."""
-        matrices = [vectors for shard in self._shards for vectors in shard.vectors]
-        return matrices if self._memory_map or len(matrices) == 1 else [np.concatenate(matrices)]
+        return self._mapped if self._memory_map or len(self._mapped) == 1 else [self.embeddings]
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -114,7 +122,7 @@ class SugarIndex(Index):
     @property
     def embeddings(self) -> np.ndarray:
         """`np.ndarray` of shape `(items, dim)`; an item is a document, or a slice of one."""
-        return np.concatenate(self._matrices)
+        return np.concatenate(self._mapped)
 
     @property
     def metadata(self) -> list[dict[str, Any]]:
@@ -133,6 +141,7 @@ class SugarIndex(Index):
         every_slice: bool = False,
         factory: str = "Flat",
         search_options: str | None = None,
+        rescore_multiplier: int = 4,
         directory: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> "SugarIndex":
@@ -144,7 +153,7 @@ class SugarIndex(Index):
 
         Args:
             items, metadata, kwargs: As in [`~SugarIndex.add`], which raises the same.
-            embed, fingerprint, factory, search_options:
+            embed, fingerprint, factory, search_options, rescore_multiplier:
                 As in the constructor; impossible settings are refused before anything is embedded.
             by (`str`, *optional*, defaults to `"auto"`):
                 What of a row is embedded: `"question"` (all that the user says and shows, without the answers),
@@ -154,7 +163,7 @@ class SugarIndex(Index):
             directory (`str` or `os.PathLike`, *optional*): Where to write the index.
         """
         index = cls.__new__(cls)
-        index._set(embed, fingerprint, by, every_slice, factory, search_options)
+        index._set(embed, fingerprint, by, every_slice, factory, search_options, rescore_multiplier)
         count = len(items) if hasattr(items, "__len__") and not every_slice else None
         check_factory(factory, search_options, embed.dim if isinstance(embed, SugarEmbedder) else None, count)
         index.directory = None if directory is None else Path(directory)
@@ -289,7 +298,55 @@ class SugarIndex(Index):
 
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self.factory != "Flat":
-            return self._approximate().search(queries, k)
+            count = min(k * max(1, self.rescore_multiplier), len(self.origins[0]))
+            scores, positions = self._approximate().search(queries, count)
+            if self.rescore_multiplier:
+                scores = self._cosines(queries, positions)
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            return np.take_along_axis(scores, best, 1), np.take_along_axis(positions, best, 1)
+        return self._exact(queries, k)
+
+    def _cosines(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Of each query with items of its own; minus infinity for an item -1, which stands for none."""
+        scores = np.full(positions.shape, -np.inf, np.float32)
+        for query, row, wanted in zip(queries, scores, positions, strict=True):
+            if (wanted >= 0).any():
+                row[wanted >= 0] = self._take(wanted[wanted >= 0]) @ query
+        return scores
+
+    def _take(self, positions: np.ndarray) -> np.ndarray:
+        """Some embeddings, without reading the others."""
+        shards = np.searchsorted(self._offsets, positions, side="right") - 1
+        pairs = zip(shards, positions - self._offsets[shards], strict=True)
+        return np.stack([self._mapped[shard][number] for shard, number in pairs])
+
+    def measure(self, k: int = 10, sample: int = 256) -> dict[str, float]:
+        """
+        What a search costs and loses.
+
+        Args:
+            k (`int`, *optional*, defaults to `10`), sample (`int`, *optional*, defaults to `256`):
+                How many neighbours of how many of the embedded items, drawn at random, are searched.
+
+        Returns:
+            `dict[str, float]`: `bytes`, of what is searched; `exact_bytes`, of the embeddings; and `recall@k`, how many of the
+            k items that are nearest to another are found, in percent. Items as near as the last of them count as well.
+        """
+        with self._lock:
+            items = len(self.origins[0])
+            exact_bytes, k = 4 * items * self.dim, min(k, items - 1)
+            if self.factory == "Flat" or k == 0:
+                return {"bytes": exact_bytes, "exact_bytes": exact_bytes, f"recall@{k}": 100.0}
+            chosen = np.random.default_rng(0).permutation(items)[:sample]
+            queries = self._take(chosen)
+            nearest, _ = self._exact(queries, k + 1)  # with the item itself
+            _, positions = self._nearest(queries, k + 1)
+            found = self._cosines(queries, np.where(positions == chosen[:, None], -1, positions))
+            hits = (found >= nearest[:, -1:] - 1e-6).sum(axis=1).clip(max=k)
+            size = faiss.serialize_index(self._approximate()).nbytes
+        return {"bytes": size, "exact_bytes": exact_bytes, f"recall@{k}": 100 * float(hits.mean()) / k}
+
+    def _exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         found, start = [], 0
         for matrix in self._matrices:
             scores, positions = faiss.knn(queries, matrix, min(k, len(matrix)), metric=faiss.METRIC_INNER_PRODUCT)
@@ -379,6 +436,7 @@ class SugarIndex(Index):
         directory, file = Path(directory), Path(directory, "index.json")
         text, content = read_json(file)
         index = cls.__new__(cls)
+        content.setdefault("rescore_multiplier", 0)  # of an index that is older than this setting
         index._set(embed, fingerprint, *(content[name] for name in SETTINGS))
         index._check_model(file, content["fingerprint"])
         index.directory, index._memory_map, index._stored = directory, memory_map, text

@@ -185,6 +185,11 @@ class SugarTrainingConfig(SFTConfig):
         help="Whether the vision tower stays as it is when full weights are trained, as in LLaVA; by default it is trained too. "
         "Under PEFT it is frozen anyway.",
     )
+    matryoshka_dims: list[int] | None = HfArg(
+        default=None,
+        help="Lengths, besides the whole one, at which embeddings are compared too: cut there and normalised again they are "
+        "short embeddings. The discriminative loss is the mean over all lengths. Defaults to those that the model has.",
+    )
     # On the command line these two are settings of `trl.ModelConfig` and of the data, so they are no fields here. QLoRA:
     # a model that is named by id is loaded with NF4 weights, double quantization and bfloat16 compute.
     load_in_4bit: InitVar[bool] = False

@@ -132,6 +132,8 @@ class DiscriminativeLoss(nn.Module):
     The discriminative loss of a batch, `structure_loss + contrastive_weight * contrastive_loss`, over ends of slices drawn
     from each row, and the sequences that stand beside the rows. It is L_d of Eq. 1 of
     [Sugar](https://huggingface.co/papers/2411.00304), whose Eq. 3 is the structure loss; the rest belongs to this library.
+    With `matryoshka_dims` both are means over embeddings cut to each of these lengths and whole
+    ([Matryoshka](https://huggingface.co/papers/2205.13147), where they are sums).
 
     Args:
         args ([`SugarTrainingConfig`]):
@@ -181,6 +183,11 @@ class DiscriminativeLoss(nn.Module):
         if samples < 2 and not self.args.allow_single_sample:
             spans, embeddings = spans[:0], embeddings[:0]
 
+        dims = {embeddings.shape[1], *(self.args.matryoshka_dims or [])}
+
+        def over_lengths(loss: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+            return sum(loss(embeddings[:, :dim]) for dim in dims) / len(dims)
+
         values, loss = {"samples_compared": embeddings.new_tensor(samples)}, (embeddings * 0).sum()
         taught = spans[:, 1] >= 0  # what the user gives beside a row has no teacher embeddings
         labels, blocks, clamped = span_labels(spans[taught], teacher_embeddings, modality, self.args, self.split)
@@ -188,14 +195,15 @@ class DiscriminativeLoss(nn.Module):
         if self.structure is not None:
             calibrated = self.args.label_calibration == "blocks"
             targets = calibrate(labels, blocks, self.statistics) if calibrated else labels
-            loss = self.structure(embeddings[taught], targets.masked_fill(_same(spans[taught]), 1))
+            targets = targets.masked_fill(_same(spans[taught]), 1)
+            loss = over_lengths(lambda cut: self.structure(cut[taught], targets))
             values["structure_loss"] = loss.detach()
         if self.contrastive is not None:
             mean = self.statistics.to(labels)[blocks, 0]  # of such pairs
             alike = labels - mean >= self.args.contrastive_mask_above * (1 - mean)
             near = torch.eye(len(spans), dtype=torch.bool, device=spans.device)
             near[taught.nonzero(), taught.nonzero().T] |= alike
-            contrastive = self._contrast(embeddings, spans, modality, near)
+            contrastive = over_lengths(lambda cut: self._contrast(cut, spans, modality, near))
             values["contrastive_loss"] = contrastive.detach()
             loss = loss + self.args.contrastive_weight * contrastive
         return loss, values
