@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from datasets import disable_progress_bars
 from peft import LoraConfig
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sugar import (
     SugarEmbedder,
@@ -55,7 +56,11 @@ def main():
     parser.add_argument("--steps", type=int, default=WORLD_TRAINING["max_steps"])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--output", type=Path, default=Path("runs/dimensions"))
-    parser.add_argument("--train_only", action="store_true", help="a model that is there is not trained again")
+    parser.add_argument(
+        "--train_only",
+        action="store_true",
+        help="to be measured by a later call; training that was interrupted goes on",
+    )
     args = parser.parse_args()
     disable_progress_bars()
 
@@ -70,13 +75,14 @@ def main():
             if not (directory / "config.json").is_file():
                 settings = {**WORLD_TRAINING, "max_steps": args.steps, "logging_strategy": "no", "disable_tqdm": True}
                 settings |= {"retrieval_dim": LENGTHS[0], "matryoshka_dims": SETTINGS[name], "seed": seed}
+                settings |= {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 1}
                 trainer = SugarTrainer(
                     str(checkpoint("llava")),
                     SugarTrainingConfig(str(directory), **settings),
                     train_dataset=rows,
                     peft_config=LoraConfig(**WORLD_LORA),
                 )
-                trainer.train()
+                trainer.train(resume_from_checkpoint=get_last_checkpoint(directory) if directory.exists() else None)
                 trainer.save_model()
     if args.train_only:
         return

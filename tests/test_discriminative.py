@@ -12,7 +12,7 @@ from datasets import Image, List
 from peft import LoraConfig
 from test_trainer import PAPER, backbone, caption, config, conversation, history, rows, story, teachers
 
-from hf_sugar import SugarTrainer
+from hf_sugar import SugarForConditionalGeneration, SugarTrainer
 from hf_sugar.alignment import IMAGE, TEXT, label_matrix
 from hf_sugar.alignment.calibration import BLOCKS, block_statistics, calibrate, label_blocks
 from hf_sugar.training import ContrastiveLoss
@@ -345,6 +345,47 @@ def test_structure_loss_of_rows_and_singles(trainer):
         1
     ]
     assert found["structure_loss"].item() == pytest.approx(expected / len(spans), rel=1e-4)
+
+
+class TestMatryoshka:
+    @pytest.mark.parametrize("losses", ["structure", "contrastive", "both"])
+    def test_the_mean_over_lengths(self, trainer, losses):
+        data = trainer.train_dataset
+        batch = trainer.data_collator([data[i] for i in range(6)])
+        known, modality, beside = (batch[name] for name in ROW_COLUMNS)
+        prefixes, singles = randn(*modality.shape, 8), randn(*beside.shape, 8, seed=1)
+
+        def compare(dim, dims=None):
+            settings = replace(trainer.args, discriminative_loss=losses, matryoshka_dims=dims, positions_per_sample=99)
+            loss = DiscriminativeLoss(settings, trainer._split, trainer.discriminative_loss.statistics)
+            value, found = loss(prefixes[..., :dim], known, modality, singles[..., :dim], beside)
+            return torch.stack([value, *(found[name] for name in sorted(found) if name.endswith("_loss"))])
+
+        apart = torch.stack([compare(dim) for dim in (2, 3, 8)])
+        assert torch.pdist(apart[:, :1].contiguous()).min() > 1e-3
+        for dims in ([2, 3], [3, 2, 8]):  # the whole length is always among them
+            assert torch.allclose(compare(8, dims), apart.mean(dim=0), rtol=1e-6)
+
+    def test_lengths_travel_with_the_model(self, backbone, teachers, tmp_path):
+        data, peft = rows([caption], 8), LoraConfig(r=4)
+        args = config(tmp_path / "nested", teachers, matryoshka_dims=[4, 8], max_steps=1)
+        trainer = SugarTrainer(backbone, args, train_dataset=data, peft_config=peft)
+        trainer.train()
+        trainer.save_model()
+        assert args.matryoshka_dims == [4, 8]  # what is given stays as it is
+        model = SugarForConditionalGeneration.from_pretrained(tmp_path / "nested")
+        assert model.config.matryoshka_dims == [16, 8, 4]
+        card = (tmp_path / "nested" / "README.md").read_text()
+        assert "may be cut to 8, 4 dimensions" in card and "| `matryoshka_dims` | [16, 8, 4] |" in card
+        # they are kept by further training, unless others are asked for
+        for given, kept in ((None, [16, 8, 4]), ([2], [16, 2])):
+            args = config(tmp_path / "again", teachers, matryoshka_dims=given)
+            again = SugarTrainer(model, args, train_dataset=data)
+            assert again.discriminative_loss.args.matryoshka_dims == kept
+            model = again.model.get_base_model()
+        for wrong in ([17], [0, 4]):
+            with pytest.raises(ValueError, match="`matryoshka_dims` is .* the model's embeddings have 16 dimensions"):
+                SugarTrainer(backbone, config(tmp_path, teachers, matryoshka_dims=wrong), train_dataset=data)
 
 
 class TestCachedGradients:

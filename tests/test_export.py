@@ -92,6 +92,20 @@ def test_projector_is_two_dense_modules(exported):
         assert torch.equal(weights["linear.weight"], linear.weight)
 
 
+def test_short_embeddings(exported, tmp_path):
+    model, processor = sugar(exported / "last" / "sugar")
+    model.config.matryoshka_dims = [16, 8, 4]
+    export_sentence_transformers(model, processor, tmp_path / "short", truncate_dim=8)
+    config = read(tmp_path / "short" / "3_Dense" / "config.json")
+    weight = load_file(tmp_path / "short" / "3_Dense" / "model.safetensors")["linear.weight"]
+    assert config["out_features"] == 8 and torch.equal(weight, model.retrieval_projector.linear_2.weight[:8])
+    assert read(tmp_path / "short" / "2_Dense" / "config.json")["out_features"] == weight.shape[1]
+    assert "This model is trained for 4.\n" in (tmp_path / "short" / "README.md").read_text()
+    with pytest.raises(ValueError, match="`truncate_dim` is 17; it must be from 1 to 16"):
+        export_sentence_transformers(model, processor, tmp_path / "none", truncate_dim=17)
+    assert not (tmp_path / "none").exists()
+
+
 def test_backbone_of_an_adapter_repository(tmp_path):
     """What stock transformers loads answers as the adapted model does."""
     tiny.llava().save_pretrained(tmp_path / "llava")
@@ -257,6 +271,22 @@ def test_sentence_transformers_gives_the_same_embeddings(exported, tmp_path, poo
     system = [{"role": "system", "content": "Find this."}, {"role": "user", "content": "a star"}]
     found = theirs.encode(["a star"], prompt="Find this.", convert_to_tensor=True)
     torch.testing.assert_close(found, embed(model, processor, [{"messages": system}]), atol=1e-5, rtol=0)
+
+
+@needs_sentence_transformers
+def test_sentence_transformers_gives_short_embeddings(exported, tmp_path):
+    """The export of short embeddings, and the whole one cut by sentence-transformers."""
+    directory = str(exported / "last" / "sugar")
+    main(["export", directory, "--output", str(tmp_path / "short"), "--truncate_dim", "5"])
+    model, processor = sugar(exported / "last" / "sugar")
+    items = ["a red circle", IMAGES[0]]
+    expected = model.embed(**processor.embed_inputs(items), truncate_dim=5)
+    short = load(tmp_path / "short", "last")
+    assert short.get_embedding_dimension() == 5
+    torch.testing.assert_close(short.encode(items, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
+    whole = load(exported / "last" / "export", "last")
+    found = whole.encode(items, truncate_dim=5, normalize_embeddings=True, convert_to_tensor=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @needs_sentence_transformers

@@ -63,10 +63,10 @@ def retrieval(category, queries, corpus):
             }
             self.data_loaded = True
 
-    def run(model):
+    def run(model, **settings):
         from hf_sugar.evaluation.harness_mteb import MTEBModel
 
-        results = mteb.evaluate(MTEBModel(*model), Task(), cache=None)
+        results = mteb.evaluate(MTEBModel(*model, **settings), Task(), cache=None)
         return results.task_results[0].scores["test"][0]
 
     return run
@@ -85,6 +85,10 @@ def test_mteb(model, world):
         found = recall_at_k(embed(items[0]) @ embed(items[1]).T, list(range(SIZE)), ks=(1, 3, 5, 10))
         for k, hits in found.items():
             assert scores[f"recall_at_{k}"] == pytest.approx(hits.mean(), abs=1e-4), category
+    short = SugarEmbedder(*model, truncate_dim=3)
+    found = recall_at_k(short(texts) @ short(images).T, list(range(SIZE)), ks=(5,))[5]
+    scores = retrieval("t2i", {"text": texts}, {"image": images})(model, truncate_dim=3)
+    assert scores["recall_at_5"] == pytest.approx(found.mean(), abs=1e-4)
     # the very picture with its caption is found; pictures alone, so that nothing but them can tell the documents apart
     same = {"image": images, "text": texts}
     assert retrieval("it2it", same, same)(model)["recall_at_1"] == 1

@@ -14,6 +14,7 @@ import yaml
 from datasets import Dataset
 from PIL import Image
 from rows import karpathy, llava, write
+from test_demon import write_demon
 
 from hf_sugar.cli.main import main
 from hf_sugar.data import load_data, load_image
@@ -105,6 +106,8 @@ def published(tmp_path_factory):
     ]
     (root / "webqa" / "WebQA_train_val.json").write_text(json.dumps({f"d5b{n}": r for n, r in enumerate(records)}))
 
+    write_demon(root / "demon", pictures[0])
+
     conversations = load_world("conversations", "test", 16, seed=6)
     conversations.select(range(6)).to_parquet(root / "questions.parquet")
     conversations.select(range(6, 16)).to_parquet(root / "knowledge.parquet")
@@ -114,6 +117,7 @@ def published(tmp_path_factory):
         "winoground": {"path": str(root / "winoground.parquet")},
         "mmvp": {"path": str(root / "mmvp")},
         "webqa": {"path": str(root / "webqa")},
+        "demon": {"path": str(root / "demon")},
         "rag": {"questions": str(root / "questions.parquet"), "knowledge": str(root / "knowledge.parquet")},
     }
 
@@ -390,7 +394,9 @@ def test_the_example_names_every_benchmark(tmp_path, monkeypatch):
     assert set(example["benchmarks"]) == set(BENCHMARKS)
     monkeypatch.chdir(tmp_path)  # complete settings: what is missing is the data
     for name in set(BENCHMARKS) - {"winoground"}:
-        with pytest.raises(ValueError, match=f"benchmarks.{name}.*(No such file|does not exist|nor a dataset)"):
+        with pytest.raises(
+            ValueError, match=f"benchmarks.{name}.*(No such file|does not exist|nor a dataset|no folder of a dataset)"
+        ):
             load_benchmarks(example["benchmarks"], [name])
 
 

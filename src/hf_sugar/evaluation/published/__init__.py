@@ -4,6 +4,7 @@ from typing import Any
 
 from .answers import MMVP, RagGain, WebQA
 from .base import Benchmark
+from .demon import Demon
 from .retrieval import Coco, Vist, Winoground
 
 
@@ -13,6 +14,7 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
     "winoground": Winoground,
     "mmvp": MMVP,
     "webqa": WebQA,
+    "demon": Demon,
     "rag": RagGain,
 }
 
