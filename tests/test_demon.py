@@ -82,7 +82,7 @@ def test_tasks(tmp_path):
     for change, message in (
         (
             {"response": "a star"},
-            r"core.json: data\[0\] is not as it is published \(ValueError: 'a star' is not in list",
+            r"core.json: data\[0\] is not as published \(ValueError: 'a star' is not in list",
         ),
         ({"task_instruction_id": 9}, "IndexError"),
         ({"task_instance": {"images_path": []}}, "KeyError: 'context'"),

@@ -94,13 +94,11 @@ def test_projector_is_two_dense_modules(exported):
 
 def test_short_embeddings(exported, tmp_path):
     model, processor = sugar(exported / "last" / "sugar")
-    model.config.matryoshka_dims = [16, 8, 4]
     export_sentence_transformers(model, processor, tmp_path / "short", truncate_dim=8)
     config = read(tmp_path / "short" / "3_Dense" / "config.json")
     weight = load_file(tmp_path / "short" / "3_Dense" / "model.safetensors")["linear.weight"]
     assert config["out_features"] == 8 and torch.equal(weight, model.retrieval_projector.linear_2.weight[:8])
     assert read(tmp_path / "short" / "2_Dense" / "config.json")["out_features"] == weight.shape[1]
-    assert "This model is trained for 4.\n" in (tmp_path / "short" / "README.md").read_text()
     with pytest.raises(ValueError, match="`truncate_dim` is 17; it must be from 1 to 16"):
         export_sentence_transformers(model, processor, tmp_path / "none", truncate_dim=17)
     assert not (tmp_path / "none").exists()

@@ -90,8 +90,7 @@ class SugarEmbedder:
         max_batch_tokens (`int`, *optional*):
             Most tokens in one forward pass, images expanded; of longer items each is a batch of its own.
         truncate_dim (`int`, *optional*):
-            Length to which embeddings are cut before they are normalised; `model.config.matryoshka_dims` are those that the
-            model was trained for. A `ValueError` if it is longer than the embeddings.
+            Length to which embeddings are cut, see [`~SugarForConditionalGeneration.project_slices`].
 
     Example:
 
@@ -118,13 +117,8 @@ class SugarEmbedder:
         if pooling == "mean" and model.config.image_pooling != "mean":
             raise ValueError("`pooling='mean'` needs a model with `image_pooling='mean'`.")
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.project, self.pooling, self.progress = project, pooling, progress
+        self.project, self.pooling, self.progress, self.truncate_dim = project, pooling, progress, truncate_dim
         self.max_batch_tokens = max_batch_tokens
-        self.truncate_dim = None  # the whole length
-        if truncate_dim not in (None, self.dim):
-            if not 0 < truncate_dim < self.dim:
-                raise ValueError(f"`truncate_dim` is {truncate_dim}; it must be from 1 to {self.dim}.")
-            self.truncate_dim = truncate_dim
 
     @property
     def dim(self) -> int:

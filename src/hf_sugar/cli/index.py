@@ -18,8 +18,7 @@ class IndexArguments:
     merge: list[str] | None = setting("Directories of indexes, of which this one is made; nothing is embedded.", None)
     add: bool = setting("Add to the index that is there, by its settings; by default it is replaced.", False)
     factory: str = setting(
-        "FAISS factory string: Flat (exact), SQ8 (a byte of a dimension), RaBitQ (a bit), HNSW32, 'IVF1024,PQ32', ...",
-        "Flat",
+        "FAISS factory string: Flat (exact), SQ8 (8 bits a dimension), RaBitQ (1), HNSW32, ...", "Flat"
     )
     search_options: str | None = setting("FAISS search parameters: nprobe=16, efSearch=64, ...", None)
     rescore_multiplier: int = setting("Candidates of each hit that are compared exactly; 0 for FAISS alone.", 4)

@@ -78,7 +78,7 @@ print(model.similarity(model.encode([message]), documents))
   network**. `hf_sugar` itself takes every `str` for a text and fetches nothing. Texts of unknown origin are safe as
   messages: `[{"role": "user", "content": [{"type": "text", "text": text}]}]` is always a text.
 - `SentenceTransformer("PATH_OR_ID"TRUST, truncate_dim=...)` cuts embeddings after they are normalised: give its `encode`
-  `normalize_embeddings=True` where inner products are to be cosines.SHORT
+  `normalize_embeddings=True` where inner products are to be cosines.
 NOTES"""
 
 STOCK_NOTES = """- White space at the end of a text is removed: some tokenizers join it with what follows.
@@ -220,8 +220,6 @@ def export_sentence_transformers(
             "activation_function": f"{type(activation).__module__}.{type(activation).__name__}",
         }
     readme = README.replace("TRUST", "" if stock else ", trust_remote_code=True")
-    short = [str(size) for size in model.config.matryoshka_dims or [] if size < dim]
-    readme = readme.replace("SHORT", f" This model is trained for {', '.join(short)}." if short else "")
     readme = readme.replace("NOTES", STOCK_NOTES if stock else CUSTOM_NOTES)
     with whole_directory(directory) as directory:
         model.export_backbone(directory, merge=True, processor=processor)

@@ -109,8 +109,9 @@ class SugarIndex(Index):
 
     @cached_property
     def _matrices(self) -> list[np.ndarray]:
-        """One matrix, so that a search is one call of FAISS; mapped files stay where they are."""
-        return self._mapped if self._memory_map or len(self._mapped) == 1 else [self.embeddings]
+        """One matrix, so that a search is one call of FAISS; of an approximate index the files stay where they are."""
+        on_disk = self._memory_map or self.factory != "Flat"
+        return self._mapped if on_disk or len(self._mapped) == 1 else [self.embeddings]
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -321,17 +322,8 @@ class SugarIndex(Index):
         return np.stack([self._mapped[shard][number] for shard, number in pairs])
 
     def measure(self, k: int = 10, sample: int = 256) -> dict[str, float]:
-        """
-        What a search costs and loses.
-
-        Args:
-            k (`int`, *optional*, defaults to `10`), sample (`int`, *optional*, defaults to `256`):
-                How many neighbours of how many of the embedded items, drawn at random, are searched.
-
-        Returns:
-            `dict[str, float]`: `bytes`, of what is searched; `exact_bytes`, of the embeddings; and `recall@k`, how many of the
-            k items that are nearest to another are found, in percent. Items as near as the last of them count as well.
-        """
+        """What a search costs and loses: `bytes` that are searched, `exact_bytes` of the embeddings, and `recall@k` in percent:
+        how many of the k items nearest to another one are found, for a `sample` of them. Those as near as the last count."""
         with self._lock:
             items = len(self.origins[0])
             exact_bytes, k = 4 * items * self.dim, min(k, items - 1)

@@ -110,10 +110,8 @@ def _matryoshka_dims(args: SugarTrainingConfig, config: SugarConfig) -> list[int
         return config.matryoshka_dims
     dims = sorted({*args.matryoshka_dims, config.retrieval_dim}, reverse=True)
     if dims[0] > config.retrieval_dim or dims[-1] < 1:
-        raise ValueError(
-            f"`matryoshka_dims` is {args.matryoshka_dims}, but the model's embeddings have {config.retrieval_dim} dimensions: "
-            "give lengths from 1 to that, or a new projector a larger `retrieval_dim`."
-        )
+        said = f"`matryoshka_dims` is {args.matryoshka_dims}, but the model's embeddings have {config.retrieval_dim} dimensions"
+        raise ValueError(f"{said}: give lengths from 1 to that.")
     return dims
 
 

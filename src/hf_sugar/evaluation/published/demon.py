@@ -74,9 +74,8 @@ def chosen(answer: str, options: list[str]) -> str:
 class Demon(Benchmark):
     """
     DEMON-Core, the seven tasks of [Fine-tuning Multimodal LLMs to Follow Zero-shot Demonstrative
-    Instructions](https://huggingface.co/papers/2308.04152), with the prompts and rules of its programs: ROUGE-L for answers in
-    words; for options the nearest by TF-IDF; where these are pictures, the letter. A task is the mean of its datasets, and is
-    measured if all of them are there.
+    Instructions](https://huggingface.co/papers/2308.04152), with the prompts and rules of its programs: ROUGE-L; of options
+    the nearest by TF-IDF; of pictures the letter. A task is the mean of its datasets, and is measured if all are there.
 
     Args:
         path (`str` or `os.PathLike`): Folder with `<dataset>/core/core.json` and `<dataset>/core/images`.
@@ -89,56 +88,33 @@ class Demon(Benchmark):
         self.prompts: list[dict[str, Any]] = []
         self.truths: list[tuple[str, str, list[str]]] = []  # dataset, answer, options
         self.left_out = 0
-        for task, datasets in TASKS.items():
-            for dataset in datasets.split():
-                file = Path(path, dataset, "core", "core.json")
-                content = json.loads(file.read_text(encoding="utf-8")) if file.parent.is_dir() else {"data": []}
-                for n, sample in enumerate(content["data"]):
-                    try:
-                        row = self._prompt(sample, content["metadata"]["task_instruction"], file.parent / "images")
-                        truth, options = plain(str(sample["response"])), []
-                        if task.endswith("accuracy") and dataset not in PICTURES:
-                            options = [plain(str(option)) for option in sample["task_instance"]["choice_list"]]
-                            options.index(truth)
-                    except (KeyError, IndexError, TypeError, ValueError) as error:
-                        raise ValueError(
-                            f"{file}: data[{n}] is not as it is published ({type(error).__name__}: {error}). It has "
-                            "task_instruction_id, response, and task_instance with context, images_path and, where it gives "
-                            "options, choice_list, with the response among them."
-                        ) from error
-                    if max_images is None or len(row["images"]) <= max_images:
-                        self.prompts.append({**row, "id": f"{dataset}/{n}"})
-                        self.truths.append((dataset, truth, options))
-                    else:
-                        self.left_out += 1
+        for task, dataset in [(task, dataset) for task, datasets in TASKS.items() for dataset in datasets.split()]:
+            file = Path(path, dataset, "core", "core.json")
+            content = json.loads(file.read_text(encoding="utf-8")) if file.parent.is_dir() else {"data": []}
+            for n, sample in enumerate(content["data"]):
+                try:
+                    row = _prompt(sample, content["metadata"]["task_instruction"], file.parent / "images")
+                    truth, options = plain(str(sample["response"])), []
+                    if task.endswith("accuracy") and dataset not in PICTURES:
+                        options = [plain(str(option)) for option in sample["task_instance"]["choice_list"]]
+                        options.index(truth)
+                except (KeyError, IndexError, TypeError, ValueError) as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise ValueError(f"{file}: data[{n}] is not as published ({reason}). Unpack it again.") from error
+                if max_images is None or len(row["images"]) <= max_images:
+                    self.prompts.append({**row, "id": f"{dataset}/{n}"})
+                    self.truths.append((dataset, truth, options))
+                else:
+                    self.left_out += 1
         if not self.prompts:
             raise ValueError(f"{path} has no folder of a dataset, such as {path}/AESOP/core. Unpack some there.")
-
-    @staticmethod
-    def _prompt(sample: dict[str, Any], instructions: list[str], folder: Path) -> dict[str, Any]:
-        instance = sample["task_instance"]
-        text = instructions[sample["task_instruction_id"]] + instance["context"]
-        if "choice_list" in instance:
-            options = "', '".join(map(str, instance["choice_list"]))
-            text += f"Choice list:['{options}']. Your answer is:"
-        content, images = [], []
-        for n, part in enumerate(re.split(r"\{(?:image|table)#([1-9]\d*)\}", text)):
-            if n % 2:
-                images.append(folder / instance["images_path"][int(part) - 1])
-                images[-1].stat()  # raises where it is missing
-                content.append({"type": "image", "text": None})
-            elif part.strip():
-                content.append({"type": "text", "text": part})
-        return {"messages": [{"role": "user", "content": content}], "images": images}
 
     def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         scores: dict[str, list[float]] = {}
         for (dataset, truth, options), answer in zip(self.truths, map(plain, generate(self.prompts)), strict=True):
+            score = chosen(answer, options) == truth if options else rouge_l(answer, truth)
             if dataset in PICTURES:
-                named = sum(f"image {letter}" in answer for letter in "abcd")
-                score = answer[:7] == truth[:7] and named < 2
-            else:
-                score = chosen(answer, options) == truth if options else rouge_l(answer, truth)
+                score = answer[:7] == truth[:7] and sum(f"image {letter}" in answer for letter in "abcd") < 2
             scores.setdefault(dataset, []).append(float(score))
         results = {}
         for task, datasets in TASKS.items():
@@ -149,3 +125,19 @@ class Demon(Benchmark):
                 results[task] = Estimate.from_hits(np.concatenate(means))
             results |= {f"{task} ({dataset})": Estimate.from_hits(values) for dataset, values in found.items()}
         return {**results, "samples_left_out": self.left_out}
+
+
+def _prompt(sample: dict[str, Any], instructions: list[str], folder: Path) -> dict[str, Any]:
+    instance = sample["task_instance"]
+    text = instructions[sample["task_instruction_id"]] + instance["context"]
+    if "choice_list" in instance:
+        text += "Choice list:['" + "', '".join(map(str, instance["choice_list"])) + "']. Your answer is:"
+    content, images = [], []
+    for n, part in enumerate(re.split(r"\{(?:image|table)#([1-9]\d*)\}", text)):
+        if n % 2:
+            images.append(folder / instance["images_path"][int(part) - 1])
+            images[-1].stat()  # raises where it is missing
+            content.append({"type": "image", "text": None})
+        elif part.strip():
+            content.append({"type": "text", "text": part})
+    return {"messages": [{"role": "user", "content": content}], "images": images}
