@@ -50,8 +50,6 @@ def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) 
         found = SugarIndex.build(items, model.embedder(), **settings, **how, directory=Path(args.index))
     print(f"{len(found)} documents -> {args.index}")
     searched, exact, recall = found.measure().values()
-    print(
-        f"{found.dim} dimensions; {searched / 1e6:,.2f} MB are searched, of {exact / 1e6:,.2f} MB of embeddings; "
-        f"{recall:.1f}% of the nearest items of a sample are found."
-    )
+    sizes = f"{searched / 1e6:,.2f} MB are searched (embeddings: {exact / 1e6:,.2f} MB)"
+    print(f"{found.dim} dimensions; {sizes}; recall@10 against exact search, of a sample: {recall:.1f}%")
     return found
