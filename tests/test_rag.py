@@ -306,6 +306,14 @@ def test_cli(checkpoint, corpus, tmp_path, capsys, monkeypatch):
     hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(hits) == 3 and hits[0]["metadata"] == {"path": str(corpus / "note.txt")}
 
+    short = ["--index", str(tmp_path / "short")]
+    main(["index", name, "--files", str(corpus), *short, "--truncate_dim", "5", "--factory", "SQ8"])
+    assert "\n5 dimensions; 0.00 MB are searched" in capsys.readouterr().out
+    main(["search", name, "a blue square", *short])  # by the length of the index
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    with pytest.raises(ValueError, match="was built with another model, pooling or `truncate_dim`"):
+        main(["search", name, "a blue square", *short, "--truncate_dim", "4"])
+
     (tmp_path / "damaged.png").write_bytes(b"no image")
     (tmp_path / "chat.yaml").write_text(f"model_name_or_path: {name}\nmax_new_tokens: 4\nk: 2\n")
     typed = [f"/image {tmp_path}/damaged.png", f"/image {corpus}/1.png", "what is this?", "and why?"]
