@@ -34,8 +34,8 @@ CITATION = """\
 # of a run, what is told to anyone
 STRUCTURE_SETTINGS = (
     "discriminative_loss contrastive_weight contrastive_temperature contrastive_mask_above singles_per_sample "
-    "label_calibration matryoshka_dims matrix_batch_size delta positions_per_sample label_kernel label_normalization structure_reduction "
-    "gather_across_devices flip_captions"
+    "label_calibration matrix_batch_size delta positions_per_sample label_kernel label_normalization structure_reduction "
+    "gather_across_devices flip_captions matryoshka_dims"
 ).split()
 SETTINGS = (
     f"structure_weight {' '.join(STRUCTURE_SETTINGS)} learning_rate lr_scheduler_type warmup_steps optim weight_decay "
