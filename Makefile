@@ -56,7 +56,12 @@ test: $(VENV)/.installed
 	$(PIP) download -q --no-deps --no-binary transformers -c constraints.txt -d .cache transformers
 	touch $@
 
-test-extras: $(VENV)/.installed-extras .cache/transformers-tests
+# what vLLM does with an export is tested on its files, which are read and not installed (336 MB)
+.cache/vllm: $(VENV)/.installed-extras
+	$(PIP) download -q --no-deps -d .cache vllm==0.33.0
+	touch $@
+
+test-extras: $(VENV)/.installed-extras .cache/transformers-tests .cache/vllm
 	$(BIN)/python -m pytest -m extras
 
 # one set alone: make test-matrix SETS=newest

@@ -62,7 +62,9 @@ def read(file):
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-STOCK = [f"sentence_transformer.modules.{name}" for name in ("Transformer", "Pooling", "Dense", "Dense", "Normalize")]
+# what sentence-transformers 6.2 saves
+STOCK = [f"base.modules.{name}" for name in ("transformer.Transformer", "dense.Dense", "normalize.Normalize")]
+STOCK = [STOCK[0], "sentence_transformer.modules.pooling.Pooling", STOCK[1], STOCK[1], STOCK[2]]
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -76,7 +78,24 @@ def test_files(exported, pooling):
     assert read(directory / "config_sentence_transformers.json")["similarity_fn_name"] == "cosine"
     text = (directory / "README.md").read_text()
     assert ("trust_remote_code=True" in text) == (not stock) and "fetches from the" in text
-    assert "auto_map" not in (directory / "config.json").read_text()
+    config = read(directory / "config.json")
+    assert "auto_map" not in config
+    assert config["architectures"] == [
+        "LlavaForConditionalGeneration" if stock else "SugarLlavaForConditionalGeneration"
+    ]
+    assert config["sugar_embedding"] == {
+        "chat_template": "chat_template.jinja",
+        "text_pooling": "last",
+        "image_pooling": pooling,
+        "head": ["2_Dense", "3_Dense"],
+        "normalize": True,
+        "dimensions": 16,
+        "query_instruction": None,
+        "document_instruction": None,
+    }
+    template = slice_end_template(SugarProcessor.from_pretrained(exported / pooling / "sugar"))
+    assert (directory / "chat_template.jinja").read_text() == template
+    assert ("plugin" in text) == (not stock)
     for file in directory.rglob("*"):  # no path of this machine
         assert file.is_dir() or str(exported).encode() not in file.read_bytes(), file
 
@@ -157,6 +176,24 @@ def test_template_ends_with_the_last_slice(name, conversation, end, tail):
     cut = processor.apply_chat_template(conversation, chat_template=slice_end_template(processor), tokenize=False)
     assert cut + tail == whole
     assert cut.endswith(end)
+
+
+def test_template_begins_as_the_tokenizer_does():
+    """Servers render the template and add no special token: what the tokenizer would add is in it, and never twice."""
+    processor = SugarProcessor.from_processor(tiny.processor())
+    conversation = message("a star", IMAGES[0])
+    before = processor.apply_chat_template(conversation, chat_template=slice_end_template(processor), tokenize=False)
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    for trained in (processor.chat_template, "{{ bos_token }}" + processor.chat_template):
+        processor.chat_template = trained
+        template = slice_end_template(processor)
+        cut = processor.apply_chat_template(conversation, chat_template=template, tokenize=False)
+        assert cut == f"<s>{before}" and find_inexact_input(processor, template) is None
+        tokens = processor.encode_conversations([conversation])["input_ids"][0].tolist()
+        served = processor(text=cut, images=IMAGES[:1], add_special_tokens=False)["input_ids"][0]
+        assert served == tokens[: len(served)] and tokens.count(1) == 1
 
 
 def test_template_refuses_what_it_would_lose():

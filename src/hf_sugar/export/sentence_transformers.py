@@ -19,7 +19,8 @@ logger = logging.get_logger(__name__)
 
 # The embedding of a document is a hidden state of its last slice; what a chat template puts after that slice (a space,
 # the end of the turn) would be what "last token" pooling takes. So this template renders a conversation with the
-# checkpoint's own and cuts it where the last slice ends: after its image token, or before what follows its text.
+# checkpoint's own and cuts it where the last slice ends: after its image token, or before what follows its text. Servers
+# (vLLM 0.33) add no special tokens to a conversation, so the token that the tokenizer begins with is part of it.
 SLICE_END_TEMPLATE = (
     "{% macro sugar_conversation(messages) %}\nCHAT_TEMPLATE{% endmacro %}"
     "{% for message in messages %}"
@@ -32,6 +33,7 @@ SLICE_END_TEMPLATE = (
     "inputs in one call') }}"
     "{% endfor %}{% endfor %}"
     "{% set sugar_text = sugar_conversation(messages) %}"
+    "{% if not sugar_text.startswith('FIRST_TOKEN') %}{% set sugar_text = 'FIRST_TOKEN' + sugar_text %}{% endif %}"
     "{% set sugar_last = messages[-1]['content'] %}"
     "{% if sugar_last is not string and sugar_last[-1]['type'] == 'image' %}"
     "{{ sugar_text.rsplit('IMAGE_TOKEN', 1)[0] + 'IMAGE_TOKEN' }}"
@@ -81,6 +83,13 @@ print(model.similarity(model.encode([message]), documents))
   `normalize_embeddings=True` where inner products are to be cosines.
 NOTES"""
 
+VLLM_NOTES = """
+`config.json` says under `sugar_embedding` what an embedding is made of. By its source (not run), vLLM 0.33.0 serves this
+directory with `vllm serve PATH_OR_ID`PLUGIN. Send every input as `messages`: what `/v1/embeddings` gets as `input` is
+embedded without the chat template, which gives another embedding.
+"""
+VLLM_PLUGIN = ", and the plugin in `examples/vllm` of hf_sugar, without which it refuses the model"
+
 STOCK_NOTES = """- White space at the end of a text is removed: some tokenizers join it with what follows.
 - Turn images upright and convert them to 8-bit RGB yourself. The stock processor ignores the EXIF orientation of a PIL
   image, drops the transparency of an image file (Sugar's own lays it over white), and clips 16-bit values.
@@ -95,7 +104,10 @@ CUSTOM_NOTES = """- An input longer than `model.max_seq_length` is an error.
 
 def slice_end_template(processor: SugarProcessor) -> str:
     """The chat template that the model was trained with, ending where the last slice ends."""
-    template = SLICE_END_TEMPLATE.replace("IMAGE_TOKEN", processor.image_token)
+    tokenizer, first = processor.tokenizer, processor.tokenizer.bos_token or ""
+    if tokenizer("a")["input_ids"] != tokenizer(f"{first}a", add_special_tokens=False)["input_ids"]:
+        first = ""
+    template = SLICE_END_TEMPLATE.replace("IMAGE_TOKEN", processor.image_token).replace("FIRST_TOKEN", first)
     return template.replace("CHAT_TEMPLATE", processor.chat_template)
 
 
@@ -172,11 +184,20 @@ def export_sentence_transformers(
             "own is written instead, so that loading needs `trust_remote_code=True`."
         )
 
-    name = "sentence_transformers.sentence_transformer.modules"
-    first = f"{name}.Transformer" if stock else "sugar_transformer.SugarTransformer"
-    modules = [{"idx": 0, "name": "0", "path": "", "type": first}]
-    for index, kind in enumerate(("Pooling", "Dense", "Dense", "Normalize"), 1):
-        modules.append({"idx": index, "name": str(index), "path": f"{index}_{kind}", "type": f"{name}.{kind}"})
+    # the names that sentence-transformers 6.2 saves: vLLM 0.33 takes no others, and would leave the projector out
+    types = {
+        "": "base.modules.transformer.Transformer",
+        "1_Pooling": "sentence_transformer.modules.pooling.Pooling",
+        "2_Dense": "base.modules.dense.Dense",
+        "3_Dense": "base.modules.dense.Dense",
+        "4_Normalize": "base.modules.normalize.Normalize",
+    }
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.{kind}"}
+        for index, (path, kind) in enumerate(types.items())
+    ]
+    if not stock:
+        modules[0]["type"] = "sugar_transformer.SugarTransformer"
     call = {"method": "forward", "method_output_name": "last_hidden_state"}
     transformer: dict[str, Any] = {
         "transformer_task": "feature-extraction",
@@ -185,12 +206,10 @@ def export_sentence_transformers(
         "unpad_inputs": False,
     }
     if stock:
-        transformer["processing_kwargs"] = {
-            "text": {"padding_side": "right"},
-            "chat_template": {"chat_template": template},
-        }
+        transformer["processing_kwargs"] = {"text": {"padding_side": "right"}}
     else:
         transformer["image_pooling"] = model.config.image_pooling
+        transformer["processing_kwargs"] = {"chat_template": {"chat_template": processor.chat_template}}
     files = {
         "modules.json": modules,
         "config_sentence_transformers.json": {
@@ -220,9 +239,27 @@ def export_sentence_transformers(
             "activation_function": f"{type(activation).__module__}.{type(activation).__name__}",
         }
     readme = README.replace("TRUST", "" if stock else ", trust_remote_code=True")
-    readme = readme.replace("NOTES", STOCK_NOTES if stock else CUSTOM_NOTES)
+    readme = readme.replace("NOTES", (STOCK_NOTES if stock else CUSTOM_NOTES) + VLLM_NOTES)
+    readme = readme.replace("PLUGIN", "" if stock else VLLM_PLUGIN)
     with whole_directory(directory) as directory:
-        model.export_backbone(directory, merge=True, processor=processor)
+        model.export_backbone(directory, merge=True)
+        stored = processor.to_backbone()
+        stored.chat_template = template
+        stored.save_pretrained(directory)
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if not stock:  # vLLM refuses a model that it does not know, where a known one would be pooled in another way
+            config["architectures"] = [f"Sugar{name}" for name in config["architectures"]]
+        config["sugar_embedding"] = {
+            "chat_template": "chat_template.jinja",  # ends where the last slice does
+            "text_pooling": "last",
+            "image_pooling": model.config.image_pooling,
+            "head": [path for path, *_ in dense],
+            "normalize": True,
+            "dimensions": model.config.retrieval_dim,
+            "query_instruction": None,
+            "document_instruction": None,
+        }
+        files["config.json"] = config
         for path, content in files.items():
             (directory / path).parent.mkdir(exist_ok=True)
             (directory / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

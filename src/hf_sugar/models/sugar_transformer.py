@@ -27,8 +27,10 @@ class SugarTransformer(Transformer):
     def __init__(self, model_name_or_path: str, *, image_pooling: str = "mean", **kwargs):
         super().__init__(model_name_or_path, **kwargs)
         self.image_pooling = image_pooling
-        # a copy, so that the stock processor is what is saved
-        self.slice_processor = SugarProcessor.from_processor(copy.copy(self.processor))
+        # a copy, so that the stock processor is what is saved, with the whole template that the model was trained with
+        processor = copy.copy(self.processor)
+        processor.chat_template = self.processing_kwargs["chat_template"]["chat_template"]
+        self.slice_processor = SugarProcessor.from_processor(processor)
 
     def preprocess(self, inputs: list[Any], prompt: str | None = None, **kwargs) -> dict[str, Any]:
         """
