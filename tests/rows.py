@@ -106,3 +106,50 @@ def stored(rows, root):
     for row in rows:
         row["images"] = [str(root / name) for name in row.get("images", ())]
     return Dataset.from_list(rows, features=ROW_FEATURES)
+
+
+def mmeb(folder, pictures):
+    """Tasks of MMEB-V2 in parquet files as they are published, and the pictures; a task has the columns that it needs."""
+    (folder / "MMEB" / "images").mkdir(parents=True)
+    names = [f"images/{n}.jpg" for n in range(len(pictures))]
+    for name, picture in zip(names, pictures):
+        picture.save(folder / "MMEB" / name)
+    classify, represent = "<|image_1|>\nIdentify the object.", "<|image_1|>\nRepresent the given image."
+    tasks = {
+        "VOC2007": [
+            {"qry_inst": classify, "qry_text": "", "qry_img_path": names[n], "tgt_text": labels}
+            for n, labels in enumerate((["bird", "car", "dog"], ["car", "bird", "dog"], ["dog", "dog", "bird"]))
+        ],
+        "MSCOCO_t2i": [
+            {"qry_inst": "Find the picture.", "qry_text": f"a caption {n}", "tgt_text": ["", "", ""]}
+            | {"tgt_inst": represent, "tgt_img_path": [names[(n + k) % 4] for k in range(3)]}
+            for n in range(4)
+        ],
+        "EDIS": [
+            {"qry_inst": "Find the news.", "qry_text": f"news {n}", "qry_img_path": "", "tgt_inst": represent}
+            | {"tgt_text": [f"headline {n}", "headline", "another"], "tgt_img_path": [names[n], names[n], names[3]]}
+            for n in range(2)
+        ],
+        "CIRR": [
+            {"qry_inst": classify, "qry_text": "but red", "qry_img_path": names[0], "tgt_inst": represent}
+            | {"tgt_text": ["", ""], "tgt_img_path": [names[1], names[2]]}
+        ],
+    }
+    for task, rows in tasks.items():
+        (folder / "instruct" / task).mkdir(parents=True)
+        Dataset.from_list(rows).to_parquet(folder / "instruct" / task / "test-00000-of-00001.parquet")
+    return {"path": str(folder / "instruct"), "image_root": str(folder / "MMEB"), "tasks": list(tasks)}
+
+
+def wikihow_tiir(folder, pictures):
+    """Queries, tutorials and judgements in lines of JSON; one tutorial belongs to no query, one is not a candidate."""
+    folder.mkdir()
+    for n, picture in enumerate(pictures):
+        picture.save(folder / f"{n}.png")
+    queries = [{"qid": f"q{n}", "data": [f"How do I do {n}?", f"{n}.png", "As here."]} for n in range(3)]
+    tutorials = [{"id": n, "data": [f"Step {n}.", f"{n}.png", "", f"Step {n + 1}.", f"{n + 1}.png"]} for n in range(6)]
+    judged = [{"qid": f"q{n}" if n < 3 else None, "did": n} for n in range(5)]
+    files = {"queries": queries, "documents": tutorials, "qrels": judged}
+    for name, records in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {**{name: str(folder / f"{name}.jsonl") for name in files}, "image_root": str(folder)}

@@ -13,7 +13,7 @@ import tiny
 import yaml
 from datasets import Dataset
 from PIL import Image
-from rows import karpathy, llava, write
+from rows import karpathy, llava, mmeb, wikihow_tiir, write
 from test_demon import write_demon
 
 from hf_sugar.cli.main import main
@@ -119,6 +119,8 @@ def published(tmp_path_factory):
         "webqa": {"path": str(root / "webqa")},
         "demon": {"path": str(root / "demon")},
         "rag": {"questions": str(root / "questions.parquet"), "knowledge": str(root / "knowledge.parquet")},
+        "mmeb": mmeb(root / "mmeb", pictures[:4]),
+        "wikihow_tiir": wikihow_tiir(root / "wikihow_tiir", pictures[:7]),
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from .answers import MMVP, RagGain, WebQA
 from .base import Benchmark
 from .demon import Demon
+from .embedding import MMEB, WikiHowTIIR
 from .retrieval import Coco, Vist, Winoground
 
 
@@ -16,6 +17,8 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
     "webqa": WebQA,
     "demon": Demon,
     "rag": RagGain,
+    "mmeb": MMEB,
+    "wikihow_tiir": WikiHowTIIR,
 }
 
 
