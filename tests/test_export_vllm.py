@@ -9,10 +9,13 @@ import json
 import sys
 import types
 import zipfile
+from collections import deque
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import jinja2.nodes
 import numpy as np
 import pytest
 import tiny
@@ -30,6 +33,10 @@ pytestmark = [pytest.mark.extras, pytest.mark.skipif(not WHEELS, reason=REASON)]
 PLUGIN = ROOT / "examples" / "vllm" / "sugar_vllm" / "model.py"
 MODELS = "vllm/model_executor/models"
 POOLER = "vllm/model_executor/layers/pooler"
+FORMAT = (
+    "_is_var_access _is_attr_access _is_var_or_elems_access _attr_dotted_name _iter_nodes_assign_var_or_elems "
+    "_iter_nodes_assign_messages_item _iter_nodes_assign_content_item _try_extract_ast _detect_content_format"
+)
 
 
 def tree(file: str) -> ast.Module:
@@ -66,6 +73,7 @@ def vllm():
     space |= {"dataclass": dataclass, "abstractmethod": abc.abstractmethod, "ABC": abc.ABC}
     space |= {"cache": lambda function: function, "file_or_path_exists": lambda **kwargs: True}
     space |= {"get_hf_file_to_dict": read_json, "_ACTIVATION_REGISTRY": {"gelu": torch.nn.GELU()}}
+    space |= {"jinja2": jinja2, "deque": deque, "lru_cache": lru_cache}
     space["get_hf_file_bytes"] = lambda name, model, revision: (Path(model) / name).read_bytes()
     for file, wanted in (
         ("vllm/transformers_utils/config.py", "get_pooling_config parse_pooling_type try_get_dense_modules"),
@@ -75,6 +83,7 @@ def vllm():
         (f"{POOLER}/seqwise/methods.py", "SequencePoolingMethod LastPool"),
         (f"{POOLER}/seqwise/heads.py", "SequencePoolerHead EmbeddingPoolerHead"),
         ("vllm/v1/pool/metadata.py", "PoolingCursor PoolingStates PoolingMetadata"),
+        ("vllm/renderers/hf.py", FORMAT),
     ):
         module = tree(file)
         constants = [node for node in module.body if isinstance(node, ast.Assign) and "_TYPES" in ast.unparse(node)]
@@ -121,6 +130,12 @@ def test_module_names_and_pooling(exported, vllm):
     assert (kinds[0] in vllm._ST_TRANSFORMER_MODULE_TYPES) == (model.config.image_pooling == "last")
     pooling = "LAST" if model.config.image_pooling == "last" else "MEAN"  # MEAN switches chunked prefill off
     assert vllm.get_pooling_config(directory) == {"use_activation": True, "seq_pooling_type": pooling}
+
+
+def test_parts_stay_in_their_order(exported, vllm):
+    """Where vLLM takes a template for one of plain texts, it would put all images first."""
+    template = (exported[2] / "chat_template.jinja").read_text()
+    assert vllm._detect_content_format(template, default="string") == "openai"
 
 
 def test_architecture(exported):

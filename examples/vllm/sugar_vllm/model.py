@@ -43,7 +43,9 @@ class SugarLlavaForConditionalGeneration(as_embedding_model(LlavaForConditionalG
     def _init_pooler(self, vllm_config: VllmConfig, prefix: str = ""):
         config = vllm_config.model_config.hf_config
         if config.sugar_embedding["image_pooling"] != "mean":
-            raise ValueError("This model embeds images by their last token, which vLLM does without a plugin.")
+            raise ValueError(
+                "The export's `image_pooling` is not 'mean', and this plugin has no other. Export it again."
+            )
         pooler = pooler_for_embed(vllm_config.model_config.pooler_config)
         pooler.pooling = SlicePool(config.image_token_index)
         return DispatchPooler({"embed": pooler})
