@@ -221,6 +221,16 @@ def test_module_of_its_own_where_the_last_token_is_another(tmp_path):
     assert read(tmp_path / "sentence_bert_config.json")["image_pooling"] == "last"
 
 
+def test_instructions_and_lengths_of_the_configuration(tmp_path):
+    model = SugarForConditionalGeneration.from_vlm(tiny.llava(), retrieval_dim=16, image_pooling="last")
+    model.config.query_instruction, model.config.matryoshka_dims = "Find this.", [4, 16, 32]
+    export_sentence_transformers(model, SugarProcessor.from_processor(tiny.processor()), tmp_path)
+    assert read(tmp_path / "config_sentence_transformers.json")["prompts"] == {"query": "Find this."}
+    config = read(tmp_path / "config.json")
+    found = [config["sugar_embedding"][f"{role}_instruction"] for role in ("query", "document")]
+    assert found == ["Find this.", None] and config["matryoshka_dimensions"] == [4, 16]
+
+
 def test_errors_name_the_setting(exported, tmp_path):
     checkpoint, llava, out = exported / "last" / "sugar", tmp_path / "llava", ["--output", tmp_path / "out"]
     tiny.llava().save_pretrained(llava)

@@ -185,19 +185,12 @@ def export_sentence_transformers(
         )
 
     # the names that sentence-transformers 6.2 saves: vLLM 0.33 takes no others, and would leave the projector out
-    types = {
-        "": "base.modules.transformer.Transformer",
-        "1_Pooling": "sentence_transformer.modules.pooling.Pooling",
-        "2_Dense": "base.modules.dense.Dense",
-        "3_Dense": "base.modules.dense.Dense",
-        "4_Normalize": "base.modules.normalize.Normalize",
-    }
-    modules = [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.{kind}"}
-        for index, (path, kind) in enumerate(types.items())
-    ]
-    if not stock:
-        modules[0]["type"] = "sugar_transformer.SugarTransformer"
+    base, pooling = (f"sentence_transformers.{name}" for name in ("base.modules", "sentence_transformer.modules"))
+    first = f"{base}.transformer.Transformer" if stock else "sugar_transformer.SugarTransformer"
+    modules = [{"idx": 0, "name": "0", "path": "", "type": first}]
+    for index, kind in enumerate(("Pooling", "Dense", "Dense", "Normalize"), 1):
+        name = f"{pooling if kind == 'Pooling' else base}.{kind.lower()}.{kind}"
+        modules.append({"idx": index, "name": str(index), "path": f"{index}_{kind}", "type": name})
     call = {"method": "forward", "method_output_name": "last_hidden_state"}
     transformer: dict[str, Any] = {
         "transformer_task": "feature-extraction",
@@ -210,12 +203,14 @@ def export_sentence_transformers(
     else:
         transformer["image_pooling"] = model.config.image_pooling
         transformer["processing_kwargs"] = {"chat_template": {"chat_template": processor.chat_template}}
+    # what is said to the model before a query or a document
+    said = {role: getattr(model.config, f"{role}_instruction", None) for role in ("query", "document")}
     files = {
         "modules.json": modules,
         "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
             "requirements": {"sentence-transformers": ">=6.2"},
-            "prompts": {},
+            "prompts": {role: text for role, text in said.items() if text},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
@@ -255,10 +250,11 @@ def export_sentence_transformers(
             "image_pooling": model.config.image_pooling,
             "head": [path for path, *_ in dense],
             "normalize": True,
-            "dimensions": model.config.retrieval_dim,
-            "query_instruction": None,
-            "document_instruction": None,
+            "dimensions": files["3_Dense/config.json"]["out_features"],
+            **{f"{role}_instruction": text for role, text in said.items()},
         }
+        if dims := getattr(model.config, "matryoshka_dims", None):  # vLLM cuts to these alone
+            config["matryoshka_dimensions"] = [dim for dim in dims if dim <= config["sugar_embedding"]["dimensions"]]
         files["config.json"] = config
         for path, content in files.items():
             (directory / path).parent.mkdir(exist_ok=True)

@@ -46,8 +46,7 @@ class MMEB(Benchmark):
         path: str | os.PathLike = "ziyjiang/MMEB_Test_Instruct",
         tasks: list[str] | None = None,
     ):
-        self.image_root = Path(image_root)
-        self.image_root.stat()  # raises where it is missing, as below
+        self.image_root = Path(image_root).resolve(strict=True)  # raises where it is missing
         if unknown := sorted(set(tasks or []) - set(GROUP_OF)):
             raise ValueError(f"There is no task {', '.join(unknown)}. Use some of {', '.join(GROUP_OF)}.")
         self.rows: dict[str, Dataset] = {}
@@ -55,9 +54,7 @@ class MMEB(Benchmark):
             source = str(Path(path) / task) if Path(path).is_dir() else {"path": str(path), "name": task}
             rows = self.rows[task] = load_table(source, "test")
             if missing := {"qry_text", "tgt_text"} - set(rows.column_names):
-                raise ValueError(
-                    f"{task} has no column {', '.join(sorted(missing))}, but {', '.join(rows.column_names)}."
-                )
+                raise ValueError(f"{task} has no column {min(missing)}, but {', '.join(rows.column_names)}.")
             files = set()
             for row in rows.select_columns([name for name in rows.column_names if name.endswith("_img_path")]):
                 files.update([row.get("qry_img_path"), *(row.get("tgt_img_path") or [])])
@@ -150,8 +147,5 @@ def _lines(path: str | os.PathLike, keys: Sequence[str]) -> Iterator[dict[str, A
 
 
 def _interleaved(data: list[str], root: Path) -> Item:
-    parts = [root / part if part.endswith(".png") else part for part in data if part.strip()]
-    for part in parts:
-        if isinstance(part, Path):
-            part.stat()  # raises where it is missing
-    return parts
+    # `resolve` raises where an image is missing
+    return [(root / part).resolve(strict=True) if part.endswith(".png") else part for part in data if part.strip()]
