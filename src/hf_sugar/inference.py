@@ -296,6 +296,56 @@ class SugarGenerator:
                 raise ValueError(f"{name} has {length} tokens; the limit is {max_length}. Shorten it, or drop it.")
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
+    @torch.no_grad()
+    def choose(
+        self, conversations: Sequence[dict[str, Any]], answers: Sequence[str], names: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """
+        How probable each of some answers is against the others, by the first token in which they differ.
+
+        Args:
+            conversations (`Sequence[dict]`): As for generating, with the same errors.
+            answers (`Sequence[str]`): Answers of which no two begin alike.
+            names (`Sequence[str]`, *optional*): What errors call the conversations.
+
+        Returns:
+            `np.ndarray` of shape `(conversations, answers)`, float32: probabilities that sum to 1.
+        """
+        names = names or [row_name(row, n) for n, row in enumerate(conversations)]
+        asked = {"messages": [{"role": "user", "content": "a"}]}
+        encoded = [self._answered([asked], answer, ["a"]) for answer in answers]
+        tokens = list(zip(*(each["input_ids"][each["labels"] != -100].tolist() for each in encoded), strict=False))
+        place = next((n for n, several in enumerate(tokens) if len(set(several)) > 1), 0)
+        if len(set(tokens[place])) < len(answers):
+            raise ValueError(f"Some of the answers {', '.join(map(repr, answers))} begin alike. Give others.")
+        result = np.empty((len(conversations), len(answers)), np.float32)
+        with _evaluating(self.model):
+            read = conversations.__getitem__
+            for rows in _batches(len(conversations), read, self.batch_size, "Scoring", self.progress):
+                inputs = self._answered(list(rows.values()), answers[0], [names[n] for n in rows])
+                inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+                at = (inputs.pop("labels") != -100).int().argmax(dim=1) + place - 1
+                kept, column = at.unique(return_inverse=True)
+                if self.model.vlm._supports_logits_to_keep():  # the vocabulary is large, the sequences are long
+                    inputs["logits_to_keep"] = kept
+                else:
+                    column = at
+                logits = self.model(**inputs, use_cache=False).logits[torch.arange(len(at)), column]
+                result[list(rows)] = logits[:, list(tokens[place])].float().softmax(dim=-1).cpu().numpy()
+        for name, row in zip(names, result, strict=True):
+            if not np.isfinite(row).all():
+                raise ValueError(f"The score of {name} is not finite in {self.model.dtype}. Load it in another dtype.")
+        return result
+
+    def _answered(self, conversations: Sequence[dict[str, Any]], answer: str, names: Sequence[str]) -> BatchFeature:
+        """Inputs of conversations with an answer, as training has them: `labels` are of that answer alone."""
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        turns = [[{**m, "learn": False} for m in _filled(r, n)] for r, n in zip(conversations, names, strict=True)]
+        turns = [[*before, reply] for before in turns]
+        inputs = self.processor.encode_conversations(turns, ["answers"] * len(turns), names, self.max_length)
+        del inputs["slice_ids"]
+        return inputs
+
     def stream(self, conversation: dict[str, Any], **generation_kwargs: Any) -> Iterator[str]:
         """Answer one conversation piece by piece, with `generation_kwargs` in place of those of the constructor. Generation
         ends when the iterator is closed."""

@@ -33,6 +33,8 @@ class SugarConfig(PreTrainedConfig):
             Standard deviation of the projector's initial weights. Defaults to one over the square root of the
             backbone's hidden size: much less would make the embeddings so short that normalising them blows up the
             gradient.
+        rerank_prompt (`str`, *optional*):
+            What a reranker asks of a `{query}` and a `{document}`; the answer is "yes" or "no".
         backbone_name_or_path, backbone_revision (`str`, *optional*):
             Set in an adapter repository: where the backbone's weights are, and their commit.
         backbone_fingerprint (`str`, *optional*):
@@ -50,6 +52,7 @@ class SugarConfig(PreTrainedConfig):
     image_pooling: str = "mean"
     matryoshka_dims: list[int] | None = None
     initializer_range: float | None = None
+    rerank_prompt: str = "Query: {query} Document: {document} Does the document match the query? Answer yes or no."
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
     backbone_fingerprint: str | None = None
@@ -58,6 +61,10 @@ class SugarConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.image_pooling not in ("mean", "last"):
             raise ValueError(f"`image_pooling` is {self.image_pooling!r}; it must be 'mean' or 'last'.")
+        if self.rerank_prompt.count("{query}") != 1 or self.rerank_prompt.count("{document}") != 1:
+            raise ValueError(
+                f"`rerank_prompt` is {self.rerank_prompt!r}; it needs {{query}} and {{document}}, each once."
+            )
         if self.initializer_range is None:
             self.initializer_range = self.get_text_config().hidden_size ** -0.5
         # read on the outer configuration of a composite model too

@@ -76,7 +76,7 @@ def mine_negatives(
     rows, kinds = undecoded(dataset), set()
     asked, right = [], defaultdict(set)  # what each row asks, and all that is right to that
     for n, row in enumerate(tqdm(rows, desc="reading rows", unit=" rows", disable=not progress)):
-        question, answers = _question_and_answers(row, row_name(row, n))
+        question, answers = question_and_answers(row, row_name(row, n))
         asked.append(_digest(*question))
         right[asked[n]].update(map(_digest, answers))
         kinds.update(map(type, answers))
@@ -100,7 +100,7 @@ def mine_negatives(
     def read(numbers: Iterable[int]) -> tuple[list[dict[str, Any]], list[str], list[torch.Tensor]]:
         """Rows, their names and the embeddings of their right answers."""
         batch, names = [rows[n] for n in numbers], [row_name(rows[n], n) for n in numbers]
-        answers = [_question_and_answers(row, name)[1] for row, name in zip(batch, names)]
+        answers = [question_and_answers(row, name)[1] for row, name in zip(batch, names)]
         embed({f"{name}, right answer {n}": a for name, some in zip(names, answers) for n, a in enumerate(some)})
         return batch, names, [torch.stack([known[_digest(a)] for a in some]).float() for some in answers]
 
@@ -151,7 +151,7 @@ def mine_negatives(
     return concatenate_datasets([dataset, concatenate_datasets(tables)], axis=1)
 
 
-def _question_and_answers(row: dict[str, Any], name: str) -> tuple[list[Any], list[Any]]:
+def question_and_answers(row: dict[str, Any], name: str) -> tuple[list[Any], list[Any]]:
     """What stands before the right answers of a row, and these: texts, and images as a dataset stores them."""
     given, row = row.get("positives"), conversation_row(row)
     check_row(row, len(row["images"]), name)

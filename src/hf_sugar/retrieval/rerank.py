@@ -1,0 +1,146 @@
+"""A second look at what was found: the same weights say how probable "yes" is against "no" for a query and a document."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL.Image import Image as PILImage
+
+from ..data.images import stored_image, undecoded
+from ..inference import SugarGenerator, as_row
+from ..models import SugarConfig
+from ..models.rows_sugar import fill_images, iter_slices, row_name
+from .base import Hit
+from .mine import question_and_answers
+
+
+YES, NO = "yes", "no"
+
+
+def rerank_row(query: Any, document: Any, prompt: str, answer: str = YES, name: str = "document") -> dict[str, Any]:
+    """
+    The question whether a document matches a query, with its answer, as a row in the conversational vision format.
+
+    Args:
+        query, document: What [`~inference.as_row`] takes. Of a conversation everything is read.
+        prompt (`str`): The wording, with `{query}` and `{document}`, as [`SugarConfig`] has it.
+        answer (`str`, *optional*, defaults to `"yes"`): `"yes"` or `"no"`.
+        name (`str`, *optional*, defaults to `"document"`): What errors call the document.
+    """
+    given = {"{query}": (query, "the query"), "{document}": (document, name)}
+    content, images = [], []
+    for piece in re.split(r"(\{query\}|\{document\})", prompt):
+        parts = [{"type": "text", "text": piece}]
+        if piece in given:
+            row = as_row(*given[piece])
+            parts = iter_slices(fill_images(row["messages"], row["images"], given[piece][1]))
+        for part in parts:
+            if part["type"] == "image":
+                images.append(part["image"])
+                content.append({"type": "image", "text": None})
+            elif text := part["text"].strip():
+                # one part of adjacent texts: some chat templates put nothing between two
+                joined = content.pop()["text"] + " " if content and content[-1]["type"] == "text" else ""
+                content.append({"type": "text", "text": joined + text})
+    reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    messages = [{"role": "user", "content": content}, reply]
+    return {"messages": messages, "images": images, "loss_on": "answers", "structure": False, "id": None}
+
+
+class SugarReranker:
+    """
+    Scores (query, document) pairs with the weights of a model: the probability of "yes" against "no" as the answer to the
+    prompt of its configuration (`rerank_prompt`). A model has to be taught to answer it: see [`~retrieval.rerank_rows`].
+
+    Args:
+        model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]):
+            What scores. The model is in evaluation mode meanwhile, and in its former mode afterwards.
+        batch_size (`int`, *optional*, defaults to `32`): Pairs in one forward pass. Those of similar length share a batch.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
+
+    Example:
+
+    ```python
+    >>> reranker = SugarReranker(model, processor)
+    >>> [(hit.index, round(hit.score, 2)) for hit in reranker.rank("a red circle", [Path("a.jpg"), Path("b.jpg")])]
+    [(1, 0.97), (0, 0.02)]
+    ```
+    """
+
+    def __init__(self, model: torch.nn.Module, processor: Any, batch_size: int = 32, progress: bool = False):
+        self.generator = SugarGenerator(model, processor, batch_size, progress=progress)
+
+    def rank(self, query: Any, documents: Sequence[Any]) -> list[Hit]:
+        """
+        All documents, best first.
+
+        Args:
+            query: What [`~inference.as_row`] takes.
+            documents (`Sequence`): The same of each.
+
+        Returns:
+            `list[Hit]`: `index` is the place in `documents`, `score` the probability.
+
+        Raises:
+            `TypeError`, `ValueError`: as for [`SugarEmbedder`]; names the query or the document.
+        """
+        if isinstance(documents, str | dict | Path | PILImage):
+            raise TypeError(f"`documents` is a single {type(documents).__name__}. Put it in a list.")
+        names = [f"document {n}" for n in range(len(documents))]
+        scores = self.score([(query, document) for document in documents], names)
+        return [Hit(int(n), float(scores[n]), {}) for n in np.argsort(-scores, kind="stable")]
+
+    def score(self, pairs: Sequence[tuple[Any, Any]], names: Sequence[str] | None = None) -> np.ndarray:
+        """Probabilities of (query, document) pairs, float32 of shape `(pairs,)`. Errors call the documents `names`."""
+        names = names or [f"document {n}" for n in range(len(pairs))]
+        prompt = self.generator.model.config.rerank_prompt
+        rows = [rerank_row(*pair, prompt, name=name) for pair, name in zip(pairs, names, strict=True)]
+        return self.generator.choose(rows, (YES, NO), names)[:, 0]
+
+
+def rerank_rows(dataset: Dataset, prompt: str = SugarConfig.rerank_prompt, num_negatives: int = 1) -> Dataset:
+    """
+    Rows that teach a model to rerank, by the ordinary generative loss alone (`structure` is false): for every right answer
+    of a row the question whether it matches, answered with "yes", and for its first negatives the same with "no".
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with a column `negatives`, such as [`~retrieval.mine_negatives`] gives: image-caption rows, or rows with
+            `positives`. Of every second image-caption row the caption is the query and the image the document.
+        prompt (`str`, *optional*): The wording, that of the model's configuration.
+        num_negatives (`int`, *optional*, defaults to `1`): Most negatives for each right answer.
+
+    Raises:
+        `ValueError`: if the dataset has no `negatives`, or a row cannot be used (names it).
+    """
+    if "negatives" not in dataset.column_names:
+        raise ValueError(
+            "The dataset has no column `negatives`. Mine them first: `hf-sugar mine`, or `mine_negatives`."
+        )
+    content = {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+    features = Features(messages=List(content), images=List(Image()), loss_on=Value("string"))
+    features |= Features(structure=Value("bool"), id=Value("string"))
+
+    def made(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        result = []
+        for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            name = row_name(row, number)
+            question, right = question_and_answers(row, name)
+            wrong = [item if isinstance(item, str) else stored_image(item, name) for item in row["negatives"] or []]
+            wrong = wrong[: num_negatives * len(right)]
+            for n, item in enumerate([*right, *wrong]):
+                pair = [[p if isinstance(p, str) else {"type": "image", "image": p} for p in question], item]
+                pair[1] = item if isinstance(item, str) else {"type": "image", "image": item}
+                if number % 2 and not row.get("positives"):
+                    pair.reverse()
+                answer = YES if n < len(right) else NO
+                result.append({**rerank_row(*pair, prompt, answer, name), "id": f"{row.get('id') or number}:{n}"})
+        return {column: [row[column] for row in result] for column in features}
+
+    settings = {"batched": True, "batch_size": 256, "with_indices": True, "remove_columns": dataset.column_names}
+    return undecoded(dataset).map(made, features=features, desc="rows to rerank", **settings)
