@@ -21,6 +21,7 @@ class ChatArguments:
 
     index: str | None = setting("Index whose answered questions are put before each question.", None)
     k: int = setting("Examples for each question.", 1)
+    rerank: int | None = setting("Hits that the model looks at again to choose the examples.", None)
     max_new_tokens: int = setting("Longest answer.", 256)
 
 
@@ -28,7 +29,7 @@ def chat(model: ModelArguments, args: ChatArguments) -> None:
     """Answer the lines of the standard input on the standard output; all else goes to the standard error."""
     index = None if args.index is None else model.load_index(args.index, args.k)
     loaded = model.load(distributed_state().device) if index is None else (index.embed.model, index.embed.processor)
-    rag = SugarRAG(*loaded, index, args.k, args.max_new_tokens)
+    rag = SugarRAG(*loaded, index, args.k, args.max_new_tokens, rerank=args.rerank)
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
     messages, images, waiting = [], [], []

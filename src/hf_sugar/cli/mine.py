@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_sugar.data import load_data
 from hf_sugar.distributed import distributed_state
 from hf_sugar.files import replacing
-from hf_sugar.retrieval import mine_negatives
+from hf_sugar.retrieval import mine_negatives, rerank_rows
 from hf_sugar.teachers import TripleEncoder
 
 from .arguments import setting
@@ -26,6 +26,7 @@ class MineArguments:
     on_bad_row: str = setting("What to do with a malformed row.", "error", choices=["error", "skip"])
     overwrite: bool = setting("Replace what is in `output`.", False)
     teachers: dict | str | None = setting("Frozen encoders: {image: ..., text: ..., cross: ...}, or 'tiny'.", None)
+    rerank_rows: str | None = setting("Directory for rows that teach reranking, made of the same negatives.", None)
     num_negatives: int = setting("Most negatives of a row.", 4)
     num_candidates: int = setting("Hits that they are chosen from.", 50)
     margin: float = setting(
@@ -36,17 +37,21 @@ class MineArguments:
 
 def mine(model: ModelArguments, args: MineArguments) -> Dataset:
     """Add hard negatives to a dataset and write it, to be trained on: see [`~retrieval.mine_negatives`]."""
-    output = Path(args.output)
-    if output.exists() and not args.overwrite:
-        raise ValueError(
-            f"`output` {output} is there already. Name another directory, or set `overwrite` to replace it."
-        )
+    outputs = [Path(path) for path in (args.output, args.rerank_rows) if path is not None]
+    for output in outputs:
+        if output.exists() and not args.overwrite:
+            raise ValueError(f"{output} is there already. Name another directory, or set `overwrite` to replace it.")
     rows = load_data(args.data, args.split, on_bad_row=args.on_bad_row)
     encoder = TripleEncoder.from_teachers(args.teachers, device=distributed_state().device)
     index = model.load_index(args.index)
     settings = {name: getattr(args, name) for name in ("num_negatives", "num_candidates", "margin")}
     mined = mine_negatives(rows, index, encoder, **settings, progress=True)
-    with replacing(output) as path:
-        mined.save_to_disk(path)
-    print(f"{len(mined)} rows with negatives -> {output}")
+    datasets = [(mined, "rows with negatives")]
+    if args.rerank_rows is not None:
+        prompt = index.embed.model.config.rerank_prompt
+        datasets.append((rerank_rows(mined, prompt, args.num_negatives), "rows that teach reranking"))
+    for output, (dataset, what) in zip(outputs, datasets, strict=True):
+        with replacing(output) as path:
+            dataset.save_to_disk(path)
+        print(f"{len(dataset)} {what} -> {output}")
     return mined

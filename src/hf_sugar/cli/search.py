@@ -19,6 +19,8 @@ class SearchArguments:
     query: list[str] = setting("Texts and image files; together they are one query, in this order.")
     index: str = setting("Directory of the index.", "index")
     k: int = setting("Hits to show.", 5)
+    rerank: int | None = setting("First hits that the model looks at again, of which `k` are shown.", None)
+    late: bool = setting("Compare every slice with every slice (MaxSim), in an index of every slice.", False)
     memory_map: bool = setting("Leave the embeddings on the disk.", False)
     json: bool = setting("Print one JSON object a line.", False)
 
@@ -50,7 +52,7 @@ def search(model: ModelArguments, args: SearchArguments) -> list[Hit]:
     """Print and return what an index has for a query, best first."""
     query = [text_or_file(part) for part in args.query]
     index = model.load_index(args.index, args.k, args.memory_map)
-    [hits] = index.search([query], args.k)
+    [hits] = index.search([query], args.k, late=args.late, rerank=args.rerank)
     for rank, hit in enumerate(hits, 1):
         text = text_of(index.documents[hit.index])
         if args.json:

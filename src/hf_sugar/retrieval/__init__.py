@@ -4,6 +4,7 @@ FAISS is not loaded by what only generates."""
 import importlib
 
 
+_RERANK = "SugarReranker rerank_row rerank_rows".split()
 _RAG = "RAGPrompt SugarRAG find_examples question_slices rag_generator rag_messages split_answer".split()
 _MODULE_OF = {
     "Hit": ".base",
@@ -14,6 +15,7 @@ _MODULE_OF = {
     "find_files": ".documents",
     "mine_negatives": ".mine",
     **dict.fromkeys(_RAG, ".rag"),
+    **dict.fromkeys(_RERANK, ".rerank"),
 }
 
 __all__ = list(_MODULE_OF)

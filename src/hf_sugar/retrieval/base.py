@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..distributed import distributed_state
 from ..inference import SugarEmbedder
 from ..models.fingerprint_sugar import same_fingerprint
 from ..models.rows_sugar import row_name
-from .documents import PARTS, Document, checked
+from .documents import PARTS, Document, checked, embedded_part
 
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ class Hit:
 
     Args:
         index (`int`): Number of the document in the index, for `index.documents`.
-        score (`float`): Cosine with the query.
+        score (`float`):
+            Cosine with the query; summed over its slices in late interaction; once reranked, the probability of "yes".
         metadata (`dict[str, Any]`): What was stored with the document.
         slice (`int`, *optional*): The slice after which it was found, from 0, in an index of every slice.
     """
@@ -105,7 +106,9 @@ class Index(ABC):
             raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`.")
         self._add(self._blocks(items, metadata, shard_size, on_bad_row, progress), on_bad_row)
 
-    def search(self, queries: Sequence[Any] | np.ndarray, k: int = 5) -> list[list[Hit]]:
+    def search(
+        self, queries: Sequence[Any] | np.ndarray, k: int = 5, *, late: bool = False, rerank: int | None = None
+    ) -> list[list[Hit]]:
         """
         The k most similar items of each query, best first.
 
@@ -114,25 +117,69 @@ class Index(ABC):
                 Queries, each as [`~inference.as_row`] takes it, or whatever else `embed` takes; or their L2-normalised
                 embeddings.
             k (`int`, *optional*, defaults to `5`): Hits for each query; fewer where the index has or finds fewer.
+            late (`bool`, *optional*, defaults to `False`):
+                Late interaction, for an index of every slice: each slice of the query meets the slice of a document that is
+                most similar to it, and the cosines are added up (MaxSim, [ColBERT](https://huggingface.co/papers/2004.12832)).
+                A hit is a whole document then.
+            rerank (`int`, *optional*):
+                How many of the first hits are looked at again by a [`SugarReranker`] of the same model, at least `k`.
 
         Raises:
             `TypeError`, `ValueError`: if the index is empty, `queries` is a single query, `k` is below 1, the dimensions
-                differ, or there is no embedding function for queries that are not embedded.
+                differ, there is no embedding function for queries that are not embedded, or the index is not one that
+                `late` or `rerank` can use.
         """
         if len(self) == 0:
             raise ValueError("The index is empty. Add documents before you search.")
         if k < 1:
             raise ValueError(f"`k` is {k}; ask for at least 1 hit.")
-        if not isinstance(queries, np.ndarray):
+        if rerank is not None and rerank < k:
+            raise ValueError(f"`rerank` is {rerank} and `k` {k}: look again at no fewer hits than you ask for.")
+        items = None if isinstance(queries, np.ndarray) else queries
+        if items is None:
+            if late or rerank:
+                raise TypeError("`late` and `rerank` need the queries themselves, not their embeddings.")
+        else:
             if not isinstance(queries, Sequence) or isinstance(queries, str):
                 raise TypeError(f"`queries` is a single {type(queries).__name__}. Put it in a list.")
             if self.embed is None:
                 raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`.")
-            queries = self.embed(queries) if len(queries) > 0 else np.empty((0, self.dim), np.float32)
-        queries = checked(queries, "queries")
+            if (late or rerank) and not isinstance(self.embed, SugarEmbedder):
+                raise ValueError("`late` and `rerank` need an index whose `embed` is a `SugarEmbedder`.")
+            if late and not self.every_slice:
+                raise ValueError("`late` needs an index of every slice: build it with `every_slice=True`.")
+            if len(queries) == 0:
+                return []
+            queries = self.embed.every_slice(queries) if late else self.embed(queries)
+        sizes = list(map(len, queries)) if late else []
+        queries = checked(np.concatenate(queries) if late else queries, "queries")
         if queries.shape[1] != self.dim:
             raise ValueError(f"`queries` have dimension {queries.shape[1]} but the index has {self.dim}.")
-        return self._search(queries, k)
+        if late:
+            hits = [self._search_late(each, rerank or k) for each in np.split(queries, np.cumsum(sizes)[:-1])]
+        else:
+            hits = self._search(queries, rerank or k)
+        return self._reranked(items, hits, k) if rerank else hits
+
+    def _search_late(self, query: np.ndarray, k: int) -> list[Hit]:
+        """The k documents of greatest MaxSim with the slices of one query, of shape `(slices, dim)`."""
+        raise ValueError(f"A {type(self).__name__} has no late interaction.")
+
+    def _reranked(self, queries: Sequence[Any], hits: list[list[Hit]], k: int) -> list[list[Hit]]:
+        from .rerank import SugarReranker  # which imports this module
+
+        reranker = SugarReranker(self.embed.model, self.embed.processor, self.embed.batch_size)
+        pairs, names = [], []
+        for query, found in zip(queries, hits, strict=True):
+            for hit in found:
+                names.append(f"document {hit.index} of the index")
+                part = embedded_part(self.documents[hit.index], self.by, names[-1], False)
+                if hit.slice is not None and isinstance(part, list):
+                    part = part[: hit.slice + 1]
+                pairs.append((query, part))
+        scores = iter(reranker.score(pairs, names).tolist())
+        hits = [[replace(hit, score=next(scores)) for hit in found] for found in hits]
+        return [sorted(found, key=lambda hit: -hit.score)[:k] for found in hits]
 
     def _set_model(
         self, embed: Callable[[Sequence[Any]], np.ndarray] | None, fingerprint: str | None, by: str, every_slice: bool

@@ -57,7 +57,7 @@ class Document:
         row, embedded = as_row(item, name), item
         if isinstance(item, dict) or by in ("images", "texts"):
             check_row(row, len(row["images"]), name, loss=False)
-            embedded = _embedded(row, by, name, decode)
+            embedded = embedded_part(row, by, name, decode)
         images = [stored_image(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])]
         for n, image in enumerate(images):
             if image["bytes"] is None and not os.path.isfile(image["path"]):
@@ -131,7 +131,7 @@ def checked(embeddings: np.ndarray, name: str) -> np.ndarray:
     return embeddings
 
 
-def _embedded(row: dict[str, Any], by: str, where: str, decode: bool) -> Any:
+def embedded_part(row: dict[str, Any], by: str, where: str, decode: bool) -> Any:
     """What of a row is embedded: parts in reading order, their images as they are stored, or decoded for a function of the
     user's; the row itself for a whole conversation, whose roles count."""
     messages = fill_images(row["messages"], row["images"])

@@ -297,6 +297,20 @@ class SugarIndex(Index):
                 for row in zip(positions.tolist(), scores.tolist(), numbers, slices, strict=True)
             ]
 
+    def _search_late(self, query: np.ndarray, k: int) -> list[Hit]:
+        with self._lock:
+            best, start = np.full((len(query), len(self)), -np.inf, np.float32), 0
+            for matrix in self._matrices:
+                for block in np.split(matrix, range(1 << 16, len(matrix), 1 << 16)):
+                    numbers = self.origins[0][start : start + len(block)]
+                    first = np.flatnonzero(np.diff(numbers, prepend=-1))
+                    found = np.maximum.reduceat(query @ block.T, first, axis=1)
+                    best[:, numbers[first]] = np.maximum(best[:, numbers[first]], found)
+                    start += len(block)
+            scores, metadata = best.sum(axis=0), self._table["metadata"]
+            numbers = np.argsort(-scores, kind="stable")[:k].tolist()
+            return [Hit(n, float(scores[n]), json.loads(metadata[self._starts[n]].as_py())) for n in numbers]
+
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self.factory != "Flat":
             count = min(k * max(1, self.rescore_multiplier), len(self.origins[0]))

@@ -53,7 +53,8 @@ class LanceIndex(Index):
         if table in self._database.list_tables().tables:
             self._table = self._database.open_table(table)
             stored = json.loads((self._table.schema.metadata or {}).get(b"hf_sugar", b"{}"))
-            if "fingerprint" not in stored or "embeddings" not in self._table.schema.names:
+            columns = {"embeddings", "slices"} if stored.get("every_slice") else {"embeddings"}
+            if "fingerprint" not in stored or not columns <= {*self._table.schema.names}:
                 raise ValueError(
                     f"The table {table!r} in {uri} is not one of this version of hf_sugar. Choose another name."
                 )
@@ -90,6 +91,8 @@ class LanceIndex(Index):
                 dim = self.embed.dim if sugar else np.asarray(self.embed(["a"])).shape[1]
                 settings = {"fingerprint": self.fingerprint, "by": self.by, "every_slice": self.every_slice}
                 schema = item_features(dim).arrow_schema.append(pa.field("document", pa.int64()))
+                if self.every_slice:  # a multivector beside the first slice of a document, for late interaction
+                    schema = schema.append(pa.field("slices", pa.list_(pa.list_(pa.float32(), dim))))
                 schema = schema.with_metadata({"hf_sugar": json.dumps(settings)})
                 self._database.create_table(self._name, schema=schema)
             state.wait_for_everyone()
@@ -102,6 +105,9 @@ class LanceIndex(Index):
             if documents:
                 numbers = np.repeat([_number(document) for document in documents], list(map(len, embeddings)))
                 table = to_table(documents, embeddings).append_column("document", pa.array(numbers))
+                if self.every_slice:  # LanceDB 0.40 never finds a row without a multivector
+                    slices = [None if n else vectors.tolist() for vectors in embeddings for n in range(len(vectors))]
+                    table = table.append_column("slices", pa.array(slices, self._table.schema.field("slices").type))
                 self._table.merge_insert(["document", "slice"]).when_not_matched_insert_all().execute(table)
         state.wait_for_everyone()
         self._table = self._database.open_table(self._name)
@@ -112,19 +118,32 @@ class LanceIndex(Index):
         self._table.delete(_among(documents))
 
     def _search(self, queries: np.ndarray, k: int) -> list[list[Hit]]:
-        columns = ["document", "slice", "metadata", "_distance"]
-
-        def hit(document: int, slice: int, metadata: str, _distance: float) -> Hit:
-            return Hit(document, 1 - _distance, json.loads(metadata), slice if self.every_slice else None)
-
         return [
-            [hit(**row) for row in self._table.search(query).distance_type("dot").select(columns).limit(k).to_list()]
+            [
+                Hit(
+                    row["document"],
+                    1 - row["_distance"],
+                    json.loads(row["metadata"]),
+                    row["slice"] if self.every_slice else None,
+                )
+                for row in self._found(query, "embeddings", k)
+            ]
             for query in queries
         ]
 
+    def _search_late(self, query: np.ndarray, k: int) -> list[Hit]:
+        # the distance between multivectors is the number of vectors of the query minus MaxSim
+        found = self._found(query, "slices", k)
+        return [Hit(row["document"], len(query) - row["_distance"], json.loads(row["metadata"])) for row in found]
+
+    def _found(self, query: np.ndarray, column: str, k: int) -> list[dict[str, Any]]:
+        search = self._table.search(query, vector_column_name=column).distance_type("dot")
+        return search.select(["document", "slice", "metadata", "_distance"]).limit(k).to_list()
+
     def create_index(self, **settings: Any) -> None:
-        """Build an approximate index over what is in the table. Takes the arguments of LanceDB's `create_index`."""
-        self._table.create_index(metric="dot", **settings)
+        """Build an approximate index over what is in the table. Takes the arguments of LanceDB's `create_index`; late
+        interaction stays exact."""
+        self._table.create_index(metric="dot", **{"vector_column_name": "embeddings", **settings})
 
 
 def _number(document: Document) -> int:

@@ -50,13 +50,20 @@ def rag_messages(
     return [*asked[:start], *turns, *asked[start:]], [*(i for e in examples for i in e["images"]), *images]
 
 
-def find_examples(index: Index, questions: Sequence[dict[str, Any]], k: int) -> list[list[Hit]]:
+def find_examples(
+    index: Index, questions: Sequence[dict[str, Any]], k: int, rerank: int | None = None
+) -> list[list[Hit]]:
     """The answered questions of an index (built by `"question"`, with its embedding function) that are most similar to each
-    row of `questions`: at most `k`, most similar first. A row with an `id` is never its own example: documents that ask the
-    same about the same pictures are left out, whatever their id."""
+    row of `questions`: at most `k`, most similar first, of the `rerank` first hits as in [`~retrieval.base.Index.search`]. A
+    row with an `id` is never its own example: documents that ask the same about the same pictures are left out, whatever
+    their id."""
+
+    def search(queries: list[Any], wanted: int) -> list[list[Hit]]:
+        return index.search(queries, wanted, rerank=rerank and max(rerank, wanted))
+
     queries = [question_slices(question) for question in questions]
     result = []
-    for question, query, hits in zip(questions, queries, index.search(queries, k + 1), strict=True):
+    for question, query, hits in zip(questions, queries, search(queries, k + 1), strict=True):
         wanted = k + 1
         while True:
             documents: dict[int, Hit] = {}  # an index of every slice may find one at several places
@@ -66,7 +73,7 @@ def find_examples(index: Index, questions: Sequence[dict[str, Any]], k: int) -> 
             if len(documents) >= k or len(hits) < wanted:
                 break
             wanted *= 4
-            [hits] = index.search([query], wanted)
+            [hits] = search([query], wanted)
         result.append(list(documents.values())[:k])
     return result
 
@@ -81,14 +88,14 @@ def _asks(row: dict[str, Any], query: list[str | Image.Image]) -> bool:
 
 
 def rag_generator(
-    generate: Callable[[Sequence[dict[str, Any]]], list[str]], index: Index, k: int = 1
+    generate: Callable[[Sequence[dict[str, Any]]], list[str]], index: Index, k: int = 1, rerank: int | None = None
 ) -> Callable[[Sequence[dict[str, Any]]], list[str]]:
     """A generating function such as a [`SugarGenerator`] that first looks up `k` examples as [`find_examples`] does, the
     most similar one next to the question; to take the place of `generate` in [`hf_sugar.evaluation.exact_match`]."""
 
     def generate_with_examples(conversations: Sequence[dict[str, Any]]) -> list[str]:
         prompts = []
-        for row, hits in zip(conversations, find_examples(index, conversations, k), strict=True):
+        for row, hits in zip(conversations, find_examples(index, conversations, k, rerank), strict=True):
             examples = [index.documents[hit.index] for hit in reversed(hits)]
             messages, images = rag_messages(row["messages"], row["images"], examples)
             prompts.append({**row, "messages": messages, "images": images})
@@ -124,6 +131,7 @@ class SugarRAG:
         k (`int`, *optional*, defaults to `1`): Examples for a question.
         max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer; the context has to hold it as well.
         max_length (`int`, *optional*): Tokens of the context. By default what the model's configuration allows.
+        rerank (`int`, *optional*): How many hits the model looks at again to choose them, see [`SugarReranker`].
         generation_kwargs: Passed on to `model.generate`. Decoding is greedy unless `do_sample` says otherwise.
 
     Example:
@@ -146,10 +154,11 @@ class SugarRAG:
         k: int = 1,
         max_new_tokens: int = 256,
         max_length: int | None = None,
+        rerank: int | None = None,
         **generation_kwargs: Any,
     ):
         self.generator = SugarGenerator(model, processor)
-        self.index, self.k = index, k
+        self.index, self.k, self.rerank = index, k, rerank
         self.max_length = max_length or self.generator.max_length
         self.generation_kwargs = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_kwargs}
 
@@ -166,7 +175,7 @@ class SugarRAG:
         last = question["messages"][-1]["role"]
         if last != "user":
             raise ValueError(f"The last turn of the question is the {last}'s; there is nothing to answer.")
-        [hits] = [[]] if self.index is None else find_examples(self.index, [question], self.k)
+        [hits] = [[]] if self.index is None else find_examples(self.index, [question], self.k, self.rerank)
         new_tokens = self.generation_kwargs["max_new_tokens"]
         for used in range(len(hits), -1, -1):
             rows = [self.index.documents[hit.index] for hit in hits[:used]]
