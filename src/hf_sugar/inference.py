@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -19,7 +19,14 @@ from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreame
 from .data import load_image
 from .data.images import image_size
 from .models.fingerprint_sugar import fingerprint
-from .models.rows_sugar import IMAGE_SUFFIXES, check_row, conversation_row, fill_images, row_name
+from .models.rows_sugar import (
+    IMAGE_SUFFIXES,
+    check_row,
+    conversation_row,
+    fill_images,
+    row_name,
+    with_instruction,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -133,17 +140,30 @@ class SugarEmbedder:
         trained = self.project and self.pooling == "slice"
         how = "" if trained else f"#{self.pooling}, project={self.project}"
         how += f"#truncate_dim={self.truncate_dim}" if self.truncate_dim else ""
+        if instruction := self.instruction("document"):
+            how = f"{how or '#'} {instruction}"
         return fingerprint(self.model, adapters=True) + how
 
-    def __call__(self, items: Sequence[Any]) -> np.ndarray:
+    def instruction(self, role: str | None) -> str | None:
+        """What the model's configuration says to it before a `"query"` or a `"document"`."""
+        if role not in (None, "query", "document"):
+            raise ValueError(f"`role` is {role!r}; use 'query' or 'document'.")
+        return role and getattr(self.model.config, f"{role}_instruction")
+
+    def __call__(self, items: Sequence[Any], role: str | None = None) -> np.ndarray:
         """Embeddings of whole items, each as [`~inference.as_row`] takes it: float32 of shape `(items, dim)`, L2-normalised.
+        `role` may be `"query"` or `"document"`, for the instruction of the model's configuration, if it has one.
         A `TypeError` for another type or a single item; a `ValueError` that names an item which is empty, damaged or too long
         for the model, or whose embedding is not finite, and for no items."""
-        return np.stack([embeddings[-1] for embeddings in self.every_slice(items)])
+        return np.stack([embeddings[-1] for embeddings in self.every_slice(items, role=role)])
 
     @torch.no_grad()
     def every_slice(
-        self, items: Sequence[Any], errors: dict[int, ValueError] | None = None, names: Sequence[str] | None = None
+        self,
+        items: Sequence[Any],
+        errors: dict[int, ValueError] | None = None,
+        names: Sequence[str] | None = None,
+        role: str | None = None,
     ) -> list[np.ndarray]:
         """
         Embeddings of all prefixes of items that end with a slice, from one forward pass: of shape `(slices, dim)` for each
@@ -154,7 +174,9 @@ class SugarEmbedder:
             errors (`dict[int, ValueError]`, *optional*):
                 Where to put what is wrong with which item, whose embeddings are `None` then.
             names (`Sequence[str]`, *optional*): What errors call the items; by default `item 0` and so on.
+            role (`str`, *optional*): As for whole items.
         """
+        instruction = self.instruction(role)
         if isinstance(items, str | dict | Path | Image.Image):
             raise TypeError(f"`items` is a single {type(items).__name__}. Put it in a list.")
         if len(items) == 0:
@@ -173,20 +195,25 @@ class SugarEmbedder:
         result: list[Any] = [None] * len(items)
         with _evaluating(self.model):
             for rows in _batches(self, len(items), read, "Embedding"):
-                rows, inputs = self._inputs(rows, names, errors)
+                rows, inputs = self._inputs(rows, names, errors, instruction)
                 if rows:
                     for n, embeddings in zip(rows, self._forward(inputs, [names[n] for n in rows]), strict=True):
                         result[n] = embeddings
         return result
 
     def _inputs(
-        self, rows: dict[int, dict[str, Any]], names: Sequence[str], errors: dict[int, ValueError] | None
+        self,
+        rows: dict[int, dict[str, Any]],
+        names: Sequence[str],
+        errors: dict[int, ValueError] | None,
+        instruction: str | None,
     ) -> tuple[dict[int, dict[str, Any]], BatchFeature | None]:
         """The rows that can be encoded, and their inputs. Where a batch cannot be, each row is tried alone."""
         limit = self.model.config.get_text_config().max_position_embeddings
         called = [names[n] for n in rows]
         try:
             conversations = [_filled(row, name) for row, name in zip(rows.values(), called, strict=True)]
+            conversations = [with_instruction(messages, instruction) for messages in conversations]
             return rows, self.processor.encode_conversations(conversations, names=called, max_length=limit)
         except ValueError as error:
             if errors is None:
@@ -194,10 +221,10 @@ class SugarEmbedder:
             if len(rows) == 1:
                 errors[next(iter(rows))] = error
                 return {}, None
-            good = {n: row for n, row in rows.items() if self._inputs({n: row}, names, errors)[0]}
+            good = {n: row for n, row in rows.items() if self._inputs({n: row}, names, errors, instruction)[0]}
             if len(good) == len(rows):
                 raise
-            return self._inputs(good, names, errors) if good else ({}, None)
+            return self._inputs(good, names, errors, instruction) if good else ({}, None)
 
     def _forward(self, inputs: BatchFeature, names: list[str]) -> list[np.ndarray]:
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
@@ -211,6 +238,11 @@ class SugarEmbedder:
                     f"The embedding of {name} is not finite in {self.model.dtype}. Load the model in bfloat16 or float32."
                 )
         return [row[:count] for row, count in zip(embeddings, mask.sum(dim=1).tolist(), strict=True)]
+
+
+def in_role(embed: Callable[..., np.ndarray], role: str) -> Callable[[Sequence[Any]], np.ndarray]:
+    """An embedding function for items that are a `"query"` or a `"document"`; itself, where nothing is said to it."""
+    return partial(embed, role=role) if isinstance(embed, SugarEmbedder) and embed.instruction(role) else embed
 
 
 class SugarGenerator:

@@ -13,7 +13,8 @@ from ..inference import SugarEmbedder
 
 class MTEBModel(AbsEncoder):
     """
-    Model for `mteb.evaluate`. A text, an image, and an image with a text are one item each; instructions are not used.
+    Model for `mteb.evaluate`. A text, an image, and an image with a text are one item each. What `mteb` calls
+    queries and documents gets the instructions of the model's configuration, if it has any; those of `mteb` are not used.
 
     Args:
         model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]): Model and its processor.
@@ -42,7 +43,7 @@ class MTEBModel(AbsEncoder):
                 "revision": hashlib.sha256(self.embedder.fingerprint.encode()).hexdigest()[:32],
                 "modalities": ["text", "image"],
                 "similarity_fn_name": ScoringFunction.COSINE,
-                "use_instructions": False,
+                "use_instructions": any(map(self.embedder.instruction, ("query", "document"))),
                 "framework": ["PyTorch", "Transformers"],
                 "embed_dim": self.embedder.dim,
                 "max_tokens": model.config.get_text_config().max_position_embeddings,
@@ -50,8 +51,9 @@ class MTEBModel(AbsEncoder):
             }
         )
 
-    def encode(self, inputs: Any, *, batch_size: int = 32, **kwargs: Any) -> np.ndarray:
-        """Embeddings of shape `(items, dim)` of batches with `text`, `image` or both; what else mteb says changes nothing."""
+    def encode(self, inputs: Any, *, batch_size: int = 32, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
+        """Embeddings of shape `(items, dim)` of batches with `text`, `image` or both, queries or documents by `prompt_type`;
+        what else mteb says changes nothing."""
         self.embedder.batch_size = batch_size
         embeddings = []
         for batch in inputs:
@@ -61,5 +63,5 @@ class MTEBModel(AbsEncoder):
             items = [
                 [part for part in parts if part is not None and part != ""] for parts in zip(*columns, strict=True)
             ]
-            embeddings.append(self.embedder(items))
+            embeddings.append(self.embedder(items, prompt_type and prompt_type.value))
         return np.concatenate(embeddings)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..data import load_data, load_table
 from ..data.images import load_image, row_slices, undecoded
+from ..inference import in_role
 from ..models.rows_sugar import conversation_row, fill_images, row_name
 from ..retrieval.rag import split_answer
 from .metrics import Estimate, recall_at_k
@@ -250,8 +251,12 @@ class Search(NamedTuple):
 
 def recall(embed: EmbedFunction | None, searches: dict[str, Search], ks: Sequence[int] = KS) -> dict[str, Any]:
     """`<name>_recall@<k>` of each search: an [`Estimate`], or without `embed` that of candidates in random order."""
-    lists = {id(items): items for s in searches.values() for items in (s.candidates, s.queries)}  # shared by searches
-    embedded = {} if embed is None else {key: embed(items) for key, items in lists.items()}
+    as_query, as_candidate = (in_role(embed, role) for role in ("query", "document"))
+    embedded = {}  # lists are shared by searches
+    for search in searches.values() if embed is not None else ():
+        for how, items in ((as_candidate, search.candidates), (as_query, search.queries)):
+            if (how, id(items)) not in embedded:
+                embedded[how, id(items)] = how(items)
     results = {}
     for name, search in searches.items():
         excluded = search.excluded or [set()] * len(search.queries)
@@ -261,7 +266,7 @@ def recall(embed: EmbedFunction | None, searches: dict[str, Search], ks: Sequenc
                 missed = map(_chance_to_miss, search.relevant, sizes, [k] * len(sizes))
                 results[f"{name}_recall@{k}"] = 100 - 100 * float(np.mean([*missed]))
             continue
-        queries, candidates = embedded[id(search.queries)], embedded[id(search.candidates)]
+        queries, candidates = embedded[as_query, id(search.queries)], embedded[as_candidate, id(search.candidates)]
         found = []
         for start in range(0, len(search.queries), CHUNK):
             block = slice(start, start + CHUNK)
@@ -396,7 +401,7 @@ def winoground(embed: EmbedFunction | None, rows: Sequence[dict[str, Any]]) -> d
     for n, row in enumerate(rows):
         captions += [row["caption_0"], row["caption_1"]]
         images += _pair_images(row, f"row {n}")
-    of_captions, of_images = embed(captions), embed(images)
+    of_captions, of_images = in_role(embed, "query")(captions), in_role(embed, "document")(images)
     pairs = [slice(start, start + 2) for start in range(0, len(images), 2)]
     s = np.stack([of_captions[pair] @ of_images[pair].T for pair in pairs])  # row, caption, image
     text = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])

@@ -35,6 +35,8 @@ class SugarConfig(PreTrainedConfig):
             gradient.
         rerank_prompt (`str`, *optional*):
             What a reranker asks of a `{query}` and a `{document}`; the answer is "yes" or "no".
+        query_instruction, document_instruction (`str`, *optional*):
+            What is said to the model, as its system message, before a query and before a document that it embeds.
         backbone_name_or_path, backbone_revision (`str`, *optional*):
             Set in an adapter repository: where the backbone's weights are, and their commit.
         backbone_fingerprint (`str`, *optional*):
@@ -53,6 +55,8 @@ class SugarConfig(PreTrainedConfig):
     matryoshka_dims: list[int] | None = None
     initializer_range: float | None = None
     rerank_prompt: str = "Query: {query} Document: {document} Does the document match the query? Answer yes or no."
+    query_instruction: str | None = None
+    document_instruction: str | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
     backbone_fingerprint: str | None = None

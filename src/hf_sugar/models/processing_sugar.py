@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.utils import is_torchvision_available, logging
 
-from .rows_sugar import IMAGE_SUFFIXES, fill_images, to_rgb
+from .rows_sugar import IMAGE_SUFFIXES, fill_images, to_rgb, with_instruction
 
 
 logger = logging.get_logger(__name__)
@@ -231,7 +231,9 @@ class SugarProcessor(ProcessorMixin):
         of_texts = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [len(ids) + sum(next(counts) for _ in row) for ids, row in zip(of_texts, image_sizes)]
 
-    def embed_inputs(self, items: Sequence[Any], max_length: int | None = None) -> BatchFeature:
+    def embed_inputs(
+        self, items: Sequence[Any], max_length: int | None = None, instruction: str | None = None
+    ) -> BatchFeature:
         """
         Model inputs for [`SugarForConditionalGeneration.embed`].
 
@@ -243,6 +245,8 @@ class SugarProcessor(ProcessorMixin):
                 and `images` in the conversational vision format. All but rows are taken as one user message, as documents
                 are in training. One item that is no list may be given as it is.
             max_length (`int`, *optional*): longest sequence that the model takes.
+            instruction (`str`, *optional*):
+                What is said before them: `query_instruction` or `document_instruction` of the model's configuration.
 
         Returns:
             `BatchFeature`: as of [`~SugarProcessor.encode_conversations`].
@@ -267,6 +271,7 @@ class SugarProcessor(ProcessorMixin):
                 raise ValueError(f"{name} is an empty list; there is nothing to embed.")
             content = [_content_part(part, f"{name}[{n}]" if len(parts) > 1 else name) for n, part in enumerate(parts)]
             conversations.append([{"role": "user", "content": content}])
+        conversations = [with_instruction(messages, instruction) for messages in conversations]
         return self.encode_conversations(conversations, names=names, max_length=max_length)
 
     def encode_conversations(

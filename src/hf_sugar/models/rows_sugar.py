@@ -173,6 +173,16 @@ def fill_images(
     return filled
 
 
+def with_instruction(messages: list[dict[str, Any]], instruction: str | None) -> list[dict[str, Any]]:
+    """Messages that [`fill_images`] gave, with an instruction at the beginning of their system message, which is no slice."""
+    if not instruction:
+        return messages
+    part = {"type": "text", "text": instruction.strip()}
+    if messages[0]["role"] == "system":
+        return [{**messages[0], "content": [part, *messages[0]["content"]]}, *messages[1:]]
+    return [{"role": "system", "content": [part]}, *messages]
+
+
 def iter_slices(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The slices of messages that [`fill_images`] gave, in reading order: every content part outside of system messages."""
     for message in messages:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import undecoded
 from ..distributed import distributed_state
-from ..inference import SugarEmbedder
+from ..inference import SugarEmbedder, in_role
 from ..models.fingerprint_sugar import same_fingerprint
 from ..models.rows_sugar import row_name
 from .documents import PARTS, Document, checked, embedded_part
@@ -150,7 +150,7 @@ class Index(ABC):
                 raise ValueError("`late` needs an index of every slice: build it with `every_slice=True`.")
             if len(queries) == 0:
                 return []
-            queries = self.embed.every_slice(queries) if late else self.embed(queries)
+            queries = self.embed.every_slice(queries, role="query") if late else in_role(self.embed, "query")(queries)
         sizes = list(map(len, queries)) if late else []
         queries = checked(np.concatenate(queries) if late else queries, "queries")
         if queries.shape[1] != self.dim:
@@ -195,7 +195,8 @@ class Index(ABC):
         (first, _, how), (second, _, how_asked) = stored.partition("#"), self.fingerprint.partition("#")
         if how != how_asked or not same_fingerprint(first, second):
             raise ValueError(
-                f"{where} was built with another model, pooling or `truncate_dim`. Load that model, or build the index anew."
+                f"{where} was built with another model, pooling, `truncate_dim` or instruction. Load that model, or build the "
+                "index anew."
             )
 
     def _ranks(self) -> tuple[int, int]:
@@ -243,7 +244,7 @@ class Index(ABC):
         items = [document.embedded for document in documents]
         if isinstance(self.embed, SugarEmbedder):
             names = [document.name for document in documents]
-            found = self.embed.every_slice(items, errors if on_bad_row == "skip" else None, names)
+            found = self.embed.every_slice(items, errors if on_bad_row == "skip" else None, names, "document")
             embeddings = [e if self.every_slice else e[-1:] for e in found if e is not None]
         else:
             embeddings = list(np.asarray(self.embed(items), dtype=np.float32)[:, None])

@@ -21,14 +21,14 @@ from .mine import question_and_answers
 YES, NO = "yes", "no"
 
 
-def rerank_row(query: Any, document: Any, prompt: str, answer: str = YES, name: str = "document") -> dict[str, Any]:
+def rerank_row(query: Any, document: Any, prompt: str, answer: str | None = None, name: str = "document") -> dict[str, Any]:
     """
     The question whether a document matches a query, with its answer, as a row in the conversational vision format.
 
     Args:
         query, document: What [`~inference.as_row`] takes. Of a conversation everything is read.
         prompt (`str`): The wording, with `{query}` and `{document}`, as [`SugarConfig`] has it.
-        answer (`str`, *optional*, defaults to `"yes"`): `"yes"` or `"no"`.
+        answer (`str`, *optional*): `"yes"` or `"no"`; without one the row is the question alone.
         name (`str`, *optional*, defaults to `"document"`): What errors call the document.
     """
     given = {"{query}": (query, "the query"), "{document}": (document, name)}
@@ -46,8 +46,9 @@ def rerank_row(query: Any, document: Any, prompt: str, answer: str = YES, name: 
                 # one part of adjacent texts: some chat templates put nothing between two
                 joined = content.pop()["text"] + " " if content and content[-1]["type"] == "text" else ""
                 content.append({"type": "text", "text": joined + text})
-    reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    messages = [{"role": "user", "content": content}, reply]
+    messages = [{"role": "user", "content": content}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return {"messages": messages, "images": images, "loss_on": "answers", "structure": False, "id": None}
 
 
