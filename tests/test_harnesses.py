@@ -89,6 +89,15 @@ def test_mteb(model, world):
     found = recall_at_k(short(texts) @ short(images).T, list(range(SIZE)), ks=(5,))[5]
     scores = retrieval("t2i", {"text": texts}, {"image": images})(model, truncate_dim=3)
     assert scores["recall_at_5"] == pytest.approx(found.mean(), abs=1e-4)
+    config = model[0].config
+    config.query_instruction, config.document_instruction = "Find the picture.", "A picture."
+    scores = retrieval("t2i", {"text": texts}, {"image": images})(model)
+    found = recall_at_k(embed(texts, "query") @ embed(images, "document").T, list(range(SIZE)), ks=(1, 3, 5, 10))
+    plain = recall_at_k(embed(texts) @ embed(images).T, list(range(SIZE)), ks=(1, 3, 5, 10))
+    config.query_instruction = config.document_instruction = None
+    for k, hits in found.items():
+        assert scores[f"recall_at_{k}"] == pytest.approx(hits.mean(), abs=1e-4)
+    assert any((hits != plain[k]).any() for k, hits in found.items())
     # the very picture with its caption is found; pictures alone, so that nothing but them can tell the documents apart
     same = {"image": images, "text": texts}
     assert retrieval("it2it", same, same)(model)["recall_at_1"] == 1

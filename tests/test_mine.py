@@ -1,6 +1,7 @@
 """Hard negatives: against a search of every candidate for every row, and from the command line to the loss."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -157,17 +158,28 @@ def test_from_the_command_line_to_the_loss(backbone, teachers, tmp_path, capsys)
         "output": str(output),
         "teachers": teachers,
         "num_negatives": 2,
+        "rerank_rows": str(tmp_path / "yes-or-no"),
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
     command = ["mine", model, "--config", str(tmp_path / "mine.yaml")]
     main(command)
-    assert f"8 rows with negatives -> {output}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"8 rows with negatives -> {output}" in printed and "rows that teach reranking -> " in printed
     with pytest.raises(ValueError, match="is there already. Name another directory, or set `overwrite`"):
         main(command)
     before = load_from_disk(output)["negatives"][:]
     main([*command, "--num_negatives", "3", "--overwrite"])
     mined = load_data(str(output))
     assert [found[:2] for found in mined["negatives"]] == before and max(map(len, mined["negatives"])) == 3
+
+    yes_or_no = load_data([str(output), str(tmp_path / "yes-or-no")]).select(range(8, 8 + 8 + sum(map(bool, before))))
+    words = [messages[1]["content"][0]["text"] for messages in yes_or_no["messages"]]
+    assert words.count("yes") == 8 and words.count("no") == sum(map(bool, before)) and not any(yes_or_no["structure"])
+    args = config(tmp_path / "taught", teachers, max_steps=1, per_device_train_batch_size=16)
+    SugarTrainer(backbone, args, train_dataset=load_data([str(output), str(tmp_path / "yes-or-no")])).train()
+    main(["search", model, "a red circle", "--index", str(tmp_path / "index"), "--k", "2", "--rerank", "5", "--json"])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len(found) == 2 and 1 > found[0]["score"] >= found[1]["score"] > 0
 
     args = config(tmp_path / "trained", teachers, max_steps=1, per_device_train_batch_size=8)
     trainer, seen = SugarTrainer(backbone, args, train_dataset=mined), []

@@ -86,7 +86,8 @@ def test_scores_against_the_stock_model(model, config, prompt):
 def test_the_prompt_is_in_the_checkpoint(model, config, tmp_path):
     config.rerank_prompt = "{query} {document} Well?"
     model[0].save_pretrained(tmp_path)
-    assert SugarForConditionalGeneration.from_pretrained(tmp_path).config.rerank_prompt == "{query} {document} Well?"
+    loaded = SugarForConditionalGeneration.from_pretrained(tmp_path, query_instruction="find it").config
+    assert (loaded.rerank_prompt, loaded.query_instruction) == ("{query} {document} Well?", "find it")
     with pytest.raises(ValueError, match="it needs {query} and {document}, each once"):
         SugarConfig(rerank_prompt="Well, {query}?")
 
@@ -105,9 +106,9 @@ def test_what_cannot_be_reranked(model, embed, tmp_path):
     plain = SugarIndex(np.eye(2, 16, dtype=np.float32), embed=lambda items: np.eye(2, 16, dtype=np.float32))
     for at, queries, settings, message in (
         (index, ["a"], {"rerank": 1}, "`rerank` is 1 and `k` 2"),
-        (index, embed(["a"]), {"rerank": 5}, "need the queries themselves"),
+        (index, embed(["a"]), {"rerank": 5}, "need queries that are not embedded"),
         (index, ["a"], {"late": True}, "build it with `every_slice=True`"),
-        (plain, ["a"], {"rerank": 5}, "whose `embed` is a `SugarEmbedder`"),
+        (plain, ["a"], {"rerank": 5}, "a `SugarEmbedder` for `embed`"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             at.search(queries, 2, **settings)

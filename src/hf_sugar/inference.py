@@ -19,14 +19,7 @@ from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreame
 from .data import load_image
 from .data.images import image_size
 from .models.fingerprint_sugar import fingerprint
-from .models.rows_sugar import (
-    IMAGE_SUFFIXES,
-    check_row,
-    conversation_row,
-    fill_images,
-    row_name,
-    with_instruction,
-)
+from .models.rows_sugar import IMAGE_SUFFIXES, check_row, conversation_row, fill_images, instructed, row_name
 
 
 logger = logging.getLogger(__name__)
@@ -213,7 +206,7 @@ class SugarEmbedder:
         called = [names[n] for n in rows]
         try:
             conversations = [_filled(row, name) for row, name in zip(rows.values(), called, strict=True)]
-            conversations = [with_instruction(messages, instruction) for messages in conversations]
+            conversations = [instructed(messages, instruction) for messages in conversations]
             return rows, self.processor.encode_conversations(conversations, names=called, max_length=limit)
         except ValueError as error:
             if errors is None:
@@ -330,31 +323,20 @@ class SugarGenerator:
 
     @torch.no_grad()
     def choose(
-        self, conversations: Sequence[dict[str, Any]], answers: Sequence[str], names: Sequence[str] | None = None
+        self, conversations: Sequence[dict[str, Any]], answer: str, other: str, names: Sequence[str] | None = None
     ) -> np.ndarray:
-        """
-        How probable each of some answers is against the others, by the first token in which they differ.
-
-        Args:
-            conversations (`Sequence[dict]`): As for generating, with the same errors.
-            answers (`Sequence[str]`): Answers of which no two begin alike.
-            names (`Sequence[str]`, *optional*): What errors call the conversations.
-
-        Returns:
-            `np.ndarray` of shape `(conversations, answers)`, float32: probabilities that sum to 1.
-        """
+        """How probable an answer is against another, by the first token in which they differ: float32 of shape
+        `(conversations,)`. Conversations and errors are as for generating; errors call them `names`."""
         names = names or [row_name(row, n) for n, row in enumerate(conversations)]
         asked = {"messages": [{"role": "user", "content": "a"}]}
-        encoded = [self._answered([asked], answer, ["a"]) for answer in answers]
-        tokens = list(zip(*(each["input_ids"][each["labels"] != -100].tolist() for each in encoded), strict=False))
-        place = next((n for n, several in enumerate(tokens) if len(set(several)) > 1), 0)
-        if len(set(tokens[place])) < len(answers):
-            raise ValueError(f"Some of the answers {', '.join(map(repr, answers))} begin alike. Give others.")
-        result = np.empty((len(conversations), len(answers)), np.float32)
+        encoded = [self._answered([asked], each, ["a"]) for each in (answer, other)]
+        tokens = zip(*(each["input_ids"][each["labels"] != -100].tolist() for each in encoded), strict=False)
+        place, tokens = next((n, pair) for n, pair in enumerate(tokens) if pair[0] != pair[1])
+        margins = np.empty(len(conversations), np.float32)
         with _evaluating(self.model):
             read = conversations.__getitem__
             for rows in _batches(len(conversations), read, self.batch_size, "Scoring", self.progress):
-                inputs = self._answered(list(rows.values()), answers[0], [names[n] for n in rows])
+                inputs = self._answered(list(rows.values()), answer, [names[n] for n in rows])
                 inputs = inputs.to(self.model.device, dtype=self.model.dtype)
                 at = (inputs.pop("labels") != -100).int().argmax(dim=1) + place - 1
                 kept, column = at.unique(return_inverse=True)
@@ -362,12 +344,14 @@ class SugarGenerator:
                     inputs["logits_to_keep"] = kept
                 else:
                     column = at
-                logits = self.model(**inputs, use_cache=False).logits[torch.arange(len(at)), column]
-                result[list(rows)] = logits[:, list(tokens[place])].float().softmax(dim=-1).cpu().numpy()
-        for name, row in zip(names, result, strict=True):
-            if not np.isfinite(row).all():
-                raise ValueError(f"The score of {name} is not finite in {self.model.dtype}. Load it in another dtype.")
-        return result
+                logits = self.model(**inputs, use_cache=False).logits[torch.arange(len(at)), column].float()
+                margins[list(rows)] = (logits[:, tokens[0]] - logits[:, tokens[1]]).cpu().numpy()
+        for name, margin in zip(names, margins, strict=True):
+            if not np.isfinite(margin):
+                raise ValueError(
+                    f"The score of {name} is not finite in {self.model.dtype}. Load the model in bfloat16 or float32."
+                )
+        return torch.from_numpy(margins).sigmoid().numpy()
 
     def _answered(self, conversations: Sequence[dict[str, Any]], answer: str, names: Sequence[str]) -> BatchFeature:
         """Inputs of conversations with an answer, as training has them: `labels` are of that answer alone."""

@@ -26,7 +26,9 @@ class MineArguments:
     on_bad_row: str = setting("What to do with a malformed row.", "error", choices=["error", "skip"])
     overwrite: bool = setting("Replace what is in `output`.", False)
     teachers: dict | str | None = setting("Frozen encoders: {image: ..., text: ..., cross: ...}, or 'tiny'.", None)
-    rerank_rows: str | None = setting("Directory for rows that teach reranking, made of the same negatives.", None)
+    rerank_rows: str | None = setting(
+        "Directory for rows that teach reranking, of each right answer and the first negatives.", None
+    )
     num_negatives: int = setting("Most negatives of a row.", 4)
     num_candidates: int = setting("Hits that they are chosen from.", 50)
     margin: float = setting(
@@ -49,7 +51,7 @@ def mine(model: ModelArguments, args: MineArguments) -> Dataset:
     datasets = [(mined, "rows with negatives")]
     if args.rerank_rows is not None:
         prompt = index.embed.model.config.rerank_prompt
-        datasets.append((rerank_rows(mined, prompt, args.num_negatives), "rows that teach reranking"))
+        datasets.append((rerank_rows(mined, prompt), "rows that teach reranking"))
     for output, (dataset, what) in zip(outputs, datasets, strict=True):
         with replacing(output) as path:
             dataset.save_to_disk(path)

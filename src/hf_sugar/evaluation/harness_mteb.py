@@ -37,10 +37,11 @@ class MTEBModel(AbsEncoder):
         self, model: torch.nn.Module, processor: Any, name: str | None = None, truncate_dim: int | None = None
     ):
         self.embedder = SugarEmbedder(model, processor, truncate_dim=truncate_dim)
+        identity = self.embedder.fingerprint + (self.embedder.instruction("query") or "")
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
                 "name": name or f"local/{model.name_or_path.rstrip('/').split('/')[-1] or 'sugar'}",
-                "revision": hashlib.sha256(self.embedder.fingerprint.encode()).hexdigest()[:32],
+                "revision": hashlib.sha256(identity.encode()).hexdigest()[:32],
                 "modalities": ["text", "image"],
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "use_instructions": any(map(self.embedder.instruction, ("query", "document"))),

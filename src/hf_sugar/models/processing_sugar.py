@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.utils import is_torchvision_available, logging
 
-from .rows_sugar import IMAGE_SUFFIXES, fill_images, to_rgb, with_instruction
+from .rows_sugar import IMAGE_SUFFIXES, fill_images, instructed, to_rgb
 
 
 logger = logging.get_logger(__name__)
@@ -271,7 +271,7 @@ class SugarProcessor(ProcessorMixin):
                 raise ValueError(f"{name} is an empty list; there is nothing to embed.")
             content = [_content_part(part, f"{name}[{n}]" if len(parts) > 1 else name) for n, part in enumerate(parts)]
             conversations.append([{"role": "user", "content": content}])
-        conversations = [with_instruction(messages, instruction) for messages in conversations]
+        conversations = [instructed(messages, instruction) for messages in conversations]
         return self.encode_conversations(conversations, names=names, max_length=max_length)
 
     def encode_conversations(

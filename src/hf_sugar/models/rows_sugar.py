@@ -173,7 +173,7 @@ def fill_images(
     return filled
 
 
-def with_instruction(messages: list[dict[str, Any]], instruction: str | None) -> list[dict[str, Any]]:
+def instructed(messages: list[dict[str, Any]], instruction: str | None) -> list[dict[str, Any]]:
     """Messages that [`fill_images`] gave, with an instruction at the beginning of their system message, which is no slice."""
     if not instruction:
         return messages

@@ -135,24 +135,24 @@ class Index(ABC):
             raise ValueError(f"`k` is {k}; ask for at least 1 hit.")
         if rerank is not None and rerank < k:
             raise ValueError(f"`rerank` is {rerank} and `k` {k}: look again at no fewer hits than you ask for.")
-        items = None if isinstance(queries, np.ndarray) else queries
-        if items is None:
-            if late or rerank:
-                raise TypeError("`late` and `rerank` need the queries themselves, not their embeddings.")
-        else:
+        items, embed = queries, in_role(self.embed, "query")
+        if (late or rerank) and (isinstance(items, np.ndarray) or not isinstance(self.embed, SugarEmbedder)):
+            raise ValueError(
+                "`late` and `rerank` need queries that are not embedded, and a `SugarEmbedder` for `embed`."
+            )
+        if late and not self.every_slice:
+            raise ValueError("`late` needs an index of every slice: build it with `every_slice=True`.")
+        if not isinstance(queries, np.ndarray):
             if not isinstance(queries, Sequence) or isinstance(queries, str):
                 raise TypeError(f"`queries` is a single {type(queries).__name__}. Put it in a list.")
-            if self.embed is None:
+            if embed is None:
                 raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`.")
-            if (late or rerank) and not isinstance(self.embed, SugarEmbedder):
-                raise ValueError("`late` and `rerank` need an index whose `embed` is a `SugarEmbedder`.")
-            if late and not self.every_slice:
-                raise ValueError("`late` needs an index of every slice: build it with `every_slice=True`.")
             if len(queries) == 0:
                 return []
-            queries = self.embed.every_slice(queries, role="query") if late else in_role(self.embed, "query")(queries)
-        sizes = list(map(len, queries)) if late else []
-        queries = checked(np.concatenate(queries) if late else queries, "queries")
+            queries = self.embed.every_slice(queries, role="query") if late else embed(queries)
+        if late:
+            sizes, queries = list(map(len, queries)), np.concatenate(queries)
+        queries = checked(queries, "queries")
         if queries.shape[1] != self.dim:
             raise ValueError(f"`queries` have dimension {queries.shape[1]} but the index has {self.dim}.")
         if late:

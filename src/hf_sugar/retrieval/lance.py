@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,31 +119,23 @@ class LanceIndex(Index):
         self._table.delete(_among(documents))
 
     def _search(self, queries: np.ndarray, k: int) -> list[list[Hit]]:
-        return [
-            [
-                Hit(
-                    row["document"],
-                    1 - row["_distance"],
-                    json.loads(row["metadata"]),
-                    row["slice"] if self.every_slice else None,
-                )
-                for row in self._found(query, "embeddings", k)
-            ]
-            for query in queries
-        ]
+        return [self._hits(query, "embeddings", 1, k) for query in queries]
 
     def _search_late(self, query: np.ndarray, k: int) -> list[Hit]:
-        # the distance between multivectors is the number of vectors of the query minus MaxSim
-        found = self._found(query, "slices", k)
-        return [Hit(row["document"], len(query) - row["_distance"], json.loads(row["metadata"])) for row in found]
+        # the distance of multivectors is the number of vectors of the query minus MaxSim
+        return [replace(hit, slice=None) for hit in self._hits(query, "slices", len(query), k)]
 
-    def _found(self, query: np.ndarray, column: str, k: int) -> list[dict[str, Any]]:
-        search = self._table.search(query, vector_column_name=column).distance_type("dot")
-        return search.select(["document", "slice", "metadata", "_distance"]).limit(k).to_list()
+    def _hits(self, query: np.ndarray, column: str, highest: int, k: int) -> list[Hit]:
+        columns = ["document", "slice", "metadata", "_distance"]
+        search = self._table.search(query, vector_column_name=column).distance_type("dot").select(columns)
+
+        def hit(document: int, slice: int, metadata: str, _distance: float) -> Hit:
+            return Hit(document, highest - _distance, json.loads(metadata), slice if self.every_slice else None)
+
+        return [hit(**row) for row in search.limit(k).to_list()]
 
     def create_index(self, **settings: Any) -> None:
-        """Build an approximate index over what is in the table. Takes the arguments of LanceDB's `create_index`; late
-        interaction stays exact."""
+        """Build an approximate index over what is in the table. Takes the arguments of LanceDB's `create_index`."""
         self._table.create_index(metric="dot", **{"vector_column_name": "embeddings", **settings})
 
 

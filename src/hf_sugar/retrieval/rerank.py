@@ -21,7 +21,9 @@ from .mine import question_and_answers
 YES, NO = "yes", "no"
 
 
-def rerank_row(query: Any, document: Any, prompt: str, answer: str | None = None, name: str = "document") -> dict[str, Any]:
+def rerank_row(
+    query: Any, document: Any, prompt: str, answer: str | None = None, name: str = "document"
+) -> dict[str, Any]:
     """
     The question whether a document matches a query, with its answer, as a row in the conversational vision format.
 
@@ -100,7 +102,7 @@ class SugarReranker:
         names = names or [f"document {n}" for n in range(len(pairs))]
         prompt = self.generator.model.config.rerank_prompt
         rows = [rerank_row(*pair, prompt, name=name) for pair, name in zip(pairs, names, strict=True)]
-        return self.generator.choose(rows, (YES, NO), names)[:, 0]
+        return self.generator.choose(rows, YES, NO, names)
 
 
 def rerank_rows(dataset: Dataset, prompt: str = SugarConfig.rerank_prompt, num_negatives: int = 1) -> Dataset:
