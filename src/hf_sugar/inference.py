@@ -156,6 +156,7 @@ class SugarEmbedder:
         items: Sequence[Any],
         errors: dict[int, ValueError] | None = None,
         names: Sequence[str] | None = None,
+        lengths: dict[int, int] | None = None,
         role: str | None = None,
     ) -> list[np.ndarray]:
         """
@@ -167,6 +168,7 @@ class SugarEmbedder:
             errors (`dict[int, ValueError]`, *optional*):
                 Where to put what is wrong with which item, whose embeddings are `None` then.
             names (`Sequence[str]`, *optional*): What errors call the items; by default `item 0` and so on.
+            lengths (`dict[int, int]`, *optional*): Where to put how many tokens each item has.
             role (`str`, *optional*): As for whole items.
         """
         instruction = self.instruction(role)
@@ -190,6 +192,8 @@ class SugarEmbedder:
             for rows in _batches(self, len(items), read, "Embedding"):
                 rows, inputs = self._inputs(rows, names, errors, instruction)
                 if rows:
+                    if lengths is not None:
+                        lengths.update(zip(rows, inputs["attention_mask"].sum(dim=1).tolist(), strict=True))
                     for n, embeddings in zip(rows, self._forward(inputs, [names[n] for n in rows]), strict=True):
                         result[n] = embeddings
         return result

@@ -19,6 +19,7 @@ COMMANDS = {
     "search": ("model_name_or_path", "query"),
     "mine": ("model_name_or_path", "data"),
     "chat": ("model_name_or_path",),
+    "serve": ("model_name_or_path",),
     "app": ("model_name_or_path",),
     "evaluate": ("model_name_or_path",),
     "export": ("model_name_or_path",),

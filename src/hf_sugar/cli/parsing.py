@@ -19,7 +19,7 @@ import yaml
 # Where a class of settings is, if not where it is used.
 _MODULES = """
 hf_sugar.cli.arguments hf_sugar.cli.checkpoint hf_sugar.cli.embed hf_sugar.training.config hf_sugar.evaluation.tasks
-trl.trainer.sft_config trl.trainer.base_config trl.trainer.model_config transformers.training_args
+hf_sugar.serving.config trl.trainer.sft_config trl.trainer.base_config trl.trainer.model_config transformers.training_args
 """.split()
 # Settings of TRL and transformers that most runs set, so that `--help` lists them with ours.
 _COMMON = """

@@ -142,14 +142,13 @@ def _shown(index: Any, hits: list[Hit]) -> tuple[str, list[dict], Any]:
     """The cards of hits, the hits as plain data, and the choice among them."""
     cards, choices = [], []
     for number, hit in enumerate(hits, 1):
-        name = hit.metadata.get("id") or Path(hit.metadata.get("path", "")).name or f"#{hit.index}"
-        choices.append((f"{number}. {name}", number - 1))
+        choices.append((f"{number}. {hit.name}", number - 1))
         row = index.documents[hit.index]
         parts = [part for m in fill_images(row["messages"], row["images"]) for part in m["content"]]
         texts = [part["text"].strip()[:300] for part in parts if part["type"] == "text"]
         more = f"<p>and {len(row['images']) - 1} more pictures</p>" if len(row["images"]) > 1 else ""
         cards.append(
-            f'<div class="card"><span class="score">{hit.score:.4f}</span><b>{number}. {escape(str(name))}</b>'
+            f'<div class="card"><span class="score">{hit.score:.4f}</span><b>{number}. {escape(hit.name)}</b>'
             f"{'' if hit.slice is None else f' up to slice {hit.slice}'}"
             f"{''.join(map(_thumbnail, row['images'][:1]))}{more}"
             f"{''.join(f'<p>{escape(text)}</p>' for text in texts if text)}</div>"

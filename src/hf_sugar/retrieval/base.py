@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -39,6 +40,11 @@ class Hit:
     score: float
     metadata: dict[str, Any]
     slice: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`str`: what it is called: the id or the file name of its document, else its number."""
+        return str(self.metadata.get("id") or Path(self.metadata.get("path", "")).name or f"#{self.index}")
 
 
 class Index(ABC):

@@ -1,0 +1,26 @@
+"""Answer and embed over HTTP, as clients of OpenAI ask for it."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from hf_sugar.serving.config import ServeArguments
+
+from .checkpoint import ModelArguments
+
+
+def serve(model: ModelArguments, args: ServeArguments) -> None:
+    if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client")):
+        raise ImportError("`hf-sugar serve` needs its extra: `pip install hf_sugar[serve]`.")
+    from hf_sugar.serving.guard import LOOPBACK
+    from hf_sugar.serving.server import Server, build_app
+
+    args.api_key = args.api_key or os.environ.get("HF_SUGAR_API_KEY")
+    index = None if args.index is None else model.load_index(args.index)
+    embed = model.embedder() if index is None else index.embed
+    if args.host not in LOOPBACK and not args.api_key:
+        print(f"Whoever reaches {args.host} can use this model; `--api_key` asks for a key.")
+    name = args.served_model_name or Path(model.model_name_or_path).resolve().name
+    app = build_app(embed.model, embed.processor, name, args, index, model.batch_size)
+    print(f"{name} answers and embeds at http://{args.host}:{args.port}/v1", flush=True)
+    Server(app, args).run()

@@ -1,0 +1,31 @@
+"""What `hf-sugar serve` can be told. Nothing here imports torch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(help: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ServeArguments:
+    """Settings of `hf-sugar serve`."""
+
+    index: str | None = setting("Index to search, and whose answered questions a chat may ask to see first.", None)
+    host: str = setting("Address to listen on; by default only this machine can connect.", "127.0.0.1")
+    port: int = setting("Port to listen on.", 8000)
+    api_key: str | None = setting("Key that requests send; by default HF_SUGAR_API_KEY of the environment.", None)
+    served_model_name: str | None = setting("What requests call the model; by default the end of its path.", None)
+    allow_urls: bool = setting("Fetch pictures from web addresses in requests, of public hosts alone.", False)
+    max_new_tokens: int = setting("Longest answer that a request may ask for.", 1024)
+    max_pixels: int = setting("Pixels of all pictures of one conversation or input.", 40_000_000)
+    max_body_mb: float = setting("Largest body of a request, and largest picture from the web, in megabytes.", 32)
+    max_requests: int = setting("Requests at work or waiting; others are told to come again (status 429).", 256)
+    body_timeout: float = setting("Seconds in which a request has to arrive, and a picture from the web.", 30)
+    request_timeout: float = setting("Seconds that a request may take after that.", 300)
+    shutdown_timeout: float = setting("Seconds that answers have to end in, once the server is to stop.", 30)
+
+    @property
+    def max_body(self) -> int:
+        return int(self.max_body_mb * 1e6)

@@ -1,0 +1,301 @@
+"""The interfaces of `hf-sugar serve`."""
+
+import asyncio
+import base64
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+from fastapi import FastAPI, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from ..models.rows_sugar import fill_images
+from ..retrieval import Hit, Index, SugarRAG
+from .config import ServeArguments
+from .guard import Guard, error_response
+from .requests import (
+    ChatRequest,
+    EmbeddingRequest,
+    Item,
+    Request,
+    RerankRequest,
+    SearchRequest,
+    read_contents,
+    read_messages,
+)
+from .worker import Answer, ModelWorker
+
+
+def build_app(
+    model: torch.nn.Module,
+    processor: Any,
+    name: str,
+    args: ServeArguments,
+    index: Index | None = None,
+    batch_size: int = 32,
+    reranker: Any = None,
+) -> FastAPI:
+    """
+    The server of a model, an ASGI application. Its `state.worker` owns the model from now on.
+
+    Args:
+        model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]): What embeds and answers.
+        name (`str`): What requests call the model.
+        args ([`ServeArguments`]): The limits.
+        index ([`Index`], *optional*): Of the same model, for `/v1/search` and for answers with retrieval.
+        batch_size (`int`, *optional*, defaults to `32`): Inputs or conversations computed together.
+        reranker (`Any`, *optional*):
+            Has `rank(query, documents)`, of items as [`~inference.as_row`] takes them, which returns objects with `index`
+            and `score`, best first. Without one `/v1/rerank` scores by the cosine of the embeddings.
+    """
+    registry = CollectorRegistry()
+    sizes = Histogram(
+        "hf_sugar_batch_size", "Computed together.", ["kind"], registry=registry, buckets=[1, 2, 4, 8, 16, 32, 64, 128]
+    )
+    tokens = Counter("hf_sugar_tokens", "Tokens read and written.", ["kind"], registry=registry)
+    worker = ModelWorker(model, processor, batch_size, lambda kind, size: sizes.labels(kind).observe(size))
+    Gauge("hf_sugar_waiting", "Inputs that wait.", registry=registry).set_function(lambda: len(worker.waiting))
+    context, created = worker.generator.max_length, int(time.time())
+
+    app = FastAPI(title=f"hf_sugar: {name}", docs_url=None, redoc_url=None)
+    app.state.worker = worker
+    app.add_middleware(Guard, args=args, registry=registry)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Any, error: HTTPException) -> Response:
+        return error_response(error.status_code, error.detail, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def misunderstood(_: Any, error: RequestValidationError) -> Response:
+        return error_response(400, _sentence(error.errors()[0]))
+
+    def usage(read: int, written: int = 0) -> dict[str, int]:
+        tokens.labels("read").inc(read)
+        tokens.labels("written").inc(written)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def check_model(request: Request) -> None:
+        if request.model not in (None, name):
+            raise HTTPException(404, f"There is no model {request.model[:100]!r} here; it is called {name!r}.")
+
+    async def embed(named: dict[str, Item]) -> tuple[np.ndarray, int]:
+        """Embeddings of items, and how many tokens they have together."""
+        items = [(await _read(read_contents({where: item.content}, args)))[0] for where, item in named.items()]
+        found = await _all([worker.embed(item, where) for where, item in zip(named, items, strict=True)])
+        return np.stack([embedding for embedding, _ in found]), sum(length for _, length in found)
+
+    def shown(hit: Hit) -> dict[str, Any]:
+        row = index.documents[hit.index]
+        parts = [part for message in fill_images(row["messages"], row["images"]) for part in message["content"]]
+        text = " ".join(part["text"] for part in parts if part["type"] == "text")
+        return {"index": hit.index, "score": hit.score, "slice": hit.slice, "id": hit.name, "text": text}
+
+    @app.get("/health")
+    async def health() -> Response:
+        if worker.stopping:
+            return error_response(503, "The server is stopping.")
+        return Response('{"status":"ok"}', media_type="application/json")
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        model = {"id": name, "object": "model", "created": created, "owned_by": "hf_sugar", "max_model_len": context}
+        return {"object": "list", "data": [model]}
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
+        check_model(request)
+        size = request.dimensions or worker.embedder.dim
+        if size > worker.embedder.dim:
+            raise HTTPException(400, f"`dimensions` is {size}; the embeddings have {worker.embedder.dim}.")
+        if request.messages:
+            row = await _read(read_messages(request.messages, args))
+            [(embedding, read)] = await _all([worker.embed(row, "the conversation")])
+            vectors = embedding[None]
+        else:
+            vectors, read = await embed({f"input[{n}]": item for n, item in enumerate(request.input)})
+        vectors = vectors[:, :size] / np.linalg.norm(vectors[:, :size], axis=1, keepdims=True)
+        if request.encoding_format == "base64":
+            coded = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
+        else:
+            coded = vectors.tolist()
+        data = [{"object": "embedding", "index": n, "embedding": each} for n, each in enumerate(coded)]
+        return {"object": "list", "data": data, "model": name, "usage": usage(read)}
+
+    @app.post("/v1/rerank")
+    async def rerank(request: RerankRequest) -> dict[str, Any]:
+        check_model(request)
+        named = {"query": request.query, **{f"documents[{n}]": item for n, item in enumerate(request.documents)}}
+        if reranker is None:
+            vectors, _ = await embed(named)
+            scores = dict(enumerate((vectors[1:] @ vectors[0]).tolist()))
+        else:
+            query, *documents = [
+                (await _read(read_contents({where: item.content}, args)))[0] for where, item in named.items()
+            ]
+            [hits] = await _all([worker.call(reranker.rank, query, documents)])
+            scores = {hit.index: hit.score for hit in hits}
+        order = sorted(scores, key=scores.get, reverse=True)[: request.top_n]
+        results = [{"index": n, "relevance_score": scores[n]} for n in order]
+        if request.return_documents:
+            for result in results:
+                content = request.documents[result["index"]].content
+                result["document"] = {"text": " ".join(part.text for part in content if part.type == "text")}
+        return {"id": f"rerank-{uuid.uuid4().hex}", "model": name, "results": results}
+
+    @app.post("/v1/search")
+    async def search(request: SearchRequest) -> dict[str, Any]:
+        check_model(request)
+        vectors, _ = await embed({"query": request.query})
+        _needed(index)
+        [hits] = await run_in_threadpool(index.search, vectors, request.k)
+        return {"object": "list", "data": [shown(hit) for hit in hits], "model": name}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: ChatRequest) -> Any:
+        check_model(request)
+        if request.retrieval:
+            _needed(index)
+        longest = request.max_tokens or min(args.max_new_tokens, context // 2)
+        if longest > args.max_new_tokens:
+            raise HTTPException(400, f"`max_tokens` is {longest}; answers have at most {args.max_new_tokens} here.")
+        deadline = time.monotonic() + args.request_timeout
+        row = await _read(read_messages(request.messages, args))
+        used, k = (index, request.retrieval.k) if request.retrieval else (None, 1)
+        [prompt] = await _all([worker.call(SugarRAG(model, processor, used, k, longest).prompt, row)])
+        sampling: dict[str, Any] = {"do_sample": request.temperature > 0}
+        if sampling["do_sample"]:
+            sampling |= {"temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
+        answer = Answer(
+            {"messages": prompt.messages, "images": prompt.images},
+            longest,
+            sampling,
+            request.seed,
+            request.stop,
+            deadline,
+        )
+        extra = (
+            {"citations": [shown(hit) for hit in prompt.citations], "note": prompt.note} if request.retrieval else {}
+        )
+        base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name, **extra}
+        if request.stream:
+            return await _stream(worker, answer, base, usage, request.stream_options.include_usage)
+        try:
+            await _all([worker.answer(answer)])
+        finally:
+            answer.closed = True
+        message = {"role": "assistant", "content": answer.text}
+        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
+        spent = usage(answer.prompt_tokens, len(answer.tokens))
+        return {**base, "object": "chat.completion", "choices": [choice], "usage": spent}
+
+    return app
+
+
+async def _stream(
+    worker: ModelWorker, answer: Answer, base: dict[str, Any], usage: Callable[[int, int], dict], include_usage: bool
+) -> Response:
+    """Server-sent events. The response begins with the first piece: what goes wrong before is a status of its own."""
+    loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
+    answer.put = lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
+    done = asyncio.wrap_future(worker.answer(answer))
+    done.add_done_callback(lambda _: pieces.put_nowait(None))
+
+    def event(delta: dict[str, str] | None, finish_reason: str | None = None, **more: Any) -> str:
+        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
+        return f"data: {json.dumps({**base, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
+
+    async def events(piece: str | None) -> AsyncIterator[str]:
+        try:
+            yield event({"role": "assistant", "content": ""})
+            while piece is not None:
+                yield event({"content": piece})
+                piece = await pieces.get()
+            if error := done.exception():
+                yield f"data: {error_response(500, str(error)).body.decode()}\n\n"
+            else:
+                yield event({}, answer.finish_reason)
+                spent = usage(answer.prompt_tokens, len(answer.tokens))
+                if include_usage:
+                    yield event(None, usage=spent)
+            yield "data: [DONE]\n\n"
+        finally:
+            answer.closed = True
+
+    try:
+        first = await pieces.get()
+        if first is None:
+            await _all([done])
+    except BaseException:
+        answer.closed = True
+        done.cancel()
+        raise
+    return StreamingResponse(events(first), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def _all(jobs: list[Future]) -> list[Any]:
+    """The results of work for the model. What is wrong with one is an answer to the client; the others are not begun."""
+    futures = [asyncio.wrap_future(job) if isinstance(job, Future) else job for job in jobs]
+    try:
+        return await asyncio.gather(*futures)
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
+    except RuntimeError as error:
+        raise HTTPException(503, str(error), {"Retry-After": "10"}) from error
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+async def _read(reading: Any) -> Any:
+    try:
+        return await reading
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
+
+
+def _needed(index: Index | None) -> None:
+    if index is None:
+        raise HTTPException(400, "This server has no index; it is started with `--index` to search or cite.")
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """What is wrong with a request, with the name of the field."""
+    if error["type"] == "json_invalid":
+        return f"The body is not JSON: {error['ctx']['error']}, at character {error['loc'][-1]}."
+    path = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in error["loc"][1:]).lstrip(".")
+    if not path and isinstance(error["input"], bytes | None):
+        return "The body has to be JSON, with the header `Content-Type: application/json`."
+    if error["type"] == "extra_forbidden":
+        return f"`{path}` is not supported."
+    return f"`{path or 'the body'}`: {error['msg'].removeprefix('Value error, ')}."
+
+
+class Server(uvicorn.Server):
+    """Ends what runs when it is told to stop: at once what is short, at `shutdown_timeout` what is not."""
+
+    def __init__(self, app: FastAPI, args: ServeArguments):
+        # the longest head of a request, and how long a connection may be idle between two
+        super().__init__(
+            uvicorn.Config(
+                app, args.host, args.port, access_log=False, http="h11", h11_max_incomplete_event_size=65536
+            )
+        )
+        self.worker, self.timeout = app.state.worker, args.shutdown_timeout
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        asyncio.get_running_loop().call_later(self.timeout, self.worker.stop)
+        await super().shutdown(sockets)
