@@ -135,7 +135,9 @@ class ModelWorker:
             except Exception as error:
                 # no mistake of a request: those are found one by one
                 logger.error("%d requests failed.", len(jobs), exc_info=not self.stopping)
-                results = [error if self.stopping else RuntimeError("The server failed; its log says why.")] * len(jobs)
+                results = [error if self.stopping else RuntimeError("The server failed; its log says why.")] * len(
+                    jobs
+                )
             for job, result in zip(jobs, results, strict=True):
                 if not job.done():
                     (job.set_exception if isinstance(result, Exception) else job.set_result)(result)
@@ -172,7 +174,11 @@ class ModelWorker:
             return torch.tensor([answer.finish_reason is not None for answer in answers], device=ids.device)
 
         seed, longest = answers[0].seed, max(answer.max_tokens for answer in answers)
-        settings = {**answers[0].sampling, "max_new_tokens": longest, "stopping_criteria": StoppingCriteriaList([step])}
+        settings = {
+            **answers[0].sampling,
+            "max_new_tokens": longest,
+            "stopping_criteria": StoppingCriteriaList([step]),
+        }
         devices = [model.device] if model.device.type == "cuda" else []
         with nullcontext() if seed is None else torch.random.fork_rng(devices):
             if seed is not None:
