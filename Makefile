@@ -21,11 +21,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt -e ".[test,qlora,kernels]"
+	$(PIP) install -c constraints.txt -e ".[test,qlora,kernels,serve]"
 	touch $@
 
 $(VENV)/.installed-extras: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e ".[test,test-extras,qlora,kernels,sentence-transformers,lancedb,app,mteb,lmms-eval]"
+	$(PIP) install -c constraints.txt -e ".[test,test-extras,qlora,kernels,serve,sentence-transformers,lancedb,app,mteb,lmms-eval]"
 	$(PIP) install -c constraints.txt --no-deps lmms-eval
 	touch $@
 

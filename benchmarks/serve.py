@@ -9,6 +9,7 @@ python benchmarks/serve.py --requests 4 --repeat 1 --sizes tiny   # only to see 
 
 import argparse
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -33,7 +34,9 @@ def save(size: str, directory: Path) -> float:
     """Write a model that can be served; its weights in MB."""
     source = checkpoint("llava")
     if size != "tiny":
-        source = llava(argparse.Namespace(hidden=1024, layers=12, image_size=336), directory / "backbone")
+        source = directory / "backbone"
+        with contextlib.redirect_stdout(sys.stderr):
+            llava(argparse.Namespace(hidden=1024, layers=12, image_size=56), source)
     model = SugarForConditionalGeneration.from_backbone(str(source), retrieval_dim=128, dtype="float32")
     model.save_pretrained(directory / "model")
     SugarProcessor.from_pretrained(str(source)).save_pretrained(directory / "model")

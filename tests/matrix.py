@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("test", "qlora", "kernels")
+EXTRAS = ("test", "qlora", "kernels", "serve")
 SHOWN = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "kernels")
 VERSIONS = f"from importlib.metadata import version; print(*(version(name) for name in {SHOWN}))"
 

@@ -23,8 +23,8 @@ EXTRAS = set(metadata("hf_sugar").get_all("Provides-Extra"))
 TEXT = {"capture_output": True, "text": True, "check": True}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "model_cards" / "README.md", *(ROOT / "examples").rglob("*.md")]
-# packages that `make test` does not install, a family of backbones that needs torchvision, and a dataset that is pushed
-NOT_RUN = "sentence_transformers|mteb|Qwen|llava-with-teachers"
+# packages that `make test` does not install, a client without its server, a family of backbones that needs torchvision, and a dataset that is pushed
+NOT_RUN = "sentence_transformers|mteb|openai|Qwen|llava-with-teachers"
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:

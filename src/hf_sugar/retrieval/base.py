@@ -250,7 +250,7 @@ class Index(ABC):
         items = [document.embedded for document in documents]
         if isinstance(self.embed, SugarEmbedder):
             names = [document.name for document in documents]
-            found = self.embed.every_slice(items, errors if on_bad_row == "skip" else None, names, "document")
+            found = self.embed.every_slice(items, errors if on_bad_row == "skip" else None, names, role="document")
             embeddings = [e if self.every_slice else e[-1:] for e in found if e is not None]
         else:
             embeddings = list(np.asarray(self.embed(items), dtype=np.float32)[:, None])

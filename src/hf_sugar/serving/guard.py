@@ -4,10 +4,11 @@ import asyncio
 import functools
 import hmac
 import logging
+import re
 import time
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Histogram
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,8 +33,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, args: ServeArguments, registry: CollectorRegistry):
         self.app, self.args, self.taken = app, args, 0
-        self.count = Counter("hf_sugar_requests", "Requests.", ["path", "status"], registry=registry)
-        self.seconds = Histogram("hf_sugar_request_seconds", "Seconds of a request.", ["path"], registry=registry)
+        labels = ["path", "status"]
+        self.seconds = Histogram("hf_sugar_request_seconds", "Seconds of a request.", labels, registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
@@ -61,11 +62,10 @@ class Guard:
                 await error_response(500, "The server failed; its log says why.")(scope, receive, sent)
         finally:
             path = scope["path"] if "route" in scope else "other"  # clients make up no labels
-            self.count.labels(path, status or "left").inc()
-            self.seconds.labels(path).observe(time.monotonic() - start)
+            self.seconds.labels(path, status or "left").observe(time.monotonic() - start)
 
     def _check(self, headers: dict[bytes, bytes]) -> None:
-        key, name = self.args.api_key, headers.get(b"host", b"").decode("latin-1").rpartition(":")[0]
+        key, name = self.args.api_key, re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1"))
         if key and not hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + key.encode()):
             raise HTTPException(401, "The API key is missing or wrong.", {"WWW-Authenticate": "Bearer"})
         if not key and self.args.host in LOOPBACK and name not in LOOPBACK:  # a web page whose name leads here

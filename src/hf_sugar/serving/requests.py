@@ -1,29 +1,19 @@
-"""What clients send: the interfaces of OpenAI, and what vLLM, Cohere and Jina add to them. A field that would change the
-result and is not known here is an error."""
+"""What clients send: the interfaces of OpenAI, and what vLLM and Cohere add to them. A field that is not known here is an
+error, if it could change the result."""
 
 import base64
-import binascii
 import io
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from .config import ServeArguments
 from .fetch import fetch
 
 
-# by their content; Pillow would start other programs for some more
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for some others Pillow would start programs
+IGNORED = {"user", "name", "refusal", "annotations", "detail", "include_obfuscation"}
 
 
 def _whole(text: str) -> str:
@@ -34,8 +24,11 @@ def _whole(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole)]
-Ignored = Annotated[Any, Field(exclude=True)]
+def _parts(content: Any) -> Any:
+    content = content["content"] if isinstance(content, dict) and content.keys() == {"content"} else content
+    if not isinstance(content, str | list):
+        raise ValueError("give a text, a list of parts, or {'content': ...}; numbers of tokens are not taken")
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class Schema(BaseModel):
@@ -44,59 +37,33 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None and key not in IGNORED}
 
 
-class ImageURL(Schema):
-    url: Text
-    detail: Ignored = None
+Text = Annotated[str, AfterValidator(_whole)]
 
 
 class Part(Schema):
     type: Literal["text", "image_url"]
     text: Text = ""
-    image_url: Annotated[ImageURL | None, BeforeValidator(lambda v: {"url": v} if isinstance(v, str) else v)] = None
+    image_url: Annotated[Text, BeforeValidator(lambda v: v.get("url") if isinstance(v, dict) else v)] = ""
 
     @model_validator(mode="after")
     def _has_its_content(self) -> "Part":
-        if self.type not in self.model_fields_set or len(self.model_fields_set) != 2:
+        if self.model_fields_set != {"type", self.type}:
             raise ValueError(f"a part of the type {self.type!r} has the field `{self.type}` and no other")
         return self
 
 
-def _parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 Content = Annotated[list[Part], BeforeValidator(_parts), Field(min_length=1)]
+Listed = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
-    name: Ignored = None
-    refusal: Ignored = None
-    annotations: Ignored = None
-
-
-class Item(Schema):
-    """One thing that is embedded: a text, or `{"content": [parts]}`."""
-
-    content: Content
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_text(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            return {"content": data}
-        if not isinstance(data, dict):
-            raise ValueError("give a text or {'content': [...]}; numbers of tokens are not taken")
-        return data
-
-
-class Request(Schema):
-    model: Text | None = None
-    user: Ignored = None
 
 
 class Retrieval(Schema):
@@ -105,7 +72,10 @@ class Retrieval(Schema):
 
 class StreamOptions(Schema):
     include_usage: bool = False
-    include_obfuscation: Ignored = None
+
+
+class Request(Schema):
+    model: Text | None = None
 
 
 class ChatRequest(Request):
@@ -114,28 +84,18 @@ class ChatRequest(Request):
     temperature: float = Field(0, ge=0, le=2)
     top_p: float = Field(1, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[
-        list[Annotated[Text, Field(min_length=1)]], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
-    ] = Field([], max_length=16)
+    stop: Annotated[list[Annotated[Text, Field(min_length=1)]], Listed] = Field([], max_length=16)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     retrieval: Retrieval | None = None
-    # as every client may send them; other values are not supported
-    n: int = Field(1, ge=1, le=1)
-    presence_penalty: float = Field(0, ge=0, le=0)
-    frequency_penalty: float = Field(0, ge=0, le=0)
+    n: int = Field(1, ge=1, le=1)  # as clients may send it
 
 
 class EmbeddingRequest(Request):
-    input: list[Item] = Field([], max_length=2048)
+    input: Annotated[list[Content], Listed] = Field([], max_length=2048)
     messages: list[Message] = []
     dimensions: int | None = Field(None, ge=1)
     encoding_format: Literal["float", "base64"] = "float"
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str | dict) else value
 
     @model_validator(mode="after")
     def _something(self) -> "EmbeddingRequest":
@@ -145,14 +105,13 @@ class EmbeddingRequest(Request):
 
 
 class RerankRequest(Request):
-    query: Item
-    documents: list[Item] = Field(min_length=1, max_length=2048)
+    query: Content
+    documents: list[Content] = Field(min_length=1, max_length=2048)
     top_n: int | None = Field(None, ge=1)
-    return_documents: bool = False
 
 
 class SearchRequest(Request):
-    query: Item
+    query: Content
     k: int = Field(5, ge=1, le=1000)
 
 
@@ -166,10 +125,11 @@ async def read_contents(contents: dict[str, list[Part]], limits: ServeArguments)
             if part.type == "text":
                 result[-1].append({"type": "text", "text": part.text})
                 continue
-            data, size = await _image(part.image_url.url, f"{where}[{number}]", limits)
+            name = f"`{where}[{number}]`: the picture"
+            data, size = await _image(part.image_url, name, limits)
             pixels += size
             if pixels > limits.max_pixels:
-                raise ValueError(f"`{where}[{number}]`: more than {limits.max_pixels} pixels, with those before.")
+                raise ValueError(f"{name} has more than {limits.max_pixels} pixels, together with those before it.")
             result[-1].append({"type": "image", "image": data})
     return result
 
@@ -185,33 +145,28 @@ async def read_messages(messages: list[Message], limits: ServeArguments) -> dict
     return {"messages": turns, "images": images}
 
 
-async def _image(url: str, where: str, limits: ServeArguments) -> tuple[bytes, int]:
+async def _image(url: str, name: str, limits: ServeArguments) -> tuple[bytes, int]:
     """The content of an image file, and its number of pixels."""
-    head, comma, data = url.partition(",")
     if url[:8].lower().startswith(("http://", "https://")):
         if not limits.allow_urls:
-            raise ValueError(
-                f"`{where}`: web addresses are not fetched by this server; send the picture as a data URL."
-            )
+            raise ValueError(f"{name} is not fetched: this server takes data URLs alone.")
         try:
             content = await fetch(url, limits.max_body, limits.body_timeout)
         except ValueError as error:
-            raise ValueError(f"`{where}`: the web address {error}.") from error
+            raise ValueError(f"{name} cannot be had, its web address {error}.") from error
     else:
-        if not comma:
-            data = head
-        elif not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
-            raise ValueError(f"`{where}`: the picture is neither base64 nor a data URL `data:image/png;base64,...`.")
+        head, _, data = url.rpartition(",")
         try:
+            if head and not (head.lower().startswith("data:") and head.lower().endswith(";base64")):
+                raise ValueError
             content = base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(
-                f"`{where}`: the picture is not base64; files and other addresses are not read."
-            ) from error
+        except ValueError:
+            message = "is neither base64 nor `data:image/png;base64,...`; files and other addresses are not read."
+            raise ValueError(f"{name} {message}") from None
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return content, image.width * image.height
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"`{where}`: the picture has more than {limits.max_pixels} pixels.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"{name} has more than {limits.max_pixels} pixels.") from None
     except Exception as error:  # whatever a header makes of Pillow
-        raise ValueError(f"`{where}`: the picture is none of {', '.join(FORMATS)}, or damaged.") from error
+        raise ValueError(f"{name} is none of {', '.join(FORMATS)}, or damaged.") from error

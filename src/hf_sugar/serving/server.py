@@ -5,7 +5,7 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -26,7 +26,7 @@ from .guard import Guard, error_response
 from .requests import (
     ChatRequest,
     EmbeddingRequest,
-    Item,
+    Part,
     Request,
     RerankRequest,
     SearchRequest,
@@ -56,13 +56,12 @@ def build_app(
         batch_size (`int`, *optional*, defaults to `32`): Inputs or conversations computed together.
         reranker (`Any`, *optional*):
             Has `rank(query, documents)`, of items as [`~inference.as_row`] takes them, which returns objects with `index`
-            and `score`, best first. Without one `/v1/rerank` scores by the cosine of the embeddings.
+            and `score`. Without one `/v1/rerank` scores by the cosine of the embeddings.
     """
     registry = CollectorRegistry()
-    sizes = Histogram(
-        "hf_sugar_batch_size", "Computed together.", ["kind"], registry=registry, buckets=[1, 2, 4, 8, 16, 32, 64, 128]
-    )
-    tokens = Counter("hf_sugar_tokens", "Tokens read and written.", ["kind"], registry=registry)
+    of = {"labelnames": ["kind"], "registry": registry}
+    sizes = Histogram("hf_sugar_batch_size", "Computed together.", buckets=[1, 2, 4, 8, 16, 32, 64], **of)
+    tokens = Counter("hf_sugar_tokens", "Tokens read and written.", **of)
     worker = ModelWorker(model, processor, batch_size, lambda kind, size: sizes.labels(kind).observe(size))
     Gauge("hf_sugar_waiting", "Inputs that wait.", registry=registry).set_function(lambda: len(worker.waiting))
     context, created = worker.generator.max_length, int(time.time())
@@ -79,19 +78,38 @@ def build_app(
     async def misunderstood(_: Any, error: RequestValidationError) -> Response:
         return error_response(400, _sentence(error.errors()[0]))
 
+    @app.exception_handler(ValueError)
+    async def wrong(_: Any, error: ValueError) -> Response:
+        return error_response(400, str(error))
+
     def usage(read: int, written: int = 0) -> dict[str, int]:
         tokens.labels("read").inc(read)
         tokens.labels("written").inc(written)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
-    def check_model(request: Request) -> None:
+    def check(request: Request, needs_index: bool = False) -> None:
         if request.model not in (None, name):
             raise HTTPException(404, f"There is no model {request.model[:100]!r} here; it is called {name!r}.")
+        if needs_index and index is None:
+            raise ValueError("This server has no index; it is started with `--index` to search or cite.")
 
-    async def embed(named: dict[str, Item]) -> tuple[np.ndarray, int]:
-        """Embeddings of items, and how many tokens they have together."""
-        items = [(await _read(read_contents({where: item.content}, args)))[0] for where, item in named.items()]
-        found = await _all([worker.embed(item, where) for where, item in zip(named, items, strict=True)])
+    async def read(contents: dict[str, list[Part]]) -> list[list[dict[str, Any]]]:
+        return [(await read_contents({where: content}, args))[0] for where, content in contents.items()]
+
+    async def results(jobs: list[Future]) -> list[Any]:
+        """What the model gives. Where one job fails, or nobody waits any more, those that wait are not begun."""
+        futures = [asyncio.wrap_future(job) for job in jobs]
+        try:
+            return await asyncio.gather(*futures)
+        except RuntimeError as error:
+            raise HTTPException(503 if worker.stopping else 500, str(error)) from error
+        finally:
+            for future in futures:
+                future.cancel()
+
+    async def embed(items: list[Any], names: list[str]) -> tuple[np.ndarray, int]:
+        """Embeddings, and how many tokens the items have together."""
+        found = await results([worker.embed(item, where) for item, where in zip(items, names, strict=True)])
         return np.stack([embedding for embedding, _ in found]), sum(length for _, length in found)
 
     def shown(hit: Hit) -> dict[str, Any]:
@@ -102,9 +120,7 @@ def build_app(
 
     @app.get("/health")
     async def health() -> Response:
-        if worker.stopping:
-            return error_response(503, "The server is stopping.")
-        return Response('{"status":"ok"}', media_type="application/json")
+        return error_response(503, "The server is stopping.") if worker.stopping else Response()
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -117,159 +133,109 @@ def build_app(
 
     @app.post("/v1/embeddings")
     async def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
-        check_model(request)
+        check(request)
         size = request.dimensions or worker.embedder.dim
         if size > worker.embedder.dim:
-            raise HTTPException(400, f"`dimensions` is {size}; the embeddings have {worker.embedder.dim}.")
+            raise ValueError(f"`dimensions` is {size}; the embeddings have {worker.embedder.dim}.")
         if request.messages:
-            row = await _read(read_messages(request.messages, args))
-            [(embedding, read)] = await _all([worker.embed(row, "the conversation")])
-            vectors = embedding[None]
+            items = {"the conversation": await read_messages(request.messages, args)}
         else:
-            vectors, read = await embed({f"input[{n}]": item for n, item in enumerate(request.input)})
+            contents = {f"input[{n}]": content for n, content in enumerate(request.input)}
+            items = dict(zip(contents, await read(contents)))
+        vectors, length = await embed(list(items.values()), list(items))
         vectors = vectors[:, :size] / np.linalg.norm(vectors[:, :size], axis=1, keepdims=True)
         if request.encoding_format == "base64":
             coded = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
         else:
             coded = vectors.tolist()
         data = [{"object": "embedding", "index": n, "embedding": each} for n, each in enumerate(coded)]
-        return {"object": "list", "data": data, "model": name, "usage": usage(read)}
+        return {"object": "list", "data": data, "model": name, "usage": usage(length)}
 
     @app.post("/v1/rerank")
     async def rerank(request: RerankRequest) -> dict[str, Any]:
-        check_model(request)
-        named = {"query": request.query, **{f"documents[{n}]": item for n, item in enumerate(request.documents)}}
+        check(request)
+        contents = {"query": request.query} | {f"documents[{n}]": each for n, each in enumerate(request.documents)}
+        items = await read(contents)
         if reranker is None:
-            vectors, _ = await embed(named)
+            vectors, _ = await embed(items, list(contents))
             scores = dict(enumerate((vectors[1:] @ vectors[0]).tolist()))
         else:
-            query, *documents = [
-                (await _read(read_contents({where: item.content}, args)))[0] for where, item in named.items()
-            ]
-            [hits] = await _all([worker.call(reranker.rank, query, documents)])
+            [hits] = await results([worker.call(reranker.rank, items[0], items[1:])])
             scores = {hit.index: hit.score for hit in hits}
         order = sorted(scores, key=scores.get, reverse=True)[: request.top_n]
-        results = [{"index": n, "relevance_score": scores[n]} for n in order]
-        if request.return_documents:
-            for result in results:
-                content = request.documents[result["index"]].content
-                result["document"] = {"text": " ".join(part.text for part in content if part.type == "text")}
-        return {"id": f"rerank-{uuid.uuid4().hex}", "model": name, "results": results}
+        return {"model": name, "results": [{"index": n, "relevance_score": scores[n]} for n in order]}
 
     @app.post("/v1/search")
     async def search(request: SearchRequest) -> dict[str, Any]:
-        check_model(request)
-        vectors, _ = await embed({"query": request.query})
-        _needed(index)
+        check(request, needs_index=True)
+        vectors, _ = await embed(await read({"query": request.query}), ["query"])
         [hits] = await run_in_threadpool(index.search, vectors, request.k)
         return {"object": "list", "data": [shown(hit) for hit in hits], "model": name}
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest) -> Any:
-        check_model(request)
-        if request.retrieval:
-            _needed(index)
+        check(request, needs_index=request.retrieval is not None)
         longest = request.max_tokens or min(args.max_new_tokens, context // 2)
         if longest > args.max_new_tokens:
-            raise HTTPException(400, f"`max_tokens` is {longest}; answers have at most {args.max_new_tokens} here.")
+            raise ValueError(f"`max_tokens` is {longest}; answers have at most {args.max_new_tokens} here.")
         deadline = time.monotonic() + args.request_timeout
-        row = await _read(read_messages(request.messages, args))
+        row = await read_messages(request.messages, args)
         used, k = (index, request.retrieval.k) if request.retrieval else (None, 1)
-        [prompt] = await _all([worker.call(SugarRAG(model, processor, used, k, longest).prompt, row)])
+        [prompt] = await results([worker.call(SugarRAG(model, processor, used, k, longest).prompt, row)])
+        row = {"messages": prompt.messages, "images": prompt.images}
         sampling: dict[str, Any] = {"do_sample": request.temperature > 0}
-        if sampling["do_sample"]:
+        if request.temperature > 0:
             sampling |= {"temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
-        answer = Answer(
-            {"messages": prompt.messages, "images": prompt.images},
-            longest,
-            sampling,
-            request.seed,
-            request.stop,
-            deadline,
-        )
-        extra = (
-            {"citations": [shown(hit) for hit in prompt.citations], "note": prompt.note} if request.retrieval else {}
-        )
-        base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name, **extra}
+        answer = Answer(row, longest, sampling, request.seed, request.stop, deadline)
+        base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        if request.retrieval:
+            base |= {"citations": [shown(hit) for hit in prompt.citations], "note": prompt.note}
         if request.stream:
-            return await _stream(worker, answer, base, usage, request.stream_options.include_usage)
+            return StreamingResponse(chunks(answer, base, request.stream_options.include_usage), media_type=SSE)
         try:
-            await _all([worker.answer(answer)])
+            await results([worker.answer(answer)])
         finally:
             answer.closed = True
         message = {"role": "assistant", "content": answer.text}
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
         spent = usage(answer.prompt_tokens, len(answer.tokens))
-        return {**base, "object": "chat.completion", "choices": [choice], "usage": spent}
+        return base | {"object": "chat.completion", "choices": [choice], "usage": spent}
 
-    return app
+    async def chunks(answer: Answer, base: dict[str, Any], include_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events."""
 
+        def event(delta: dict[str, str], finish_reason: str | None = None) -> str:
+            choices = [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
+            return _event(base | {"object": "chat.completion.chunk", "choices": choices})
 
-async def _stream(
-    worker: ModelWorker, answer: Answer, base: dict[str, Any], usage: Callable[[int, int], dict], include_usage: bool
-) -> Response:
-    """Server-sent events. The response begins with the first piece: what goes wrong before is a status of its own."""
-    loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
-    answer.put = lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
-    done = asyncio.wrap_future(worker.answer(answer))
-    done.add_done_callback(lambda _: pieces.put_nowait(None))
-
-    def event(delta: dict[str, str] | None, finish_reason: str | None = None, **more: Any) -> str:
-        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
-        return f"data: {json.dumps({**base, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
-
-    async def events(piece: str | None) -> AsyncIterator[str]:
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
+        answer.put = lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        done = asyncio.wrap_future(worker.answer(answer))
+        done.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             yield event({"role": "assistant", "content": ""})
-            while piece is not None:
+            while (piece := await pieces.get()) is not None:
                 yield event({"content": piece})
-                piece = await pieces.get()
             if error := done.exception():
-                yield f"data: {error_response(500, str(error)).body.decode()}\n\n"
+                yield f"data: {error_response(503, str(error)).body.decode()}\n\n"
             else:
                 yield event({}, answer.finish_reason)
                 spent = usage(answer.prompt_tokens, len(answer.tokens))
                 if include_usage:
-                    yield event(None, usage=spent)
+                    yield _event(base | {"object": "chat.completion.chunk", "choices": [], "usage": spent})
             yield "data: [DONE]\n\n"
         finally:
             answer.closed = True
+            done.cancel()
 
-    try:
-        first = await pieces.get()
-        if first is None:
-            await _all([done])
-    except BaseException:
-        answer.closed = True
-        done.cancel()
-        raise
-    return StreamingResponse(events(first), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    return app
 
 
-async def _all(jobs: list[Future]) -> list[Any]:
-    """The results of work for the model. What is wrong with one is an answer to the client; the others are not begun."""
-    futures = [asyncio.wrap_future(job) if isinstance(job, Future) else job for job in jobs]
-    try:
-        return await asyncio.gather(*futures)
-    except ValueError as error:
-        raise HTTPException(400, str(error)) from error
-    except RuntimeError as error:
-        raise HTTPException(503, str(error), {"Retry-After": "10"}) from error
-    finally:
-        for future in futures:
-            future.cancel()
+SSE = "text/event-stream"
 
 
-async def _read(reading: Any) -> Any:
-    try:
-        return await reading
-    except ValueError as error:
-        raise HTTPException(400, str(error)) from error
-
-
-def _needed(index: Index | None) -> None:
-    if index is None:
-        raise HTTPException(400, "This server has no index; it is started with `--index` to search or cite.")
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
 
 
 def _sentence(error: dict[str, Any]) -> str:
@@ -285,15 +251,10 @@ def _sentence(error: dict[str, Any]) -> str:
 
 
 class Server(uvicorn.Server):
-    """Ends what runs when it is told to stop: at once what is short, at `shutdown_timeout` what is not."""
+    """Told to stop, it lets what runs come to its end, for `shutdown_timeout` seconds; then answers end where they are."""
 
     def __init__(self, app: FastAPI, args: ServeArguments):
-        # the longest head of a request, and how long a connection may be idle between two
-        super().__init__(
-            uvicorn.Config(
-                app, args.host, args.port, access_log=False, http="h11", h11_max_incomplete_event_size=65536
-            )
-        )
+        super().__init__(uvicorn.Config(app, args.host, args.port, access_log=False, http="h11"))
         self.worker, self.timeout = app.state.worker, args.shutdown_timeout
 
     async def shutdown(self, sockets: Any = None) -> None:

@@ -119,11 +119,9 @@ class ModelWorker:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self.waiting)
-                key = self.waiting[0].key
-                taken = [job for job in self.waiting if job.key == key][: self.embedder.batch_size]
-                self.waiting = [job for job in self.waiting if job.key != key] + [
-                    job for job in self.waiting if job.key == key
-                ][len(taken) :]
+                same = [job for job in self.waiting if job.key == self.waiting[0].key]
+                taken = same[: self.embedder.batch_size]
+                self.waiting = [job for job in self.waiting if job not in taken]
             jobs = [job for job in taken if job.set_running_or_notify_cancel()]
             if not jobs:
                 continue
