@@ -34,6 +34,7 @@ from loopback import (  # noqa: E402
     text,
 )
 
+from hf_sugar.cli.main import main  # noqa: E402
 from hf_sugar.serving import fetch as fetching  # noqa: E402
 
 
@@ -289,6 +290,11 @@ def test_a_stop_lets_the_stream_end(pair, endless):
         assert reason == "length" and len(said) > 20
         server.thread.join(10)
         assert not server.thread.is_alive()
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(served):
+    with pytest.raises(OSError, match=f"127.0.0.1, port {served.port}: .*in use. Set another `port`"):
+        main(["serve", "no-such-model", "--port", str(served.port)])
 
 
 class Pictures(BaseHTTPRequestHandler):

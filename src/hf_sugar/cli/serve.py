@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 from pathlib import Path
 
 from hf_sugar.serving.config import ServeArguments
@@ -15,6 +16,12 @@ def serve(model: ModelArguments, args: ServeArguments) -> None:
     from hf_sugar.serving.guard import LOOPBACK
     from hf_sugar.serving.server import Server, build_app
 
+    listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((args.host, args.port))  # before the model is loaded
+    except OSError as error:
+        raise OSError(f"{args.host}, port {args.port}: {error.strerror}. Set another `port` or `host`.") from error
     args.api_key = args.api_key or os.environ.get("HF_SUGAR_API_KEY")
     index = None if args.index is None else model.load_index(args.index)
     embed = model.embedder() if index is None else index.embed
@@ -23,4 +30,4 @@ def serve(model: ModelArguments, args: ServeArguments) -> None:
     name = args.served_model_name or Path(model.model_name_or_path).resolve().name
     app = build_app(embed.model, embed.processor, name, args, index, model.batch_size)
     print(f"{name} answers and embeds at http://{args.host}:{args.port}/v1", flush=True)
-    Server(app, args).run()
+    Server(app, args).run([listener])
