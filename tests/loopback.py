@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from hf_sugar import SugarForConditionalGeneration, SugarProcessor, world
+from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarProcessor, world
 from hf_sugar.serving.config import ServeArguments
 from hf_sugar.serving.server import Server, build_app
 
@@ -29,7 +29,7 @@ def model_and_processor():
 def serving(model, processor, index=None, reranker=None, **settings):
     """A server in a thread of this process."""
     args = ServeArguments(port=0, **settings)
-    server = Server(build_app(model, processor, "tiny", args, index, 8, reranker), args)
+    server = Server(build_app(SugarEmbedder(model, processor, 8), "tiny", args, index, reranker), args)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

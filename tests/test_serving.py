@@ -241,7 +241,7 @@ def test_the_command_and_sigterm(pair, tmp_path):
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_SUGAR_API_KEY": ""})
     try:
-        while "running on" not in (tmp_path / "log").read_text():
+        while "startup complete" not in (tmp_path / "log").read_text():
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.2)
         connection, stream, first = begin(port, max_tokens=100, model="my-sugar")

@@ -28,6 +28,6 @@ def serve(model: ModelArguments, args: ServeArguments) -> None:
     if args.host not in LOOPBACK and not args.api_key:
         print(f"Whoever reaches {args.host} can use this model; `--api_key` asks for a key.")
     name = args.served_model_name or Path(model.model_name_or_path).resolve().name
-    app = build_app(embed.model, embed.processor, name, args, index, model.batch_size)
+    app = build_app(embed, name, args, index)
     print(f"{name} answers and embeds at http://{args.host}:{args.port}/v1", flush=True)
     Server(app, args).run([listener])

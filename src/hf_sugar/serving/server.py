@@ -10,15 +10,14 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import torch
 import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from ..inference import SugarEmbedder
 from ..models.rows_sugar import fill_images
 from ..retrieval import Hit, Index, SugarRAG
 from .config import ServeArguments
@@ -37,23 +36,16 @@ from .worker import Answer, ModelWorker
 
 
 def build_app(
-    model: torch.nn.Module,
-    processor: Any,
-    name: str,
-    args: ServeArguments,
-    index: Index | None = None,
-    batch_size: int = 32,
-    reranker: Any = None,
+    embedder: SugarEmbedder, name: str, args: ServeArguments, index: Index | None = None, reranker: Any = None
 ) -> FastAPI:
     """
     The server of a model, an ASGI application. Its `state.worker` owns the model from now on.
 
     Args:
-        model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]): What embeds and answers.
+        embedder ([`SugarEmbedder`]): What embeds; its model answers. Its `batch_size` is that of both.
         name (`str`): What requests call the model.
         args ([`ServeArguments`]): The limits.
-        index ([`Index`], *optional*): Of the same model, for `/v1/search` and for answers with retrieval.
-        batch_size (`int`, *optional*, defaults to `32`): Inputs or conversations computed together.
+        index ([`Index`], *optional*): With the same embedder, for `/v1/search` and for answers with retrieval.
         reranker (`Any`, *optional*):
             Has `rank(query, documents)`, of items as [`~inference.as_row`] takes them, which returns objects with `index`
             and `score`. Without one `/v1/rerank` scores by the cosine of the embeddings.
@@ -62,7 +54,7 @@ def build_app(
     of = {"labelnames": ["kind"], "registry": registry}
     sizes = Histogram("hf_sugar_batch_size", "Computed together.", buckets=[1, 2, 4, 8, 16, 32, 64], **of)
     tokens = Counter("hf_sugar_tokens", "Tokens read and written.", **of)
-    worker = ModelWorker(model, processor, batch_size, lambda kind, size: sizes.labels(kind).observe(size))
+    worker = ModelWorker(embedder, lambda kind, size: sizes.labels(kind).observe(size))
     Gauge("hf_sugar_waiting", "Inputs that wait.", registry=registry).set_function(lambda: len(worker.waiting))
     context, created = worker.generator.max_length, int(time.time())
 
@@ -134,9 +126,9 @@ def build_app(
     @app.post("/v1/embeddings")
     async def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
         check(request)
-        size = request.dimensions or worker.embedder.dim
-        if size > worker.embedder.dim:
-            raise ValueError(f"`dimensions` is {size}; the embeddings have {worker.embedder.dim}.")
+        size = request.dimensions or embedder.dim
+        if size > embedder.dim:
+            raise ValueError(f"`dimensions` is {size}; the embeddings have {embedder.dim}.")
         if request.messages:
             items = {"the conversation": await read_messages(request.messages, args)}
         else:
@@ -168,8 +160,7 @@ def build_app(
     @app.post("/v1/search")
     async def search(request: SearchRequest) -> dict[str, Any]:
         check(request, needs_index=True)
-        vectors, _ = await embed(await read({"query": request.query}), ["query"])
-        [hits] = await run_in_threadpool(index.search, vectors, request.k)
+        [[hits]] = await results([worker.call(index.search, await read({"query": request.query}), request.k)])
         return {"object": "list", "data": [shown(hit) for hit in hits], "model": name}
 
     @app.post("/v1/chat/completions")
@@ -181,7 +172,9 @@ def build_app(
         deadline = time.monotonic() + args.request_timeout
         row = await read_messages(request.messages, args)
         used, k = (index, request.retrieval.k) if request.retrieval else (None, 1)
-        [prompt] = await results([worker.call(SugarRAG(model, processor, used, k, longest).prompt, row)])
+        [prompt] = await results(
+            [worker.call(SugarRAG(embedder.model, embedder.processor, used, k, longest).prompt, row)]
+        )
         row = {"messages": prompt.messages, "images": prompt.images}
         sampling: dict[str, Any] = {"do_sample": request.temperature > 0}
         if request.temperature > 0:

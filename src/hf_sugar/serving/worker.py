@@ -80,14 +80,12 @@ class ModelWorker:
     methods raise a `ValueError` for a mistake in the request, a `RuntimeError` for anything else.
 
     Args:
-        model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]): What embeds and answers.
-        batch_size (`int`): Inputs or conversations that are computed together at most.
+        embedder ([`SugarEmbedder`]): What embeds; its model answers. Its `batch_size` is that of both.
         observe (`Callable[[str, int], None]`): Is told the kind and size of every batch.
     """
 
-    def __init__(self, model: torch.nn.Module, processor: Any, batch_size: int, observe: Callable[[str, int], Any]):
-        self.embedder = SugarEmbedder(model, processor, batch_size)
-        self.generator = SugarGenerator(model, processor, batch_size)
+    def __init__(self, embedder: SugarEmbedder, observe: Callable[[str, int], Any]):
+        self.embedder, self.generator = embedder, SugarGenerator(embedder.model, embedder.processor)
         self.observe, self.stopping, self.waiting, self._changed = observe, False, [], Condition()
         Thread(target=self._work, name="model", daemon=True).start()
 
@@ -143,7 +141,7 @@ class ModelWorker:
     def _embed(self, jobs: list[_Job]) -> list[Any]:
         errors, lengths = {}, {}
         items, names = zip(*(job.value for job in jobs), strict=True)
-        found = self.embedder.every_slice(items, errors, names, lengths)
+        found = self.embedder.every_slice(items, errors, names, lengths=lengths)
         return [errors.get(n) or (found[n][-1], lengths[n]) for n in range(len(jobs))]
 
     def _call(self, jobs: list[_Job]) -> list[Any]:
