@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -263,7 +264,7 @@ def test_check(place, capsys):
     assert "max_length=10" in capsys.readouterr().out
 
 
-def test_demo_on_own_data(place, capsys):
+def test_demo_on_own_data(place, capsys, monkeypatch):
     for name, maker in (("conversations", conversation), ("captions", caption), ("stories", story)):
         rows([maker], 12).to_parquet(place / f"{name}.parquet")
     settings = {
@@ -286,4 +287,12 @@ def test_demo_on_own_data(place, capsys):
     for name in ("losses", "similarities", "alignment", "gallery", "recall"):
         with Image.open(place / "demo" / f"{name}.png") as picture:
             assert min(picture.size) > 100
-    assert "report.md" in capsys.readouterr().out
+    printed = capsys.readouterr().out.split("4/4 the report\n")[1]
+    assert "report.md" in printed and max(map(len, printed.splitlines()[:20])) <= 100
+    text = (place / "demo" / "report.md").read_text()
+    assert "36 rows, 2 steps, seed 0, " in text and "| test: image to text R@1 | 8.3 |" in text
+    assert not re.search(r"\w_recall|exact_match|nan", text)
+    for command in re.search("```bash\n(.*)```", text, re.DOTALL)[1].splitlines():
+        words = shlex.split(command)
+        monkeypatch.setattr(f"hf_sugar.cli.{words[1]}.{words[1]}", lambda *settings: None)
+        main(words[1:])

@@ -21,7 +21,7 @@ from hf_sugar.data.images import undecoded
 from hf_sugar.evaluation.ceilings import chance, label_ceilings
 from hf_sugar.evaluation.metrics import Estimate, bootstrap_interval, ranks, recall_at_k
 from hf_sugar.evaluation.plots import plot_alignment, plot_gallery, plot_losses, plot_similarities
-from hf_sugar.evaluation.report import report_table, to_dict
+from hf_sugar.evaluation.report import in_words, report_table, terminal_table, to_dict
 from hf_sugar.evaluation.tasks import (
     WINOGROUND_CHANCE,
     EvaluationData,
@@ -102,11 +102,38 @@ def test_figure_and_table():
     assert report_table({"a": results, "b": {"exact_match": figure, "other": figure}}).splitlines() == [
         "| metric | a | b |",
         "|---|---|---|",
-        "| exact_match | 63.1 [58.9, 67.2] | 63.1 [58.9, 67.2] |",
+        "| exact match | 63.1 [58.9, 67.2] | 63.1 [58.9, 67.2] |",
         "| duplicates | 3 |  |",
         "| paper | 27.0 |  |",
         "| other |  | 63.1 [58.9, 67.2] |",
     ]
+
+
+def test_names_of_results_in_words():
+    for name, words in {
+        "unseen/image_to_text_recall@5": "unseen: image to text R@5",
+        "context_unseen_recall@10": "next image, images so far left out R@10",
+        "winoground/text_score": "winoground: text score of pairs",
+        "recall@1": "recall@1",
+        "a_b/exact_match_with_retrieval": "a b: exact match with retrieval",
+    }.items():
+        assert in_words(name) == words
+
+
+def test_table_for_the_terminal():
+    runs = {"SFT": {"exact_match": Estimate(63.12, 58.94, 67.16, 500), "pairs": 320}, "Sugar": {"exact_match": 7.0}}
+    assert terminal_table(runs).splitlines() == [
+        "metric                     SFT  Sugar",
+        "-----------  -----------------  -----",
+        "exact match  63.1 [58.9, 67.2]    7.0",
+        "pairs                      320",
+    ]
+    wide = {f"{name} (last)": {"context_unseen_recall@10": "63.1 (60.0, 66.2)"} for name in "abcdefgh"}
+    assert max(map(len, terminal_table(wide).splitlines())) <= 100
+    lines = terminal_table(wide, width=80).splitlines()
+    assert max(map(len, lines)) <= 80 and lines[0].split() == ["metric", *"abcdefgh"]
+    assert lines[1].split() == ["(last)"] * 8 and "63.1  " in lines[3] and "(60" not in "".join(lines)
+    assert " ".join(line[:16].strip() for line in lines[3:]) == "next image, images so far left out R@10"
 
 
 # tasks
@@ -357,7 +384,11 @@ def test_labels_rank_as_their_definition_and_chance_as_all_draws(tmp_path, monke
     assert found["group_score"] == Estimate.from_hits(group)
     assert {name: by_chance[name] for name in WINOGROUND_CHANCE} == WINOGROUND_CHANCE
     assert found.keys() ^ by_chance.keys() == {"notes"}
-    assert [note.split("_")[0] for note in by_chance["notes"]] == ["image", "interleaved", "winoground"]
+    assert [note.split(":")[0] for note in by_chance["notes"]] == [
+        "Images and texts",
+        "Next images",
+        "Winoground scores",
+    ]
 
 
 # data of tasks, and the report
@@ -477,6 +508,8 @@ def test_plots(tmp_path):
     log.append({"step": 10, "eval_generative_loss": 0.4, "eval_structure_loss": 1.0})
     plot_losses({"a": log, "b": [{"step": 1, "generative_loss": 1.0}]}, path)
     check_png(path, 1200, 480)
+    plot_losses({"a": [*log, {"step": 10, "contrastive_loss": 1.0}]}, path)
+    check_png(path, 1800, 480)
     rows, columns = ["A $5 circle, or $6.", picture("red")], [picture("blue", (40, 20)), "text " * 50, picture("red")]
     plot_alignment(np.full((2, 3), 0.5), rows, columns, path)
     check_png(path, int(150 * 5.6), int(150 * 3.7))
@@ -494,5 +527,5 @@ def test_plot_gallery(tmp_path):
     plot_gallery(rows, tmp_path / "g.png")
     size = int(150 * (3.6 + 1.3 + 1.3 + 2.4 + 0.4)), int(150 * (2 * 1.25 + 0.4))
     assert check_png(tmp_path / "g.png", *size)[framed] > 1000
-    plot_gallery([{**row, "correct": [False, False]} for row in rows], tmp_path / "g.png")
+    plot_gallery([{**row, "correct": [False, False]} for row in rows], tmp_path / "g.png", ["SFT 1", "Sugar 1"])
     assert framed not in check_png(tmp_path / "g.png", *size)

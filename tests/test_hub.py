@@ -329,7 +329,7 @@ class TestCard:
         measured = {("captions.parquet", "image_to_text_recall@1"), ("org/questions", "exact_match")}
         assert results == {(*names, 41.25) for names in measured}
         text = str(card)
-        assert "| seen/image_to_text_recall@1 | 41.2 [30.0, 52.5] |" in text
+        assert "| seen: image to text R@1 | 41.2 [30.0, 52.5] |" in text
         assert "hf-sugar evaluate --config evaluate.yaml --model_name_or_path me/measured" in text
         assert "seen: captions.parquet" in text
 

@@ -373,9 +373,9 @@ def test_the_command_runs_them_all(published, tmp_path, monkeypatch):
     assert report["environment"]["transformers"]
     table = (tmp_path / "out" / "report.md").read_text()
     assert "| metric | paper (7B) | model |" in table
-    assert "| winoground/group_score | 27.0 | " in table
-    for name in ("coco", "vist", "webqa"):
-        assert Image.open(tmp_path / "out" / f"{name}.png").size == (900, 600)
+    assert "| winoground: group score of pairs | 27.0 | " in table
+    for name, width in ("coco", 5.6), ("vist", 11.2), ("webqa", 4.5):  # a panel for each curve
+        assert Image.open(tmp_path / "out" / f"{name}.png").width == int(150 * width)
 
     main(["evaluate", *out, "--tasks", "winoground"])
     again = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]["model"]
@@ -404,9 +404,18 @@ def test_the_example_names_every_benchmark(tmp_path, monkeypatch):
 
 def test_plot_curves(tmp_path):
     results = {f"{name}@{k}": Estimate(10.0 * k, 9.0 * k, 11.0 * k, 5) for name in ("a", "b") for k in (1, 5)}
-    plot_curves({**results, "count": 3}, tmp_path / "plain.png")
-    plot_curves(results, tmp_path / "dashed.png", reference={"a@1": 50.0, "a@5": 60.0})
-    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "dashed.png").read_bytes()
+    plot_curves({"ours": {**results, "count": 3}}, tmp_path / "plain.png")
+    plot_curves({"ours": results, "paper": {"a@1": 50.0, "a@5": 60.0}}, tmp_path / "dashed.png")
+    colors = {}
+    for name in "plain", "dashed":
+        picture = Image.open(tmp_path / f"{name}.png").convert("RGB")
+        width, height = picture.size
+        for curve, left in ("a", 0), ("b", width * 55 // 100):  # a panel each, without the legend
+            panel = picture.crop((left, 0, left + width * 45 // 100, height * 4 // 5))
+            colors[name, curve] = {color for _, color in panel.getcolors(10**6)}
+    ours, paper = ((47, 109, 181), (217, 98, 43))
+    assert all(ours in found for found in colors.values())
+    assert [case for case, found in colors.items() if paper in found] == [("dashed", "a")]
 
 
 @pytest.mark.extras

@@ -1,5 +1,6 @@
 """Train on the embedded world (or on your own data) with and without the discriminative loss, compare, report."""
 
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from hf_sugar.distributed import distributed_state
 from hf_sugar.evaluation import (
     Estimate,
     EvaluationData,
+    best_hits,
     chance,
     evaluate_tasks,
     label_ceilings,
@@ -24,6 +26,7 @@ from hf_sugar.evaluation import (
     write_pictures,
     write_report,
 )
+from hf_sugar.evaluation.tasks import named_sources
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.teachers import TripleEncoder
@@ -55,6 +58,27 @@ WORLD_TRAINING = {
 PAPER = {"discriminative_loss": "structure", "label_calibration": "none", "flip_captions": True}
 # The paper adapts the query and value projections of a 7B model. Four layers of width 128 need all of theirs.
 WORLD_LORA = {"r": 64, "lora_alpha": 128, "target_modules": "all-linear"}
+
+INTRODUCTION = """{rows} rows, {steps} steps, seed {seeds}, {minutes:.0f} minutes in all on `{device}`; `report.json` has the rest.
+
+| column | what it is |
+|---|---|
+| chance | random similarities |
+| labels | the teachers' labels in the place of a model: what the structure loss alone can teach |
+| untouched | `{model}`, whose hidden states are compared (the last one, or their mean): it has no trained projector |
+| SFT | the generative loss alone, on the same rows for as many steps; hidden states again |
+| Sugar | the discriminative loss besides, as the library does by default |"""
+NEXT = """## What to do next
+
+Labels near chance: these teachers do not know the data, choose others. Sugar far below its labels: train longer, or on more
+rows. Answers worse than after SFT: lower `structure_weight`. To use what was trained, and to train on your own data:
+
+```bash
+hf-sugar index  --model_name_or_path {trained} --data {data} --index {index}
+hf-sugar search --model_name_or_path {trained} --index {index} --query {query}
+hf-sugar chat   --model_name_or_path {trained} --index {index}
+hf-sugar train  --model_name_or_path llava-hf/llava-1.5-7b-hf --train_data my_data.json --output_dir my-sugar
+```"""
 
 
 @dataclass
@@ -141,11 +165,11 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
     if args.ablations:
         alone = {"Sugar, paper": PAPER, "Sugar, contrastive": {"discriminative_loss": "contrastive"}}
         compared = {"SFT": compared["SFT"], **alone, "Sugar": {}}  # what is shown in pictures is trained last
-    logs = {}
+    logs, found, several = {}, {}, len(args.seeds) > 1
     for seed in args.seeds:
         for run, changes in compared.items():
-            print(f"3/4 training {run}" + (f", seed {seed}" if len(args.seeds) > 1 else ""))
-            directory = run.lower().replace(", ", "-") + (f"-{seed}" if len(args.seeds) > 1 else "")
+            print(f"3/4 training {run}" + (f", seed {seed}" if several else ""))
+            directory = run.lower().replace(", ", "-") + (f"-{seed}" if several else "")
             trainer = SugarTrainer(
                 model=model_path,
                 args=SugarTrainingConfig(
@@ -167,6 +191,7 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
             logs[run] = trainer.state.log_history
             trained = trainer.model.eval()
             if run == "SFT":
+                found[run] = best_hits(SugarEmbedder(trained, processor, project=False), evaluation)
                 for pooling, results in _untrained(trained, processor, evaluation).items():
                     columns.setdefault(f"SFT ({pooling})", []).append(results)
             else:
@@ -178,20 +203,22 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
                 columns.setdefault(run, []).append(results)
 
     print("4/4 the report")
+    found["Sugar"] = best_hits(embed, evaluation)
     pictures = write_pictures(
-        output_dir,
-        evaluation,
-        embed,
-        encoder.encode,
-        encoder.split,
-        logs,
-        delta=trainer.args.delta,
+        *(output_dir, evaluation, embed, encoder.encode, encoder.split, logs, found), delta=trainer.args.delta
     )
     if any("@" in name for name in results):
-        plot_curves(results, output_dir / "recall.png")
-        pictures.append(("recall.png", "Recall at k of Sugar, with 95% intervals."))
+        curves = {name: results[-1] for name, results in columns.items() if not name.endswith("(mean)")}
+        plot_curves(curves, output_dir / "recall.png")
+        pictures.append(("recall.png", "Recall at k with 95% intervals, where there are several seeds of the last."))
     seconds = round(time.monotonic() - started)
     runs = {name: _mean(results) for name, results in columns.items()}
+    made = {
+        "trained": trainer.args.output_dir,
+        "data": str(next(iter(named_sources(evaluation.image_text_data).values()), "photos")),
+        "index": str(output_dir / "index"),
+        "query": found["Sugar"][0]["query"] if found["Sugar"] else "what to look for",
+    }
     table = write_report(
         output_dir,
         args.title,
@@ -207,26 +234,23 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
         },
         [args.note] if args.note else [],
         pictures,
+        INTRODUCTION.format(
+            rows=len(train_dataset),
+            steps=trainer.state.global_step,
+            seeds=", ".join(map(str, args.seeds)) + " (means, with the value of each)" * several,
+            minutes=seconds / 60,
+            device=device,
+            model=Path(model_path).name,
+        ),
+        NEXT.format(**{name: shlex.quote(value) for name, value in made.items()}),
     )
     print(f"\n{table}\n\n{seconds} s. Report, plots and checkpoints: {output_dir / 'report.md'}")
     return runs
 
 
 def render_world(directory: Path, data: DataArguments, evaluation: EvaluationData) -> dict[str, dict[str, str]]:
-    """
-    Write the world and name its files as the data of a run.
-
-    Args:
-        directory (`Path`):
-            Where to write.
-        data ([`DataArguments`]):
-            Gets `train_data` and `eval_data`.
-        evaluation ([`EvaluationData`]):
-            Gets all of its fields.
-
-    Returns:
-        `dict[str, dict]`: settings of [`~evaluation.load_benchmarks`].
-    """
+    """Write the world, set `train_data`, `eval_data` and all of `evaluation` to its files, and return the settings of
+    [`~evaluation.load_benchmarks`] for its facts."""
     held_out = {"test": 320, "test_unseen": 320}
     sizes = {
         "captions": {"train": 4800, "validation": 200, **held_out},

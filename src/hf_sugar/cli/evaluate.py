@@ -69,7 +69,7 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
         results |= {f"{name}/{metric}": value for metric, value in found.items()}
         paper |= {f"{name}/{metric}": value for metric, value in benchmark.paper.items()}
         if benchmark.axis:
-            plot_curves(found, output_dir / f"{name}.png", benchmark.axis, benchmark.paper)
+            plot_curves({title: found, "paper (7B)": benchmark.paper}, output_dir / f"{name}.png", benchmark.axis)
             pictures.append((f"{name}.png", f"{name}: results by {benchmark.axis}, with 95% intervals."))
         table = report()  # each may take hours: what is done is kept if the next one fails
     print(table)

@@ -2,6 +2,7 @@
 are first touched: matplotlib is not loaded by what draws nothing."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 
 _NAMES = {
@@ -11,14 +12,23 @@ _NAMES = {
         *("image_text_retrieval", "interleaved_retrieval", "load_tasks", "winoground"),
     ),
     "ceilings": ("chance", "label_ceilings"),
-    "report": ("report_table", "to_dict", "write_report"),
+    "report": ("report_table", "terminal_table", "to_dict", "write_report"),
     "plots": (
-        *("plot_alignment", "plot_curves", "plot_gallery", "plot_losses", "plot_similarities", "write_pictures"),
+        *("best_hits", "plot_alignment", "plot_curves", "plot_gallery", "plot_losses", "plot_similarities"),
+        "write_pictures",
     ),
     "published": ("BENCHMARKS", "load_benchmarks"),
 }
 _MODULE_OF = {name: f"hf_sugar.evaluation.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = list(_MODULE_OF)
+
+if TYPE_CHECKING:  # the same for type checkers
+    from .ceilings import *
+    from .metrics import *
+    from .plots import *
+    from .published import *
+    from .report import *
+    from .tasks import *
 
 # former names, for one release
 _RENAMED = {

@@ -13,13 +13,13 @@ from .tasks import Item, Task, run_tasks
 
 BLOCK = 128  # sequences in one label matrix, twice
 WORTH = {
-    "image_text_data": "recall falls with the number of candidates, so that it compares models on this set alone; what the "
-    "labels miss, the structure loss cannot teach.",
-    "interleaved_data": "the label of several slices with one image knows no order, and images of the context are most like "
+    "image_text_data": "Images and texts: recall falls with the number of candidates, so that it compares models on this "
+    "set alone; what the labels miss, the structure loss cannot teach.",
+    "interleaved_data": "Next images: the label of several slices with one image knows no order, and images of the context are most like "
     "it: what is found beyond the labels has another source than the structure loss.",
-    "winoground_data": "both captions have the same words, so that only their order tells the images apart; labels are the "
+    "winoground_data": "Winoground scores: both captions have the same words, so that only their order tells the images apart; labels are the "
     "cosines of one caption and one image, the most that the structure loss can teach.",
-    "generation_data": "an answer counts if it is right word for word, so that a right one in other words is lost; labels "
+    "generation_data": "Exact match: an answer counts if it is right word for word, so that a right one in other words is lost; labels "
     "have no part in it.",
 }
 
@@ -68,8 +68,8 @@ def chance(tasks: Sequence[Task]) -> dict[str, Any]:
     What tasks from [`~evaluation.load_tasks`] give by chance, in percent, under the names of their results: recall of
     candidates in random order, Winoground's scores of random similarities. `"notes"` says what the results are worth.
     """
-    notes = {task.field: f"{task.field}: {WORTH[task.field]}" for task in tasks}
-    return {**run_tasks(tasks, None, None), "notes": list(notes.values())}
+    notes = list(dict.fromkeys(WORTH[task.field] for task in tasks))
+    return {**run_tasks(tasks, None, None), "notes": notes}
 
 
 class LabelledItems:

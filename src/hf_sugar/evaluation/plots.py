@@ -19,6 +19,8 @@ from ..data import load_data, row_slices
 from ..files import replacing
 from ..inference import SugarEmbedder
 from ..models.rows_sugar import row_name
+from .metrics import Estimate
+from .report import in_words
 from .tasks import EvaluationData, image_text_pairs, named_sources
 
 
@@ -30,8 +32,8 @@ EVALUATION = {"linestyle": "", "marker": "o", "markersize": 5.5, "markeredgecolo
 
 def plot_losses(runs: dict[str, Sequence[dict[str, float]]], path: str | os.PathLike) -> None:
     """
-    Generative and structure loss over the steps of runs, side by side. Evaluation values are dots. A run that logs only one
-    loss, such as plain SFT, is missing from the other panel.
+    The losses over the steps of runs, a panel for each that was logged: pale as they are, and averaged over a tenth of the
+    entries around each. Evaluation values are dots. A run without a loss, such as plain SFT, is missing from its panel.
 
     Args:
         runs (`dict[str, Sequence[dict]]`): `log_history` of the trainer's state of each run, by its name.
@@ -40,51 +42,73 @@ def plot_losses(runs: dict[str, Sequence[dict[str, float]]], path: str | os.Path
     panels = {
         "generative_loss": ("Generative loss $L_g$", "nats per token"),
         "structure_loss": ("Structure loss $L_d$", "squared error per row"),
+        "contrastive_loss": ("Contrastive loss", "nats per item"),
     }
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for ax, (key, (title, unit)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    logged = {name for run in runs.values() for entry in run for name in entry}
+    panels = {key: panel for key, panel in panels.items() if key in logged}
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (key, (title, unit)) in zip(axes, panels.items(), strict=True):
         for (label, run), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
-            for name, style in ((key, {"linewidth": 1.6, "label": label}), (f"eval_{key}", EVALUATION)):
-                entries = [(entry["step"], entry[name]) for entry in run if name in entry]
-                if entries:
-                    ax.plot(*zip(*entries, strict=True), color=color, **style)
+            entries = [(entry["step"], entry[key]) for entry in run if key in entry]
+            if entries:
+                steps, values = np.transpose(entries)
+                window = np.ones(1 + len(steps) // 20 * 2)
+                sums, counts = (np.convolve(each, window, "same") for each in (values, np.ones_like(values)))
+                ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+                ax.plot(steps, sums / counts, color=color, linewidth=1.8, label=label)
+            measured = [(entry["step"], entry[f"eval_{key}"]) for entry in run if f"eval_{key}" in entry]
+            if measured:
+                ax.plot(*zip(*measured, strict=True), color=color, **EVALUATION)
         ax.set_title(title, fontsize=11)
         ax.set(xlabel="optimiser step", ylabel=unit)
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        _finish(ax, legend=len(runs) > 1 and bool(ax.lines))
+        _finish(ax, legend=len(runs) > 1)
     _write(figure, path)
 
 
-def plot_curves(
-    results: dict[str, Any], path: str | os.PathLike, axis: str = "k", reference: dict[str, float] | None = None
-) -> None:
+def plot_curves(runs: dict[str, dict[str, Any]], path: str | os.PathLike, axis: str = "k") -> None:
     """
-    Results that depend on a number, such as recall@k, as curves with their intervals.
+    Results that depend on a number, such as recall@k: a panel for each, and in it a line for each run, with its interval.
+    Values without one, such as those of chance or of a paper, are dashed.
 
     Args:
-        results (`dict[str, Any]`): Those named `<curve>@<number>` are drawn.
+        runs (`dict[str, dict[str, Any]]`): Results of each run by its name; those named `<curve>@<number>` are drawn.
         path (`str` or `os.PathLike`): PNG file to write.
         axis (`str`, *optional*, defaults to `"k"`): What the number counts.
-        reference (`dict[str, float]`, *optional*): Published values under the same names, drawn dashed.
     """
-    curves: dict[str, list[tuple[int, Any]]] = {}
-    for name, value in results.items():
-        curve, at, number = name.rpartition("@")
-        if at and number.isdecimal():
-            curves.setdefault(curve, []).append((int(number), value))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.subplots()
-    for (curve, points), color in zip(sorted(curves.items()), itertools.cycle(COLORS), strict=False):
-        numbers, values = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-        ax.plot(numbers, [v.value for v in values], color=color, marker="o", markersize=4, label=curve)
-        ax.fill_between(numbers, [v.low for v in values], [v.high for v in values], color=color, alpha=0.15)
-        published = [(n, reference[f"{curve}@{n}"]) for n in numbers if f"{curve}@{n}" in (reference or {})]
-        if published:
-            ax.plot(*zip(*published, strict=True), color=color, linestyle="--", label=f"{curve} (paper)")
-    ax.set(xlabel=axis, ylabel="percent", ylim=(0, 100))
-    ax.set_xticks(sorted({number for points in curves.values() for number, _ in points}))
-    _finish(ax, legend=True)
+    curves: dict[str, dict[str, dict[int, Any]]] = {}
+    for run, results in runs.items():
+        for name, value in results.items():
+            curve, at, number = name.rpartition("@")
+            if at and number.isdecimal():
+                curves.setdefault(curve, {}).setdefault(run, {})[int(number)] = value
+    columns = min(4, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(max(4.5, 2.8 * columns), 2.7 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    lines = {}
+    for ax, (curve, of_runs) in zip(axes, curves.items(), strict=False):
+        for run, color in zip(runs, itertools.cycle(COLORS), strict=False):
+            if run not in of_runs:
+                continue
+            numbers, values = zip(*sorted(of_runs[run].items()), strict=True)
+            if isinstance(values[0], Estimate):
+                middle, low, high = zip(*((v.value, v.low, v.high) for v in values), strict=True)
+                [lines[run]] = ax.plot(numbers, middle, color=color, marker="o", markersize=4)
+                ax.fill_between(numbers, low, high, color=color, alpha=0.15)
+            else:
+                [lines[run]] = ax.plot(numbers, values, color=color, linestyle="--")
+        ax.set(xlabel=axis, ylim=(0, 102))
+        ax.set_title(textwrap.fill(in_words(curve), 36), fontsize=9)
+        ax.set_xticks(sorted({number for values in of_runs.values() for number in values}))
+        _finish(ax, legend=False)
+    for ax in axes[::columns]:
+        ax.set_ylabel("percent")
+    for ax in axes[len(curves) :]:
+        ax.set_axis_off()
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     _write(figure, path)
 
 
@@ -162,7 +186,7 @@ def plot_alignment(
     _write(figure, path)
 
 
-def plot_gallery(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
+def plot_gallery(rows: Sequence[dict[str, Any]], path: str | os.PathLike, titles: Sequence[str] = ()) -> None:
     """
     Queries with what was found for them, best first; correct hits are framed.
 
@@ -171,6 +195,7 @@ def plot_gallery(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Non
             For each query a line with `query` and `truth` (each a `str`, a `PIL.Image.Image` or an interleaved list of
             those), `hits`, a list of such items, and `correct`, a `bool` for each of the hits.
         path (`str` or `os.PathLike`): PNG file to write.
+        titles (`Sequence[str]`, *optional*): What stands above the hits, instead of `rank 1` and so on.
     """
     items = [[row["query"], row["truth"], *row["hits"]] for row in rows]
     widths = []
@@ -179,6 +204,7 @@ def plot_gallery(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Non
     width, height = sum(widths) + 0.4, 1.25 * len(rows) + 0.4
     figure = Figure(figsize=(width, height))
     widths.insert(2, 0.1)
+    titles = ["query", "truth", *(titles or (f"rank {n + 1}" for n in range(len(widths))))]
     margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.33 / height, "bottom": 0.07 / height}
     grid = figure.add_gridspec(len(rows), len(widths), width_ratios=widths, wspace=0.06, hspace=0.08, **margins)
     for r, (row, line) in enumerate(zip(rows, items, strict=True)):
@@ -186,7 +212,7 @@ def plot_gallery(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Non
         for c, (item, frame) in enumerate(zip(line, frames, strict=True)):
             ax = figure.add_subplot(grid[r, c if c < 2 else c + 1])
             if r == 0:
-                ax.set_title(("query", "truth")[c] if c < 2 else f"rank {c - 1}", fontsize=10)
+                ax.set_title(titles[c], fontsize=10)
             _draw(ax, item, frame)
     _write(figure, path)
 
@@ -220,6 +246,23 @@ def _write(figure: Figure, path: str | os.PathLike) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
+def best_hits(embed: SugarEmbedder, data: EvaluationData, split: str = "test", k: int = 3) -> list[dict[str, Any]]:
+    """Rows for [`plot_gallery`]: what a model finds for the first three texts and images of `image_text_data`."""
+    rows = []
+    for source in list(named_sources(data.image_text_data).values())[:1]:
+        images, texts = image_text_pairs(load_data(source, split))
+        of_images, of_texts = embed(images), embed(texts)
+        for n in range(min(3, len(images))):
+            for items, scores, query, truth in (
+                (images, of_images @ of_texts[n], texts[n], images[n]),
+                (texts, of_texts @ of_images[n], images[n], texts[n]),
+            ):
+                best = np.argsort(-scores, kind="stable")[:k].tolist()
+                hits, correct = [items[hit] for hit in best], [texts[hit] == texts[n] for hit in best]
+                rows.append({"query": query, "truth": truth, "hits": hits, "correct": correct})
+    return rows
+
+
 def write_pictures(
     directory: str | os.PathLike,
     data: EvaluationData,
@@ -227,50 +270,54 @@ def write_pictures(
     embed_teachers: Callable[[list[Any]], torch.Tensor],
     teacher_split: int | None,
     logs: dict[str, list[dict[str, float]]],
+    found: dict[str, list[dict[str, Any]]],
     delta: float = 1.0,
     normalize: str | None = "self+count",
     split: str = "test",
 ) -> list[tuple[str, str]]:
     """The plots of a report, as far as there are data for them: of the trained model (`embed`), of its teachers
-    (`encode` and `split` of [`TripleEncoder`]), and of the log of each run. Returns file names and captions."""
+    (`encode` and `split` of [`TripleEncoder`]), of the log of each run, and of what each model found ([`best_hits`]).
+    Returns file names and captions."""
     directory = Path(directory)
     plot_losses(logs, directory / "losses.png")
-    pictures = [("losses.png", "Generative and structure loss over the training steps.")]
+    pictures = [
+        ("losses.png", "The losses over the steps: pale as they are logged, and averaged over a tenth of the run.")
+    ]
     for source in list(named_sources(data.interleaved_data).values())[:1]:
         rows = load_data(source, split)
-        documents = [row_slices(rows[index], row_name(rows[index], index)) for index in range(min(8, len(rows)))]
+        documents = [row_slices(rows[index], row_name(rows[index], index)) for index in range(min(32, len(rows)))]
         lengths = [len(document) for document in documents]
         slices = [item for document in documents for item in document]
         teachers = embed_teachers(slices)
         modality = torch.tensor([int(not isinstance(item, str)) for item in slices])
         offsets = torch.tensor([0, *np.cumsum(lengths)])
-        prefixes = torch.tensor([(d, length) for d, n in enumerate(lengths) for length in range(1, n + 1)])
         triple = {} if teacher_split is None else {"modality": modality, "split": teacher_split}
-        labels, _ = label_matrix(teachers, offsets, prefixes, delta=delta, normalize=normalize, **triple)
-        predicted = np.concatenate(embed.every_slice(documents))
-        plot_similarities(labels.numpy(), predicted @ predicted.T, directory / "similarities.png")
+        prefixes = [(d, length) for d, n in enumerate(lengths[:8]) for length in range(1, n + 1)]
+        every = torch.tensor([*prefixes, *enumerate(lengths)])
+        matrix = label_matrix(teachers, offsets, every, delta=delta, normalize=normalize, **triple)[0].numpy()
+        labels, alike = matrix[: len(prefixes), : len(prefixes)], matrix[len(prefixes) :, len(prefixes) :]
+        predicted = np.concatenate(embed.every_slice(documents[:8]))
+        plot_similarities(labels, predicted @ predicted.T, directory / "similarities.png")
         pictures.append(("similarities.png", "Labels and predicted cosines of every prefix of eight documents."))
 
-        first, second, *_ = documents * 2  # a single document is compared with itself
-        (x, y, *_), (modality_x, modality_y, *_) = (values.split(lengths) * 2 for values in (teachers, modality))
+        # two that are alike, and not copies; a single document is compared with itself
+        first, second = np.unravel_index(np.argmax(np.triu(np.where(alike < 0.99, alike, 0), 1)), alike.shape)
+        x, y = (teachers.split(lengths)[n] for n in (first, second))
         if triple:
+            modality_x, modality_y = (modality.split(lengths)[n] for n in (first, second))
             triple = {"modality_x": modality_x, "modality_y": modality_y, "split": teacher_split}
         expected = expected_alignment(x, y, delta=delta, **triple)
-        plot_alignment(expected.numpy(), first, second, directory / "alignment.png")
-        pictures.append(("alignment.png", "Expected alignment of two documents under the teachers' similarity."))
+        plot_alignment(expected.numpy(), documents[first], documents[second], directory / "alignment.png")
+        pictures.append(
+            ("alignment.png", "Expected alignment, by the teachers, of the two documents that are most alike.")
+        )
 
-    for source in list(named_sources(data.image_text_data).values())[:1]:
-        images, texts = image_text_pairs(load_data(source, split))
-        of_images, of_texts = embed(images), embed(texts)
-        lines = []
-        for n in range(min(3, len(images))):
-            for items, scores, query, truth in (
-                (images, of_images @ of_texts[n], texts[n], images[n]),
-                (texts, of_texts @ of_images[n], images[n], texts[n]),
-            ):
-                best = np.argsort(-scores, kind="stable")[:5].tolist()
-                hits, correct = [items[hit] for hit in best], [texts[hit] == texts[n] for hit in best]
-                lines.append({"query": query, "truth": truth, "hits": hits, "correct": correct})
-        plot_gallery(lines, directory / "gallery.png")
-        pictures.append(("gallery.png", "Queries, the truth, and the five best candidates of the trained model."))
+    rows = [
+        {**same[0], **{key: sum((row[key] for row in same), []) for key in ("hits", "correct")}}
+        for same in zip(*found.values(), strict=True)
+    ]
+    if rows:
+        titles = [f"{run} {n + 1}" for run, of_run in found.items() for n in range(len(of_run[0]["hits"]))]
+        plot_gallery(rows, directory / "gallery.png", titles)
+        pictures.append(("gallery.png", f"What {' and '.join(found)} find, best first. What is right is framed."))
     return pictures
