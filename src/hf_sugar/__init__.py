@@ -3,6 +3,7 @@ checkpoint. Names are imported when they are first touched, so `import hf_sugar`
 
 import importlib
 import logging
+from typing import TYPE_CHECKING
 
 
 __version__ = "0.1.0.dev0"
@@ -29,6 +30,21 @@ _MODULE_OF = {
 }
 
 __all__ = ["__version__", *_MODULE_OF]
+
+if TYPE_CHECKING:  # the same for type checkers
+    from .alignment import global_alignment_kernel as global_alignment_kernel
+    from .inference import SugarEmbedder as SugarEmbedder
+    from .inference import SugarGenerator as SugarGenerator
+    from .models import SugarConfig as SugarConfig
+    from .models import SugarForConditionalGeneration as SugarForConditionalGeneration
+    from .models import SugarOutput as SugarOutput
+    from .models import SugarProcessor as SugarProcessor
+    from .retrieval.index import SugarIndex as SugarIndex
+    from .retrieval.rag import SugarRAG as SugarRAG
+    from .teachers import TripleEncoder as TripleEncoder
+    from .training import StructureLoss as StructureLoss
+    from .training import SugarTrainer as SugarTrainer
+    from .training import SugarTrainingConfig as SugarTrainingConfig
 
 
 def __getattr__(name: str):

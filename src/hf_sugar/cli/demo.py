@@ -33,7 +33,7 @@ from hf_sugar.teachers import TripleEncoder
 from hf_sugar.training import SugarTrainer, SugarTrainingConfig
 from hf_sugar.world import DESCRIBE, checkpoint, world_teachers, write_world
 
-from .arguments import DataArguments
+from .arguments import DataArguments, setting
 
 
 # What the demo does unless it is told otherwise: the rendered world, and checkpoints small enough for a laptop.
@@ -85,23 +85,16 @@ hf-sugar train  --model_name_or_path llava-hf/llava-1.5-7b-hf --train_data my_da
 class DemoArguments:
     """Settings of `hf-sugar demo`: one comparison of an untouched checkpoint, supervised fine-tuning and Sugar."""
 
-    output_dir: str = field(default="runs/demo", metadata={"help": "Where data, checkpoints and report are written."})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to train. Defaults to the tiny LLaVA of the world."}
+    output_dir: str = setting("Where data, checkpoints and report are written.", "runs/demo")
+    model_name_or_path: str | None = setting("Checkpoint to train. Defaults to the tiny LLaVA of the world.", None)
+    teachers: dict | str | None = setting(
+        "Frozen encoders: image, text and cross. Defaults to the tiny ones of the world.", None
     )
-    teachers: dict | str | None = field(
-        default=None,
-        metadata={"help": "Frozen encoders: image, text and cross. Defaults to the tiny ones of the world."},
-    )
-    training: dict | None = field(
-        default=None, metadata={"help": "Fields of SugarTrainingConfig, the same for all runs."}
-    )
-    lora: dict | None = field(default=None, metadata={"help": "Fields of peft.LoraConfig."})
-    benchmarks: dict | None = field(
-        default=None,
-        metadata={
-            "help": "What Sugar is measured on besides, as in `hf-sugar evaluate`. On the world, the gain of retrieval on its facts."
-        },
+    training: dict | None = setting("Fields of SugarTrainingConfig, the same for all runs.", None)
+    lora: dict | None = setting("Fields of peft.LoraConfig.", None)
+    benchmarks: dict | None = setting(
+        "What Sugar is measured on besides, as in `hf-sugar evaluate`. On the world, the gain of retrieval on its facts.",
+        None,
     )
     seeds: list[int] = field(
         default_factory=lambda: [0],
@@ -111,25 +104,13 @@ class DemoArguments:
         default=False,
         metadata={"help": "Train with the paper's loss and labels, and with the contrastive loss alone, too."},
     )
-    title: str = field(default="Sugar on the rendered world", metadata={"help": "Heading of the report."})
-    note: str | None = field(default=None, metadata={"help": "A paragraph for the report."})
+    title: str = setting("Heading of the report.", "Sugar on the rendered world")
+    note: str | None = setting("A paragraph for the report.", None)
 
 
 def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -> dict[str, dict[str, Any]]:
-    """
-    Run the comparison.
-
-    Args:
-        args ([`DemoArguments`]):
-            Models and settings.
-        data ([`DataArguments`]):
-            What to train on. The rendered world is written into `output_dir` and used where `train_data` is not set.
-        evaluation ([`EvaluationData`]):
-            What to measure on; the world's test splits where `train_data` is not set.
-
-    Returns:
-        `dict[str, dict]`: results of each column of the table.
-    """
+    """Run the comparison, on the rendered world (written into `output_dir`) where `data` has no `train_data`. Returns the
+    results of each column of the table."""
     started = time.monotonic()
     output_dir = Path(args.output_dir)
     if (output_dir / "report.md").exists():

@@ -76,18 +76,20 @@ def terminal_table(runs: dict[str, dict[str, Any]], width: int = 100) -> str:
     behind them, such as intervals, and names over several lines."""
     cells = _cells(runs)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    gap = "  "
     if sum(widths) + 2 * len(runs) > width:
+        gap = " "
         cells[1:] = [[name, *(value.partition(" ")[0] for value in values)] for name, *values in cells[1:]]
         widths[1:] = [max(map(len, " ".join(column).split())) for column in list(zip(*cells, strict=True))[1:]]
-        widths[0] = max(12, min(widths[0], width - sum(widths[1:]) - 2 * len(runs)))
+        widths[0] = max(12, min(widths[0], width - sum(widths[1:]) - len(runs)))
     lines = []
     for row in cells:
         broken = [textwrap.wrap(cell, size) for cell, size in zip(row, widths, strict=True)]
         for name, *values in itertools.zip_longest(*broken, fillvalue=""):
             aligned = [value.rjust(size) for value, size in zip(values, widths[1:], strict=True)]
-            lines.append("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
+            lines.append(gap.join([name.ljust(widths[0]), *aligned]).rstrip())
         if row is cells[0]:
-            lines.append("  ".join("-" * size for size in widths))
+            lines.append(gap.join("-" * size for size in widths))
     return "\n".join(lines)
 
 

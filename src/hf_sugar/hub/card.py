@@ -78,7 +78,7 @@ def _license_name(stated: dict[str, Any]) -> str | None:
     return ", ".join(name) if isinstance(name, list) else name
 
 
-def dataset_names(dataset) -> list[str]:
+def dataset_names(dataset: Any) -> list[str]:
     """Hub ids and file names that `datasets` recorded of where a dataset came from."""
     names = []
     for source in dataset.info.download_checksums or {}:
@@ -212,7 +212,7 @@ def model_card(
     )
 
 
-def write_card(directory: str | Path, facts: dict[str, Any], **kwargs) -> None:
+def write_card(directory: str | Path, facts: dict[str, Any], **kwargs: Any) -> None:
     """Leave the facts of a run (see [`run_facts`]) in a checkpoint directory, and a card made of them (`kwargs` as in
     [`model_card`]) unless somebody wrote one by hand."""
     directory = Path(directory)

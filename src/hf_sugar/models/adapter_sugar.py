@@ -99,7 +99,7 @@ class SugarAdapterMixin:
 
     # Those of transformers leave out the projector; and 5.24 refuses any PEFT before 0.22.
 
-    def set_adapter(self, adapter_name: str):
+    def set_adapter(self, adapter_name: str) -> None:
         """Switch to an adapter, with its retrieval projector, by the name that it was loaded under."""
         attached = getattr(self, "peft_config", {})
         if not isinstance(adapter_name, str) or adapter_name not in attached:
@@ -114,20 +114,20 @@ class SugarAdapterMixin:
             raise ValueError("There is no adapter.")
         return [adapter]
 
-    def disable_adapters(self):
+    def disable_adapters(self) -> None:
         """Switch to the model without adapters; its retrieval projector is not a trained one then."""
         self.active_adapters()
         for module in self._adapter_modules():
             module.enable_adapters(False)
 
-    def enable_adapters(self):
+    def enable_adapters(self) -> None:
         """Undo `disable_adapters`."""
         [adapter] = self.active_adapters()
         for module in self._adapter_modules():
             module.enable_adapters(True)
         self.set_adapter(adapter)  # frozen or not as before
 
-    def merge_and_unload(self):
+    def merge_and_unload(self) -> "SugarAdapterMixin":
         """
         Merge the active adapters into the weights and take the adapters off; the model itself is returned. To train
         another adapter on it, save it and load it from there: an adapter names the place of its backbone.
@@ -169,7 +169,7 @@ class SugarAdapterMixin:
                 parameter.requires_grad_(True)
         return self
 
-    def export_adapter(self, save_directory: str | Path):
+    def export_adapter(self, save_directory: str | Path) -> None:
         """
         Write the LoRA weights of the active adapter for the backbone's own class, without the retrieval projector:
         `PeftModel.from_pretrained(backbone, save_directory)` generates what this model generates.

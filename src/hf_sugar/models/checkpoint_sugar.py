@@ -1,6 +1,7 @@
 """How a Sugar model is loaded and saved: full checkpoints, plain backbones and adapter repositories."""
 
 from pathlib import Path
+from typing import Any, Self
 
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME, cached_file, logging
@@ -21,7 +22,9 @@ class SugarCheckpointMixin(SugarAdapterMixin):
     """`from_pretrained` and `save_pretrained` of [`SugarForConditionalGeneration`]."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Self:
         """
         Load a full checkpoint, an adapter repository or a plain backbone, from the Hub or a directory. Weights are
         read from safetensors files only. An adapter repository holds the LoRA weights and the retrieval projector in
@@ -119,8 +122,13 @@ class SugarCheckpointMixin(SugarAdapterMixin):
         return self.config.name_or_path, self.config._commit_hash
 
     def save_pretrained(
-        self, save_directory, is_main_process: bool = True, state_dict=None, push_to_hub: bool = False, **kwargs
-    ):
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """
         Save a full checkpoint, or an adapter repository if an adapter is attached, with the code, so that the Auto classes
         can load it without this library. Arguments are those of [`~transformers.PreTrainedModel.save_pretrained`].
@@ -150,7 +158,9 @@ class SugarCheckpointMixin(SugarAdapterMixin):
             complete_directory(working_dir, repo_id, self.config.name_or_path)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
-    def export_backbone(self, save_directory: str | Path, merge: bool = False, processor=None, **kwargs):
+    def export_backbone(
+        self, save_directory: str | Path, merge: bool = False, processor: Any = None, **kwargs: Any
+    ) -> None:
         """
         Write the backbone as the plain checkpoint of its own class, without the retrieval projector.
 

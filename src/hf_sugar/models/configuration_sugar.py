@@ -1,3 +1,5 @@
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -74,7 +76,7 @@ class SugarConfig(PreTrainedConfig):
         # read on the outer configuration of a composite model too
         self.tie_word_embeddings = bool(self.vlm_config.tie_word_embeddings)
 
-    def get_text_config(self, *args, **kwargs):
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         return self.vlm_config.get_text_config(*args, **kwargs)
 
     @property
@@ -82,18 +84,20 @@ class SugarConfig(PreTrainedConfig):
         return self.vlm_config.image_token_id
 
     @property
-    def text_config(self):
+    def text_config(self) -> PreTrainedConfig:
         return self.vlm_config.get_text_config()
 
     @property
-    def vision_config(self):
+    def vision_config(self) -> PreTrainedConfig:
         return self.vlm_config.vision_config
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "auto_map": AUTO_MAP}
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         # Without this, pointing at a plain or damaged checkpoint would silently build the default 7B with random weights.
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") not in (None, cls.model_type):

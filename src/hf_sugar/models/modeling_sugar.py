@@ -1,6 +1,7 @@
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -174,23 +175,23 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.vlm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.vlm.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings: nn.Module):
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.vlm.set_output_embeddings(new_embeddings)
 
-    def get_image_features(self, *args, **kwargs):
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("return_dict", self.config.return_dict)
         return self.vlm.get_image_features(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.vlm.prepare_inputs_for_generation(*args, **kwargs)
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Token for token what the backbone's own `generate` returns; takes the same arguments."""
         kwargs.pop("slice_ids", None)
         self.vlm.generation_config = self.generation_config
@@ -326,7 +327,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         return embeddings[torch.arange(len(last), device=embeddings.device), last]
 
     @classmethod
-    def from_backbone(cls, pretrained_model_name_or_path, **kwargs) -> "SugarForConditionalGeneration":
+    def from_backbone(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "SugarForConditionalGeneration":
         """
         Wrap a plain backbone checkpoint with a fresh retrieval projector. The same as `from_pretrained` on it.
 
@@ -338,7 +339,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
         return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_vlm(cls, vlm: PreTrainedModel, **config_kwargs) -> "SugarForConditionalGeneration":
+    def from_vlm(cls, vlm: PreTrainedModel, **config_kwargs: Any) -> "SugarForConditionalGeneration":
         """
         Wrap a backbone that is already loaded; it is used, not copied.
 

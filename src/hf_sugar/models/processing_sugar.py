@@ -128,7 +128,7 @@ class SugarProcessor(ProcessorMixin):
     """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SugarProcessor":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SugarProcessor":
         """
         Load the processor of a Sugar checkpoint or of a plain backbone.
 
@@ -185,7 +185,7 @@ class SugarProcessor(ProcessorMixin):
         processor.__class__ = type(self).__mro__[2]
         return processor
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As [`~transformers.ProcessorMixin.save_pretrained`], with the code."""
         # not by `_auto_class`, with which transformers names the code in every part too, and leaves it there
         Path(save_directory).mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 FAISS is not loaded by what only generates."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 
 _RERANK = "SugarReranker rerank_row rerank_rows".split()
@@ -19,6 +20,15 @@ _MODULE_OF = {
 }
 
 __all__ = list(_MODULE_OF)
+
+if TYPE_CHECKING:  # the same for type checkers
+    from ..inference import SugarEmbedder as SugarEmbedder
+    from .base import *
+    from .documents import *
+    from .index import *
+    from .lance import *
+    from .mine import *
+    from .rag import *
 
 
 def __getattr__(name: str):

@@ -120,7 +120,7 @@ class TripleEncoder:
         )
 
     @classmethod
-    def from_teachers(cls, teachers: str | dict[str, Any] | None, **kwargs) -> "TripleEncoder":
+    def from_teachers(cls, teachers: str | dict[str, Any] | None, **kwargs: Any) -> "TripleEncoder":
         """
         Build from the `teachers` setting of a training configuration.
 

@@ -1,6 +1,7 @@
 """Saving, resuming and publishing of [`SugarTrainer`]."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -20,7 +21,7 @@ class SavingMixin:
     """What a trainer writes and reads again: whole checkpoints, or under PEFT adapter repositories, which
     [`SugarForConditionalGeneration.from_pretrained`] loads in one line."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         resume_from_checkpoint = to_resume_from(resume_from_checkpoint, self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -85,7 +86,7 @@ class SavingMixin:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # what the first process writes next says that all have written theirs
 
-    def create_model_card(self, model_name: str | None = None, dataset_name=None, tags=None):
+    def create_model_card(self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None) -> None:
         """Write the model card of what has been saved in `args.output_dir`, for a repository `model_name`, trained on the
         datasets `dataset_name` (or those of `trainer.dataset_names`), with more `tags`. Saving and pushing do it too."""
         if dataset_name is not None:

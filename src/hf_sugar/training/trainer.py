@@ -205,9 +205,9 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: ProcessorMixin | None = None,
-        quantization_config=None,
-        peft_config=None,
-        **kwargs,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
     ):
         # Args
         model = str(model) if isinstance(model, Path) else model
