@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-clipart demo-seeds test test-extras test-matrix gpu quality checkpoints kernels clean
+.PHONY: help demo demo-clipart demo-seeds test test-extras test-matrix gpu docs quality checkpoints kernels clean
 
 help:
 	@echo "make demo          set up, then the main job end to end on the embedded world (about 7 minutes on 2 cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test          set up, then lint and tests"
 	@echo "make test-extras   tests that are slow or need more than 'make test' installs"
 	@echo "make test-matrix   the tests of 'make test' on the lowest, the pinned and the newest versions (15 GB under .matrix)"
+	@echo "make docs          build the documentation as a site, in site/"
 	@echo "make gpu           what only a GPU can tell: kernels, steps, memory (under 10 minutes on one GPU, no network)"
 	@echo "make kernels       build the alignment kernels that this machine can build (g++; not needed to use the library)"
 	@echo "make quality       format the code and mend what the linter can mend"
@@ -63,6 +64,9 @@ test: $(VENV)/.installed
 
 test-extras: $(VENV)/.installed-extras .cache/transformers-tests .cache/vllm
 	$(BIN)/python -m pytest -m extras
+
+docs: $(VENV)/.installed-extras
+	$(BIN)/mkdocs build
 
 # one set alone: make test-matrix SETS=newest
 test-matrix:

@@ -133,7 +133,7 @@ def test_table_for_the_terminal():
     lines = terminal_table(wide, width=80).splitlines()
     assert max(map(len, lines)) <= 80 and lines[0].split() == ["metric", *"abcdefgh"]
     assert lines[1].split() == ["(last)"] * 8 and "63.1  " in lines[3] and "(60" not in "".join(lines)
-    assert " ".join(line[:16].strip() for line in lines[3:]) == "next image, images so far left out R@10"
+    assert " ".join(line[:24].strip() for line in lines[3:]) == "next image, images so far left out R@10"
 
 
 # tasks
