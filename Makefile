@@ -3,11 +3,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-clipart demo-seeds test test-extras test-matrix gpu docs quality checkpoints kernels clean
+.PHONY: help demo demo-emoji demo-seeds test test-extras test-matrix gpu docs quality checkpoints kernels clean
 
 help:
 	@echo "make demo          set up, then the main job end to end on the embedded world (about 7 minutes on 2 cores)"
-	@echo "make demo-clipart  the same on real drawings with their titles"
+	@echo "make demo-emoji    the same on the emoji drawings of two vendors and their names (about 12 minutes)"
 	@echo "make demo-seeds    the demo's comparison with 3 seeds"
 	@echo "make test          set up, then lint and tests"
 	@echo "make test-extras   tests that are slow or need more than 'make test' installs"
@@ -36,9 +36,9 @@ demo: $(VENV)/.installed
 demo-seeds: $(VENV)/.installed
 	$(BIN)/hf-sugar demo --output_dir runs/demo-seeds --seeds 0 1 2 --ablations
 
-demo-clipart: $(VENV)/.installed
-	$(BIN)/python examples/clipart/train_teachers.py --data examples/clipart --output runs/clipart/teachers
-	$(BIN)/hf-sugar demo --config examples/clipart/demo.yaml
+demo-emoji: $(VENV)/.installed
+	$(BIN)/python examples/emoji/train_checkpoints.py
+	$(BIN)/hf-sugar demo --config examples/emoji/demo.yaml
 
 checkpoints: $(VENV)/.installed
 	$(BIN)/python examples/tiny_checkpoints/build.py --output_dir runs/weights

@@ -72,12 +72,12 @@ def main(directory: Path):
     package = Path(run(python, "-c", where, stdout=subprocess.PIPE, text=True).stdout.strip())
     for name, folder in TINY.items():
         shutil.copytree(package / "world" / "weights" / folder, directory / name)
-    records = json.loads((ROOT / "examples" / "clipart" / "llava_train.json").read_text())[:8]
+    records = json.loads((ROOT / "examples" / "emoji" / "llava_train.json").read_text())[:8]
     (directory / "photos").mkdir()
     convert = "import sys; from PIL import Image; Image.open(sys.argv[1]).convert('RGB').save(sys.argv[2])"
     for record in records:
-        name = f"photos/{record['id']}.jpg"
-        source = ROOT / "examples" / "clipart" / record["image"]
+        name = f"photos/{Path(record['image']).stem}.jpg"
+        source = ROOT / "examples" / "emoji" / record["image"]
         subprocess.run([python, "-c", convert, source, directory / name], check=True)
         record["image"] = name
     shutil.copy(directory / records[0]["image"], directory / "photo.jpg")

@@ -23,13 +23,14 @@ from hf_sugar.data import (
     validate_rows,
 )
 from hf_sugar.data.images import undecoded
+from hf_sugar.evaluation import image_text_pairs
 from hf_sugar.models.rows_sugar import conversation_row, fill_images
 from hf_sugar.training.collator import SugarCollator
 
 
 datasets.disable_progress_bars()
 
-CLIPART = Path(__file__).parent.parent / "examples" / "clipart"
+EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
 both = pytest.mark.parametrize("streaming", [False, True])
 
 
@@ -193,16 +194,22 @@ class TestChecks:
         with pytest.raises(ValueError, match="no rows"):
             check_dataset(dataset.select([]))
 
-    def test_clipart(self):
-        seen = []
-        for split, expected in {"train": (726, 187), "val": (149, 42), "test": (146, 41)}.items():
-            sources = [CLIPART / f"llava_{split}.json", CLIPART / f"mmc4_{split}.jsonl"]
-            assert tuple(len(load_data(source)) for source in sources) == expected
-            seen += {image["path"] for row in undecoded(load_data(sources)) for image in row["images"]}
-        assert sorted(seen) == sorted(str(path) for path in (CLIPART / "images").iterdir())  # none is in two splits
-        assert len({Path(path).read_bytes() for path in seen}) == len(seen)
-        report = check_dataset(load_data(sources))
+    def test_emoji(self):
+        seen, names = {}, {}
+        for split, expected in {"train": (2774, 2774, 932), "test": (396, 396, 139)}.items():
+            files = [EMOJI / name.format(split) for name in ("captions_{}.jsonl", "llava_{}.json", "mmc4_{}.jsonl")]
+            rows = [load_data(str(file)) for file in files]
+            assert tuple(map(len, rows)) == expected
+            seen[split] = {image["path"] for row in undecoded(load_data(files)) for image in row["images"]}
+            names[split] = image_text_pairs(rows[0])[1]
+            assert image_text_pairs(rows[1])[1] == names[split]
+        report = check_dataset(load_data(files))
         assert report.ok and report.duplicates == report.text_only == 0
+        # none is in two splits, but every concept of the test split is known as the other vendor draws it
+        assert sorted(seen["train"] | seen["test"]) == sorted(str(path) for path in (EMOJI / "images").iterdir())
+        assert not seen["train"] & seen["test"]
+        assert len(set(names["test"])) == 396 and set(names["test"]) < set(names["train"])
+        assert len({Path(path).read_bytes() for path in seen["train"] | seen["test"]}) == 2774 + 396
 
 
 @pytest.fixture(scope="module")

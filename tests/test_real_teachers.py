@@ -15,7 +15,7 @@ from hf_sugar.world import checkpoint, world_teachers
 
 
 pytestmark = pytest.mark.extras
-CLIPART = Path(__file__).parent.parent / "examples" / "clipart"
+EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,11 @@ def efficientnet(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("real", [False, True], ids=["tiny", "real"])
-def test_clip_art_from_raw_files_to_a_report(real, request, tmp_path, capsys):
+def test_drawings_from_raw_files_to_a_report(real, request, tmp_path, capsys):
     teachers = world_teachers()
     if real:
         teachers |= {name: request.getfixturevalue(f) for name, f in (("image", "efficientnet"), ("text", "minilm"))}
-    data = ["--train_data", str(CLIPART / "llava_train.json"), str(CLIPART / "mmc4_train.jsonl")]
+    data = ["--train_data", str(EMOJI / "llava_train.json"), str(EMOJI / "mmc4_train.jsonl")]
     kept = ["--teachers", json.dumps(teachers), "--teacher_cache_dir", str(tmp_path / "cache")]
     llava = ["--model_name_or_path", str(checkpoint("llava"))]
 
@@ -88,7 +88,7 @@ def test_clip_art_from_raw_files_to_a_report(real, request, tmp_path, capsys):
     losses = [entry["structure_loss"] for entry in state["log_history"] if "structure_loss" in entry]
     assert len(losses) == 4 and np.isfinite(losses).all()
 
-    measured = ["--image_text_data", str(CLIPART / "llava_test.json"), "--output_dir", str(tmp_path / "report")]
+    measured = ["--image_text_data", str(EMOJI / "llava_test.json"), "--output_dir", str(tmp_path / "report")]
     main(["evaluate", "--model_name_or_path", trained, *measured])
     [results] = json.loads((tmp_path / "report" / "report.json").read_text())["runs"].values()
-    assert results["pairs"] == len(json.loads((CLIPART / "llava_test.json").read_text()))
+    assert results["pairs"] == len(json.loads((EMOJI / "llava_test.json").read_text()))

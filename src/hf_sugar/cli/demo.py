@@ -102,7 +102,7 @@ class DemoArguments:
     )
     ablations: bool = field(
         default=False,
-        metadata={"help": "Train with the paper's loss and labels, and with the contrastive loss alone, too."},
+        metadata={"help": "Train with the paper's loss and labels, and with each of the two losses alone, too."},
     )
     title: str = setting("Heading of the report.", "Sugar on the rendered world")
     note: str | None = setting("A paragraph for the report.", None)
@@ -144,7 +144,8 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
 
     compared = {"SFT": {"structure_weight": 0.0}, "Sugar": {}}
     if args.ablations:
-        alone = {"Sugar, paper": PAPER, "Sugar, contrastive": {"discriminative_loss": "contrastive"}}
+        alone = {"Sugar, paper": PAPER}
+        alone |= {f"Sugar, {loss}": {"discriminative_loss": loss} for loss in ("structure", "contrastive")}
         compared = {"SFT": compared["SFT"], **alone, "Sugar": {}}  # what is shown in pictures is trained last
     logs, found, several = {}, {}, len(args.seeds) > 1
     for seed in args.seeds:

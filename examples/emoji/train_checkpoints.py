@@ -1,0 +1,57 @@
+"""
+Train the tiny checkpoints of the example on its train split alone: the teachers (a CLIP of drawings and their names, a
+DINOv2 of the drawings, a BERT of texts about the same drawing), and a LLaVA with the tower of that CLIP, which is taught to
+name the drawings. The teachers stand in for CLIP ViT-L/14, DINOv2-base and BGE-base: nothing measured with them says how
+the real ones would do.
+
+    python examples/emoji/train_checkpoints.py --data examples/emoji --output_dir runs/emoji/checkpoints
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from hf_sugar.data import load_data
+from hf_sugar.evaluation import image_text_pairs
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tiny_checkpoints"))
+from train import pretrain_llava, save_checkpoint, train_bert, train_clip, train_dinov2  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("examples/emoji"), help="folder of the drawings")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/emoji/checkpoints"), help="where to save")
+    parser.add_argument("--clip_steps", type=int, default=200, help="steps of 256 pairs")
+    parser.add_argument("--dinov2_steps", type=int, default=150, help="steps of 128 drawings")
+    parser.add_argument("--bert_steps", type=int, default=200, help="steps of 128 pairs of texts")
+    parser.add_argument("--llava_steps", type=int, default=400, help="steps of 2048 tokens")
+    parser.add_argument("--image_size", type=int, default=32, help="width and height that drawings are brought to")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    started = time.monotonic()
+    files = [args.data / name for name in ("captions_train.jsonl", "llava_train.json", "mmc4_train.jsonl")]
+    rows = load_data([str(file) for file in files])
+    size = (args.image_size, args.image_size)
+    rows = rows.map(lambda row: {"images": [image.resize(size) for image in row["images"]]}, desc="resizing")
+    images, names = image_text_pairs(load_data(str(files[0])))
+    images = [image.resize(size) for image in images]
+
+    def save(name: str, model, processor, losses: list[float]):
+        save_checkpoint(model, processor, args.output_dir / name)
+        print(f"{name}: loss {sum(losses[-20:]) / len(losses[-20:]):.3f}, {time.monotonic() - started:.0f} s")
+
+    clip, *rest = train_clip(images, names, steps=args.clip_steps, seed=args.seed)
+    save("clip", clip, *rest)
+    save("dinov2", *train_dinov2(images, steps=args.dinov2_steps, seed=args.seed))
+    # a name alone and in a sentence; and of a document the names, which are of one kind
+    alike = [(name, f"a drawing of {name}") for name in names]
+    save("bert", *train_bert(alike, steps=args.bert_steps, seed=args.seed))
+    save("llava", *pretrain_llava(rows, clip, steps=args.llava_steps, seed=args.seed))
+
+
+if __name__ == "__main__":
+    main()
