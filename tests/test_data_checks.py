@@ -196,7 +196,7 @@ class TestChecks:
 
     def test_emoji(self):
         seen, names = {}, {}
-        for split, expected in {"train": (2774, 2774, 932), "test": (396, 396, 139)}.items():
+        for split, expected in {"train": (2774, 2774, 913), "test": (396, 396, 128)}.items():
             files = [EMOJI / name.format(split) for name in ("captions_{}.jsonl", "llava_{}.json", "mmc4_{}.jsonl")]
             rows = [load_data(str(file)) for file in files]
             assert tuple(map(len, rows)) == expected

@@ -79,6 +79,7 @@ def main():
 
     shutil.rmtree(args.output / "images", ignore_errors=True)
     (args.output / "images").mkdir(parents=True)
+    rng.shuffle(splits["test"])  # pictures of a report show the first
     for split, kept in splits.items():
         for record in kept:
             image = Image.open(args.source / record["image"]).convert("RGB")
