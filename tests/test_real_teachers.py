@@ -1,12 +1,15 @@
-"""Clip art from raw files to an evaluated checkpoint, with the tiny teachers and with two that have real weights."""
+"""Drawings from raw files to an evaluated checkpoint, with the tiny teachers and with two that have real weights."""
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import EfficientNetConfig, EfficientNetModel
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
@@ -92,3 +95,33 @@ def test_drawings_from_raw_files_to_a_report(real, request, tmp_path, capsys):
     main(["evaluate", "--model_name_or_path", trained, *measured])
     [results] = json.loads((tmp_path / "report" / "report.json").read_text())["runs"].values()
     assert results["pairs"] == len(json.loads((EMOJI / "llava_test.json").read_text()))
+
+
+def test_the_emoji_example(tmp_path):
+    """What `make demo-emoji` and the example's README say, with a step or two of each training on a few drawings."""
+    data, runs = tmp_path / "emoji", tmp_path / "runs"
+    data.mkdir()
+    (data / "images").symlink_to(EMOJI / "images")
+    for file in EMOJI.glob("*_t*.json*"):
+        lines = file.read_text().splitlines()[:41]
+        text = "\n".join(lines) + "\n"
+        (data / file.name).write_text(text if file.suffix == ".jsonl" else text.rstrip(",\n") + "\n]\n")
+    config = (EMOJI / "demo.yaml").read_text().replace("examples/emoji", str(data)).replace("runs/emoji", str(runs))
+    config = yaml.safe_load(config)
+    config["training"] |= {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(config))
+
+    def run(script, *arguments):
+        command = [sys.executable, EMOJI / script, "--data", data, *arguments]
+        return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+
+    steps = [f"--{name}_steps=2" for name in ("clip", "dinov2", "bert", "llava")]
+    run("train_checkpoints.py", "--output_dir", runs / "checkpoints", *steps)
+    main(["demo", "--config", str(tmp_path / "demo.yaml"), "--ablations", "true"])
+    table = run("compare.py", "--runs", runs, "--seeds", 0)
+    [line] = [line for line in table.splitlines() if line.startswith("| image to text R@10")]
+    report = json.loads((runs / "report.json").read_text())["runs"]
+    columns = [report[name] for name in ("Sugar", "Sugar, paper", "Sugar, structure", "Sugar, contrastive")]
+    sugar, *others = [column["test/image_to_text_recall@10"]["value"] for column in columns]
+    shown = [float(cell.split()[0]) for cell in line.split("|")[2:-1]]
+    assert shown == pytest.approx([sugar, *(other - sugar for other in others)], abs=0.051)

@@ -33,10 +33,10 @@ def main():
     parser.add_argument(
         "--only", nargs="+", choices=NAMES, default=NAMES, help="which to train; the LLaVA needs the CLIP"
     )
-    parser.add_argument("--clip_steps", type=int, default=120, help="steps of 256 pairs")
+    parser.add_argument("--clip_steps", type=int, default=500, help="steps of 64 pairs")
     parser.add_argument("--dinov2_steps", type=int, default=100, help="steps of 128 drawings")
-    parser.add_argument("--bert_steps", type=int, default=100, help="steps of 128 pairs of texts")
-    parser.add_argument("--llava_steps", type=int, default=400, help="steps of 2048 tokens")
+    parser.add_argument("--bert_steps", type=int, default=200, help="steps of 64 pairs of texts")
+    parser.add_argument("--llava_steps", type=int, default=1200, help="steps of 2048 tokens")
     parser.add_argument("--image_size", type=int, default=32, help="width and height that drawings are brought to")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -52,12 +52,12 @@ def main():
         print(f"{name}: loss {sum(losses[-20:]) / len(losses[-20:]):.3f}, {time.monotonic() - started:.0f} s")
 
     if "clip" in args.only:
-        save("clip", *train_clip(images, names, steps=args.clip_steps, seed=args.seed))
+        save("clip", *train_clip(images, names, steps=args.clip_steps, batch_size=64, lr=1e-3, seed=args.seed))
     if "dinov2" in args.only:
         save("dinov2", *train_dinov2(images, steps=args.dinov2_steps, seed=args.seed))
     if "bert" in args.only:
         alike = [(name, f"a drawing of {name}") for name in names]
-        save("bert", *train_bert(alike, steps=args.bert_steps, seed=args.seed))
+        save("bert", *train_bert(alike, steps=args.bert_steps, batch_size=64, seed=args.seed))
     if "llava" in args.only:
         rows = load_data([str(file) for file in files])
         rows = rows.map(lambda row: {"images": [image.resize(size) for image in row["images"]]}, desc="resizing")
