@@ -1,7 +1,7 @@
 """
 `hf-sugar serve` in a process of its own: 32 requests sent at once against the same one after the other, embeddings of texts
-and answers to questions about a picture, and the memory of the server beside that of its weights. A tiny model and a random
-one of 12 layers that are 1024 wide.
+and answers to questions about a picture, and the memory of the server, without the mapped file of its weights. A tiny
+model and a random one of 12 layers that are 1024 wide.
 
 python benchmarks/serve.py
 python benchmarks/serve.py --requests 4 --repeat 1 --sizes tiny   # only to see that it runs
@@ -54,7 +54,7 @@ def post(port: int, path: str, body: dict) -> dict:
 
 
 def memory(pid: int) -> float:
-    """Anonymous memory of a process, in MB."""
+    """Anonymous memory of a process, in MB: what it has beside mapped files, such as those of weights."""
     return int(Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
 
 
@@ -77,7 +77,7 @@ def main():
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s)\n")
-    print("| model | requests | one at a time | at once | times as fast | weights | server, idle | afterwards |")
+    print("| model | requests | one at a time | at once | times as fast | weights | memory, idle | afterwards |")
     print("|---|---|---|---|---|---|---|---|")
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as directory, socket.socket() as free:
