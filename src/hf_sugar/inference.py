@@ -1,7 +1,6 @@
 """One embedder and one generator of a model, for the index, evaluation, the trainer, the harnesses and the demo."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -427,8 +426,9 @@ def _batches(
             lengths = dict(zip(rows, user.processor.count_tokens(texts, sizes) if rows else []))
             order = sorted(rows, key=lengths.__getitem__, reverse=True)  # running out of memory shows early
             while order:
-                most = max(1, (user.max_batch_tokens or math.inf) // max(1, lengths[order[0]]))
-                count = int(min(user.batch_size, most))
+                count = user.batch_size
+                if user.max_batch_tokens is not None:
+                    count = min(count, max(1, user.max_batch_tokens // max(1, lengths[order[0]])))
                 batch, order = order[:count], order[count:]
                 yield {n: rows[n] for n in batch}
                 bar.update(len(batch))
