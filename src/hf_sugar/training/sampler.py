@@ -1,5 +1,6 @@
 import heapq
 import math
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -42,7 +43,9 @@ class TokenBatches(BatchRebalanceSampler):
 
     drop_last = True  # there is no rest: the number of batches is a multiple of that of processes
 
-    def __init__(self, lengths, epoch, max_batch_tokens: int, seed: int, rank: int, world_size: int):
+    def __init__(
+        self, lengths: list[int], epoch: torch.Tensor, max_batch_tokens: int, seed: int, rank: int, world_size: int
+    ):
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > max_batch_tokens:
             raise ValueError(
@@ -60,7 +63,7 @@ class TokenBatches(BatchRebalanceSampler):
         if self.batches > len(lengths):
             raise ValueError(f"{len(lengths)} rows are too few for {world_size} processes.")
 
-    def _filled(self, order) -> list[tuple[int, int, list[int]]]:
+    def _filled(self, order: Sequence[int]) -> list[tuple[int, int, list[int]]]:
         """Each row, from long to short, goes to the batch that is emptiest."""
         batches = [(0, number, []) for number in range(self.batches)]
         for index in sorted(order, key=self.lengths.__getitem__, reverse=True):
