@@ -236,6 +236,17 @@ def projector_settings(args: SugarTrainingConfig) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("retrieval_dim", "retrieval_hidden_size", "image_pooling")}
 
 
+def matryoshka_dims(args: SugarTrainingConfig, config: SugarConfig) -> list[int] | None:
+    """The lengths at which embeddings are compared, the whole one first: those of the model, unless the settings have others."""
+    if args.matryoshka_dims is None:
+        return config.matryoshka_dims
+    dims = sorted({*args.matryoshka_dims, config.retrieval_dim}, reverse=True)
+    if dims[0] > config.retrieval_dim or dims[-1] < 1:
+        said = f"`matryoshka_dims` is {args.matryoshka_dims}, but the model's embeddings have {config.retrieval_dim} dimensions"
+        raise ValueError(f"{said}: give lengths from 1 to that.")
+    return dims
+
+
 def for_language_model(peft_config: PeftConfig, model: SugarForConditionalGeneration) -> PeftConfig:
     """A copy of the PEFT configuration with the retrieval projector among the modules saved whole, and everything outside
     of the language model excluded: `q_proj` is a name that vision towers use too."""

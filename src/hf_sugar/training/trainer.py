@@ -21,7 +21,6 @@ from trl.trainer.utils import get_config_model_id
 
 from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id
 from hf_sugar.inference import SugarEmbedder
-from hf_sugar.models import SugarConfig
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings, check_same_teachers, teachers_of
 
 from .cached import compare_ahead
@@ -37,6 +36,7 @@ from .loading import (
     is_quantized,
     load_model,
     load_processor,
+    matryoshka_dims,
     require_loadable,
     require_vision,
     save_backbone,
@@ -102,17 +102,6 @@ def _require_what_can_work(args: SugarTrainingConfig, train_dataset: Dataset | I
         if not args.allow_single_sample:
             raise ValueError(f"{problem}, or set `structure_weight=0` or `allow_single_sample=True`.")
         logger.warning("%s.", problem)
-
-
-def _matryoshka_dims(args: SugarTrainingConfig, config: SugarConfig) -> list[int] | None:
-    """The lengths at which embeddings are compared, the whole one first: those of the model, unless the settings have others."""
-    if args.matryoshka_dims is None:
-        return config.matryoshka_dims
-    dims = sorted({*args.matryoshka_dims, config.retrieval_dim}, reverse=True)
-    if dims[0] > config.retrieval_dim or dims[-1] < 1:
-        said = f"`matryoshka_dims` is {args.matryoshka_dims}, but the model's embeddings have {config.retrieval_dim} dimensions"
-        raise ValueError(f"{said}: give lengths from 1 to that.")
-    return dims
 
 
 def _require_pairs(args: SugarTrainingConfig, columns: list[str]) -> None:
@@ -258,7 +247,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         model = enter(loaded, args, peft_config)
         base = model.get_base_model() if is_peft_model(model) else model
         if self._structure:
-            args.matryoshka_dims = base.config.matryoshka_dims = _matryoshka_dims(args, base.config)
+            args.matryoshka_dims = base.config.matryoshka_dims = matryoshka_dims(args, base.config)
         if peft_config is not None:
             peft_config = for_language_model(peft_config, base)
         if peft_config is not None or is_peft_model(model):
