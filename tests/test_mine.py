@@ -172,11 +172,12 @@ def test_from_the_command_line_to_the_loss(backbone, teachers, tmp_path, capsys)
     mined = load_data(str(output))
     assert [found[:2] for found in mined["negatives"]] == before and max(map(len, mined["negatives"])) == 3
 
-    yes_or_no = load_data([str(output), str(tmp_path / "yes-or-no")]).select(range(8, 8 + 8 + sum(map(bool, before))))
-    words = [messages[1]["content"][0]["text"] for messages in yes_or_no["messages"]]
-    assert words.count("yes") == 8 and words.count("no") == sum(map(bool, before)) and not any(yes_or_no["structure"])
+    taught = load_data(str(tmp_path / "yes-or-no"))
+    words = [messages[1]["content"][0]["text"] for messages in taught["messages"]]
+    assert words.count("yes") == 8 and words.count("no") == sum(map(bool, before)) and not any(taught["structure"])
     args = config(tmp_path / "taught", teachers, max_steps=1, per_device_train_batch_size=16)
     SugarTrainer(backbone, args, train_dataset=load_data([str(output), str(tmp_path / "yes-or-no")])).train()
+    capsys.readouterr()
     main(["search", model, "a red circle", "--index", str(tmp_path / "index"), "--k", "2", "--rerank", "5", "--json"])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert len(found) == 2 and 1 > found[0]["score"] >= found[1]["score"] > 0
