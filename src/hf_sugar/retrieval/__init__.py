@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same for type checkers
     from .lance import *
     from .mine import *
     from .rag import *
+    from .rerank import *
 
 
 def __getattr__(name: str):
