@@ -40,7 +40,7 @@ STRUCTURE_SETTINGS = (
 SETTINGS = (
     f"structure_weight {' '.join(STRUCTURE_SETTINGS)} learning_rate lr_scheduler_type warmup_steps optim weight_decay "
     "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy max_length "
-    "bf16 fp16 seed"
+    "max_batch_tokens padding_free freeze_vision_tower bf16 fp16 seed"
 ).split()
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 PEFT_SETTINGS = "peft_type r lora_alpha lora_dropout target_modules use_dora use_rslora".split()
