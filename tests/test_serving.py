@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from transformers import set_seed
 
 from hf_sugar import SugarEmbedder, SugarGenerator, SugarIndex, SugarRAG, world
+from hf_sugar.retrieval import SugarReranker
 
 
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
@@ -160,14 +160,28 @@ def test_rerank_search_and_answers_with_retrieval(served, pair, rows, index):
 
 
 def test_a_reranker_takes_the_place_of_the_cosine(pair):
-    hits = [SimpleNamespace(index=1, score=0.9), SimpleNamespace(index=0, score=0.2)]
-    seen = []
-    reranker = SimpleNamespace(rank=lambda query, documents: seen.append((query, documents)) or hits)
-    with serving(*pair, reranker=reranker) as server:
+    with serving(*pair, reranker=SugarReranker(*pair)) as server:
         _, _, answer = send(server.port, RERANK, {"query": "q", "documents": ["a", "b"]})
         assert send(server.port, SEARCH, {"query": "q"})[0] == 400
-    assert answer["results"] == [{"index": 1, "relevance_score": 0.9}, {"index": 0, "relevance_score": 0.2}]
-    assert seen == [([text("q")], [[text("a")], [text("b")]])]
+    truth = SugarReranker(*pair).rank("q", ["a", "b"])
+    assert [result["index"] for result in answer["results"]] == [hit.index for hit in truth]
+    scores = [result["relevance_score"] for result in answer["results"]]
+    assert scores == pytest.approx([hit.score for hit in truth], abs=1e-5)
+
+
+def test_instructions_of_queries_and_documents(served, pair, monkeypatch):
+    embed = SugarEmbedder(*pair)
+    [plain] = embed(["a red circle"])
+    monkeypatch.setattr(pair[0].config, "query_instruction", "Find the picture: ")
+    monkeypatch.setattr(pair[0].config, "document_instruction", "A picture: ")
+    for role in (None, "query", "document"):
+        _, _, answer = send(served.port, EMBED, {"input": "a red circle", "input_type": role})
+        [expected] = embed(["a red circle"], role=role)
+        np.testing.assert_allclose(answer["data"][0]["embedding"], expected, atol=1e-5)
+        assert (role is None) == np.allclose(expected, plain, atol=1e-3)
+    _, _, answer = send(served.port, RERANK, {"query": "a red circle", "documents": ["a star"]})
+    [score] = embed(["a star"], role="document") @ embed(["a red circle"], role="query")[0]
+    assert answer["results"][0]["relevance_score"] == pytest.approx(score, abs=1e-5)
 
 
 def test_fifty_at_a_time(served, pair, rows):

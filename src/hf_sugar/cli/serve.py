@@ -13,6 +13,7 @@ from .checkpoint import ModelArguments
 def serve(model: ModelArguments, args: ServeArguments) -> None:
     if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client")):
         raise ImportError("`hf-sugar serve` needs its extra: `pip install hf_sugar[serve]`.")
+    from hf_sugar.retrieval import SugarReranker
     from hf_sugar.serving.guard import LOOPBACK
     from hf_sugar.serving.server import Server, build_app
 
@@ -28,6 +29,7 @@ def serve(model: ModelArguments, args: ServeArguments) -> None:
     if args.host not in LOOPBACK and not args.api_key:
         print(f"Whoever reaches {args.host} can use this model; `--api_key` asks for a key.")
     name = args.served_model_name or Path(model.model_name_or_path).resolve().name
-    app = build_app(embed, name, args, index)
+    reranker = SugarReranker(embed.model, embed.processor, model.batch_size) if args.rerank_by_answer else None
+    app = build_app(embed, name, args, index, reranker)
     print(f"{name} answers and embeds at http://{args.host}:{args.port}/v1", flush=True)
     Server(app, args).run([listener])

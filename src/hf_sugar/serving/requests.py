@@ -94,6 +94,7 @@ class ChatRequest(Request):
 class EmbeddingRequest(Request):
     input: Annotated[list[Content], Listed] = Field([], max_length=2048)
     messages: list[Message] = []
+    input_type: Literal["query", "document"] | None = None
     dimensions: int | None = Field(None, ge=1)
     encoding_format: Literal["float", "base64"] = "float"
 

@@ -99,9 +99,9 @@ def build_app(
             for future in futures:
                 future.cancel()
 
-    async def embed(items: list[Any], names: list[str]) -> tuple[np.ndarray, int]:
+    async def embed(items: list[Any], names: list[str], roles: list[str | None]) -> tuple[np.ndarray, int]:
         """Embeddings, and how many tokens the items have together."""
-        found = await results([worker.embed(item, where) for item, where in zip(items, names, strict=True)])
+        found = await results([worker.embed(*each) for each in zip(items, names, roles, strict=True)])
         return np.stack([embedding for embedding, _ in found]), sum(length for _, length in found)
 
     def shown(hit: Hit) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def build_app(
         else:
             contents = {f"input[{n}]": content for n, content in enumerate(request.input)}
             items = dict(zip(contents, await read(contents)))
-        vectors, length = await embed(list(items.values()), list(items))
+        vectors, length = await embed(list(items.values()), list(items), [request.input_type] * len(items))
         vectors = vectors[:, :size] / np.linalg.norm(vectors[:, :size], axis=1, keepdims=True)
         if request.encoding_format == "base64":
             coded = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
@@ -149,7 +149,7 @@ def build_app(
         contents = {"query": request.query} | {f"documents[{n}]": each for n, each in enumerate(request.documents)}
         items = await read(contents)
         if reranker is None:
-            vectors, _ = await embed(items, list(contents))
+            vectors, _ = await embed(items, list(contents), ["query"] + ["document"] * (len(items) - 1))
             scores = dict(enumerate((vectors[1:] @ vectors[0]).tolist()))
         else:
             [hits] = await results([worker.call(reranker.rank, items[0], items[1:])])

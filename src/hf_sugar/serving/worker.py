@@ -89,9 +89,9 @@ class ModelWorker:
         self.observe, self.stopping, self.waiting, self._changed = observe, False, [], Condition()
         Thread(target=self._work, name="model", daemon=True).start()
 
-    def embed(self, item: Any, name: str) -> Future:
-        """Embedding of an item as [`~inference.as_row`] takes it, and the number of its tokens. Errors call it `name`."""
-        return self._submit(self._embed, "embed", (item, name))
+    def embed(self, item: Any, name: str, role: str | None = None) -> Future:
+        """Embedding of an item as [`SugarEmbedder`] takes it, and the number of its tokens. Errors call it `name`."""
+        return self._submit(self._embed, ("embed", role), (item, name))
 
     def answer(self, answer: Answer) -> Future:
         """The answer, finished."""
@@ -141,7 +141,7 @@ class ModelWorker:
     def _embed(self, jobs: list[_Job]) -> list[Any]:
         errors, lengths = {}, {}
         items, names = zip(*(job.value for job in jobs), strict=True)
-        found = self.embedder.every_slice(items, errors, names, lengths=lengths)
+        found = self.embedder.every_slice(items, errors, names, lengths, role=jobs[0].key[1])
         return [errors.get(n) or (found[n][-1], lengths[n]) for n in range(len(jobs))]
 
     def _call(self, jobs: list[_Job]) -> list[Any]:
