@@ -338,7 +338,7 @@ class SugarGenerator:
         margins = np.empty(len(conversations), np.float32)
         with _evaluating(self.model):
             read = conversations.__getitem__
-            for rows in _batches(len(conversations), read, self.batch_size, "Scoring", self.progress):
+            for rows in _batches(self, len(conversations), read, "Scoring"):
                 inputs = self._answered(list(rows.values()), answer, [names[n] for n in rows])
                 inputs = inputs.to(self.model.device, dtype=self.model.dtype)
                 at = (inputs.pop("labels") != -100).int().argmax(dim=1) + place - 1
