@@ -204,7 +204,7 @@ def export_sentence_transformers(
         transformer["image_pooling"] = model.config.image_pooling
         transformer["processing_kwargs"] = {"chat_template": {"chat_template": processor.chat_template}}
     # what is said to the model before a query or a document
-    said = {role: getattr(model.config, f"{role}_instruction", None) for role in ("query", "document")}
+    said = {role: getattr(model.config, f"{role}_instruction") for role in ("query", "document")}
     files = {
         "modules.json": modules,
         "config_sentence_transformers.json": {
@@ -253,7 +253,7 @@ def export_sentence_transformers(
             "dimensions": files["3_Dense/config.json"]["out_features"],
             **{f"{role}_instruction": text for role, text in said.items()},
         }
-        if dims := getattr(model.config, "matryoshka_dims", None):  # vLLM cuts to these alone
+        if dims := model.config.matryoshka_dims:  # vLLM cuts to these alone
             config["matryoshka_dimensions"] = [dim for dim in dims if dim <= config["sugar_embedding"]["dimensions"]]
         files["config.json"] = config
         for path, content in files.items():
