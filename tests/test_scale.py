@@ -87,14 +87,14 @@ def run(path, backbone, teachers, processes, makers, lora=False, matrix=None, re
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    evaluated = [f"eval_{key}" for key in (*KEYS[:4], "image_to_text_recall@1")]
+    evaluated = ["eval_generative_loss", "eval_image_to_text_recall@1", "eval_text_to_image_recall@1"]
     return type(trainer.model).__name__, {key: history(trainer, key) for key in (*KEYS, *evaluated)}
 
 
 def weights(path):
-    """Of what was saved, as anyone loads it."""
+    """Of what was saved, as anyone loads it; but not of the projector that an adapter's stands for, which is made new."""
     model = SugarForConditionalGeneration.from_pretrained(path)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: x.detach() for name, x in model.named_parameters() if "original_module" not in name}
 
 
 WORKER = """
