@@ -196,7 +196,9 @@ class SugarIndex(Index):
                 raise ValueError(f"{part} was built with other settings than {parts[0]}. Build one of them anew.")
         check_factory(factory, search_options, first.dim, sum(len(index.origins[0]) for index in indexes))
         merged = cls.__new__(cls)
-        merged._set(None, first.fingerprint, first.by, first.every_slice, factory, search_options)
+        merged._set(
+            None, first.fingerprint, first.by, first.every_slice, factory, search_options, first.rescore_multiplier
+        )
         merged._arrange([shard for index in indexes for shard in index._shards])
         merged.save(directory)
         return merged
