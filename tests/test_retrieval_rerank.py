@@ -245,7 +245,7 @@ def test_instructions(model, config, embed, tmp_path):
     np.testing.assert_allclose(index.embeddings, embed(items, "document"), atol=1e-6)
     scores = embed(["b"], "query") @ embed(items, "document").T
     np.testing.assert_allclose([hit.score for hit in index.search(["b"], 3)[0]], np.sort(scores[0])[::-1], atol=1e-5)
-    with pytest.raises(ValueError, match="built with another model, pooling or instruction"):
+    with pytest.raises(ValueError, match="built with another model, pooling, `truncate_dim` or instruction"):
         SugarIndex.load(tmp_path, embed=told)
     assert len(plain) == len(SugarIndex.load(tmp_path, embed=embed))
 
