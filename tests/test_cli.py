@@ -69,7 +69,7 @@ def test_prepare_train_evaluate(place, capsys):
     stamps = {file: file.stat().st_mtime_ns for file in files}
 
     main(["train", "--config", str(place / "train.yaml"), "--max_steps", "3"])
-    assert "test/image_to_text_recall@1" in capsys.readouterr().out
+    assert "image to text R@1" in capsys.readouterr().out
     # training finds all shards
     assert set((place / "cache").glob("shard-*")) == stamps.keys()
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
@@ -142,7 +142,7 @@ def test_help_is_answered_at_once():
     assert done.returncode == 0 and done.seconds < 1 and all(f" {command} " in done.stdout for command in COMMANDS)
     done = run("train", "--help")
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and done.seconds < 1 and len(lines) < 120 and max(map(len, lines)) < 120
+    assert done.returncode == 0 and done.seconds < 1 and len(lines) < 140 and max(map(len, lines)) < 120
     for name in ("structure_weight", "train_data", "lora_r", "output_dir", "image_text_data"):
         assert f"--{name}" in done.stdout
     assert "packing" not in done.stdout and "adam_beta1" not in done.stdout

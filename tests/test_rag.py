@@ -311,7 +311,7 @@ def test_cli(checkpoint, corpus, tmp_path, capsys, monkeypatch):
     assert "\n5 dimensions; 0.00 MB are searched" in capsys.readouterr().out
     main(["search", name, "a blue square", *short])  # by the length of the index
     assert len(capsys.readouterr().out.splitlines()) == 5
-    with pytest.raises(ValueError, match="was built with another model, pooling or `truncate_dim`"):
+    with pytest.raises(ValueError, match="was built with another model, pooling, `truncate_dim`"):
         main(["search", name, "a blue square", *short, "--truncate_dim", "4"])
 
     (tmp_path / "damaged.png").write_bytes(b"no image")
@@ -336,7 +336,7 @@ def test_cli_errors(checkpoint, corpus, tmp_path, capsys):
     (corpus / "bad.json").write_text(json.dumps(records))
     for command, written in (("index", ["--index", f"{tmp_path}/i"]), ("embed", ["--output", f"{tmp_path}/e"])):
         main([command, model, bad, *written, "--on_bad_row", "skip"])
-        assert capsys.readouterr().out.splitlines()[-1].startswith("3 documents")
+        assert "\n3 documents" in "\n" + capsys.readouterr().out
     for error, argv in {
         "`query` is not set": f"search {model}",
         "Set one of `data`": f"index {model}",

@@ -84,7 +84,7 @@ def test_a_command_line_is_understood(page, line, parse, monkeypatch):
             for named in re.findall(r"hf_sugar\[([\w,-]+)\]", command):
                 assert set(named.split(",")) <= EXTRAS
         else:
-            assert words[0] in ("cp", "lmms-eval"), f"{page}: who checks {line!r}?"
+            assert words[0] in ("cp", "lmms-eval", "curl", "vllm"), f"{page}: who checks {line!r}?"
 
 
 def test_the_table_of_extras_is_complete():

@@ -12,7 +12,9 @@ from .checkpoint import ModelArguments
 
 def serve(model: ModelArguments, args: ServeArguments) -> None:
     if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client")):
-        raise ImportError("`hf-sugar serve` needs its extra: `pip install hf_sugar[serve]`.")
+        raise ImportError(
+            "`hf-sugar serve` needs FastAPI, uvicorn and prometheus-client: install hf_sugar with its extra `serve`."
+        )
     from hf_sugar.retrieval import SugarReranker
     from hf_sugar.serving.guard import LOOPBACK
     from hf_sugar.serving.server import Server, build_app
