@@ -14,7 +14,6 @@ from .fingerprint_sugar import fingerprint, same_fingerprint
 
 logger = logging.get_logger(__name__)
 
-BACKBONE_FIELDS = ("backbone_name_or_path", "backbone_revision")
 HUB_ACCESS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
@@ -56,7 +55,7 @@ class SugarCheckpointMixin(SugarAdapterMixin):
             if stored.get("backbone_name_or_path") is not None:
                 if "backbone_name_or_path" in kwargs:
                     stored["backbone_revision"] = None
-                overrides = {key: kwargs.pop(key) for key in BACKBONE_FIELDS if key in kwargs}
+                overrides = {key: kwargs.pop(key) for key in cls.config_class.__annotations__ if key in kwargs}
                 config = cls.config_class.from_dict({**stored, **overrides})
         if config is None or config.backbone_name_or_path is None:
             model, info = cls._load_weights(pretrained_model_name_or_path, *args, config=config, **kwargs)
