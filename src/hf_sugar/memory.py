@@ -1,5 +1,6 @@
 """What a training run needs on a GPU, computed from configurations alone: `hf-sugar train --estimate-memory`."""
 
+import copy
 import weakref
 from dataclasses import dataclass
 
@@ -104,6 +105,9 @@ def estimate_memory(
     learned = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     learned_bytes = sum(parameter.nbytes for parameter in learned)
     length = args.max_length or config.get_text_config().max_position_embeddings
+    if args.max_batch_tokens:
+        args = copy.copy(args)
+        args.per_device_train_batch_size = -(-args.max_batch_tokens // length)
     parts = {
         "backbone, quantized": sum(_quantized_bytes(module, quantization_config) for module in quantized),
         "backbone and projector as loaded, not quantized": full - learned_bytes,

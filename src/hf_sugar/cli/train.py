@@ -70,8 +70,13 @@ def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
     if getattr(args, "accelerate_config", None) is not None:
         launch = load_config_from_file(args.accelerate_config)
         processes = launch.num_processes
-        zero = f"zero{launch.deepspeed_config.get('zero_stage')}"
-        sharding = {"FSDP": "fsdp2", "DEEPSPEED": zero}.get(launch.distributed_type)
+        zero, fsdp = launch.deepspeed_config.get("zero_stage"), launch.fsdp_config.get("fsdp_version", 1)
+        sharding = {"FSDP": f"fsdp{fsdp}", "DEEPSPEED": f"zero{zero}"}.get(launch.distributed_type)
+        if sharding not in (None, "fsdp2", "zero2", "zero3"):
+            raise ValueError(
+                f"{args.accelerate_config} is estimated with `fsdp_version: 2`, or with a `zero_stage` of 2 or 3 that it "
+                "names itself, and with no other division of the model."
+            )
     return estimate_memory(
         config,
         args,

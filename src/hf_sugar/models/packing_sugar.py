@@ -98,4 +98,4 @@ def unlay_rows(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.
     if mask is None:
         return hidden_states
     padded = hidden_states.new_zeros(*mask.shape, hidden_states.shape[-1])
-    return padded.index_put((mask,), hidden_states[0])
+    return padded.index_put((mask.to(padded.device),), hidden_states[0])

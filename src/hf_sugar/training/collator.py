@@ -51,7 +51,10 @@ class SugarCollator:
             Seed of the flips and of that choice.
         fill_up (`bool`, *optional*, defaults to `False`):
             Whether a batch without images or sequences beside the rows gets a blank one, of which nothing is used: processes
-            that divide a model among them must call the same parts of it, or they wait for one another for ever.
+            must call the same parts of a model, or they wait for one another for ever.
+        divided (`bool`, *optional*, defaults to `False`):
+            Whether processes divide the weights, and so must call each part equally often: the sequences beside the rows do
+            without the features of the batch's images.
 
     Returns of a call:
         `dict[str, torch.Tensor]`: what the backbone's processor gives, `labels` `(batch, length)`, and with
@@ -70,6 +73,7 @@ class SugarCollator:
     singles: int | None = None
     seed: int = 0
     fill_up: bool = False
+    divided: bool = False
     # in memory that the workers of a data loader share, so that those that persist know it too
     epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
 
@@ -165,8 +169,9 @@ class SugarCollator:
         blank = dict(self.processor.encode_conversations([[{"role": "user", "content": [image]}]]))
         images = {name: blank[name] for name in self.processor.image_processor.model_input_names if name in blank}
         if self.singles is not None:
-            # whether they can take the features of the batch's images may not be the same for all processes
-            batch["singles"] = {name: x for name, x in batch.get("singles", blank).items() if name not in _SHARED}
+            batch["singles"] = batch.get("singles", blank)
+            if self.divided:  # all processes call the vision tower for them, or none
+                batch["singles"] = {name: x for name, x in batch["singles"].items() if name not in _SHARED}
         for inputs in (batch, batch.get("singles", batch)):
             if not images.keys() <= inputs.keys():
                 inputs.update(images, blank_image=True)

@@ -92,7 +92,7 @@ def _require_what_can_work(args: SugarTrainingConfig, train_dataset: Dataset | I
     gathered = args.gather_across_devices and args.world_size > 1
     if (
         args.structure_weight > 0
-        and (args.matrix_batch_size or args.per_device_train_batch_size) == 1
+        and (args.matrix_batch_size or args.max_batch_tokens or args.per_device_train_batch_size) == 1
         and not gathered
     ):
         problem = (
@@ -289,6 +289,11 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         if is_peft_model(self.model):
             require_loadable(base)
         if self.is_fsdp_enabled:
+            if not self.accelerator.is_fsdp2:
+                raise ValueError(
+                    "FSDP of version 1 does not divide the losses of this trainer rightly: set `fsdp_version: 2`, as "
+                    "examples/accelerate/fsdp2.yaml does."
+                )
             # accelerate 1.15 refuses names of layers that a backbone lists and does not have (CLIP's of texts)
             base._no_split_modules = {type(module).__name__ for module in base.modules()} & {*base._no_split_modules}
         if is_quantized(base):
@@ -315,6 +320,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             singles=singles,
             seed=args.seed,
             fill_up=self.accelerator.num_processes > 1,
+            divided=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         )
         self._eval_collator = replace(self.data_collator, flip_captions=False, epoch=torch.zeros((), dtype=torch.long))
         self.add_callback(_TellCollator(self.data_collator, self._good_rows))
@@ -477,7 +483,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """As upstream, with all metrics before callbacks are asked, and losses that do not depend on batches and processes:
-        a label matrix is of as many rows as a process compares in training."""
+        a label matrix is of as many rows as a process has in training."""
         size = max(2, self.args.matrix_batch_size or self.args.per_device_train_batch_size)
         self._eval_losses = EvalLosses(self.accelerator, size, self.discriminative_loss if self._structure else None)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
