@@ -190,6 +190,7 @@ def test_mistakes_in_yaml(tmp_path):
     for text, message in (
         ("struct_weight: 1", f"{file}, `struct_weight`: there is no such setting. Did you mean `structure_weight`?"),
         ("max_steps: many", f"{file}, `max_steps` is 'many'; it must be an integer."),
+        ("padding_free: 3", f"{file}, `padding_free` is '3'; it must be true or false."),
         ("- a", "must hold settings"),
         ("a: [", "cannot be read as YAML"),
     ):

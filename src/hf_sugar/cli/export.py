@@ -22,9 +22,11 @@ def export(args: ExportArguments) -> Path:
     """Write a checkpoint for another program; adapters are merged into it. Returns the directory, complete."""
     if args.format not in ("sentence-transformers", "backbone"):
         raise ValueError(f"`format` is {args.format!r}; it must be sentence-transformers or backbone.")
+    if args.format == "backbone" and args.truncate_dim is not None:
+        raise ValueError("`truncate_dim` cuts embeddings, which a plain backbone has none of. Leave it out.")
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"`output_dir` {output} exists and is not empty. Remove it, or name another directory.")
+        raise ValueError(f"`output` {output} exists and is not empty. Remove it, or name another directory.")
     model_type = args.stored_config().get("model_type")
     if args.format == "sentence-transformers" and model_type != "sugar":
         raise ValueError(

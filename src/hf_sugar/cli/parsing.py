@@ -65,11 +65,14 @@ class Setting:
         return kinds.pop() if len(kinds) == 1 else "str"
 
     def convert(self, value: Any, where: str = "") -> Any:
-        """What a text on the command line or in YAML stands for; anything but a text stays."""
+        """What a text on the command line or in YAML stands for; of anything else a number may be a list of one."""
         if isinstance(value, list) and self.takes_list:
             return [self.convert(item, where) for item in value]
+        if self.kind == "bool" and isinstance(value, int | float) and value not in (0, 1):
+            value = str(value)
         if not isinstance(value, str):
-            return value
+            number = isinstance(value, int | float) and self.kind in ("int", "float")
+            return [value] if self.takes_list and number else value
         mapping = value.startswith("{") and (self.takes_list or "dict" in self.type)
         read, what = _READERS.get("dict" if mapping else self.kind, (str, f"one of {', '.join(self.choices)}"))
         try:

@@ -99,6 +99,10 @@ def train(
         found = estimate(args, model)
         print(found.table())
         return found
+    if getattr(args, "accelerate_config", None) is not None:
+        raise ValueError(
+            "`accelerate_config` is for `estimate_memory`. To train by it: `accelerate launch --config_file`."
+        )
     if data.train_data is None:
         raise ValueError("`train_data` is not set: name the data to train on.")
     if args.teachers is not None and args.structure_weight > 0:
