@@ -191,14 +191,15 @@ class TestBackbones:
         assert len(weights) > 4 and all(touched.values()), touched
         assert len(seen) > len(tower) / 2
 
-    def test_slices_alone_beside_their_rows(self, backbone):
+    @pytest.mark.parametrize("singles", (1, 2))  # some of the images, or all
+    def test_slices_alone_beside_their_rows(self, backbone, singles):
         """As `embed` has them, also where a row of several images gives other features than an image alone."""
         items = [("a", *ITEMS[1], "b", ITEMS[2][1]), ("c", "d"), ("e", ITEMS[2][2], "f", ITEMS[3][0])]
         rows = [{"messages": conversation(item), "loss_on": "text"} for item in items]
         for row, item in zip(rows, items):
             row["images"] = [part for part in item if not isinstance(part, str)]
         processor, model = backbone.processor, backbone.model.eval()
-        batch = SugarCollator(processor, embed_slices=lambda slices: torch.ones(len(slices), 2), singles=2)(rows)
+        batch = SugarCollator(processor, embed_slices=lambda slices: torch.ones(len(slices), 2), singles=singles)(rows)
         inputs = {name: value for name, value in batch.items() if name not in (*ROW_COLUMNS, "labels")}
         with torch.no_grad():
             _, found = embed_rows(model, **inputs)

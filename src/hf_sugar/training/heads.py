@@ -104,8 +104,7 @@ def _observed(model: SugarForConditionalGeneration, blank_image: bool = False):
     def get_image_features(*args, **kwargs):
         seen["image_features"] = output = compute(*args, **kwargs)
         if blank_image:
-            images = output.pooler_output
-            output.pooler_output = images[:0] if isinstance(images, torch.Tensor) else [image[:0] for image in images]
+            output = _of_images(output, lambda x: x[:0] if torch.is_tensor(x) else [image[:0] for image in x])
         return output
 
     hook = model.base_model.register_forward_hook(lambda module, inputs, output: seen.update(hidden_states=output[0]))
@@ -123,6 +122,15 @@ def _image_features_from(model: SugarForConditionalGeneration, function):
         del model.base_model.get_image_features
 
 
+def _of_images(features, choose):
+    """Image features, and those that go to deeper layers (Qwen3-VL), of chosen images."""
+    features = copy.copy(features)
+    features.pooler_output = choose(features.pooler_output)
+    if getattr(features, "deepstack_features", None) is not None:
+        features.deepstack_features = [choose(layer) for layer in features.deepstack_features]
+    return features
+
+
 def embed_singles(model: SugarForConditionalGeneration, singles: dict | None, image_features) -> torch.Tensor | None:
     """Embeddings `(sequences, dim)` of the sequences beside a batch, from the features of the batch's images if there is an entry
     for each of them, and not for each patch or row, and as it would be for the image alone."""
@@ -135,8 +143,7 @@ def embed_singles(model: SugarForConditionalGeneration, singles: dict | None, im
     features = getattr(image_features, "pooler_output", None)
     if not isinstance(features, list | tuple) or len(features) != singles.get("images"):
         return model.embed(**inputs)
-    known = copy.copy(image_features)
-    known.pooler_output = [features[index] for index in singles["image_index"].tolist()]
+    known = _of_images(image_features, lambda images: [images[index] for index in singles["image_index"].tolist()])
     tokens = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
     if tokens[tokens > 0].tolist() != list(map(len, known.pooler_output)):
         return model.embed(**inputs)
