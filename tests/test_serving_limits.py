@@ -380,6 +380,7 @@ def test_pictures_from_the_web(pictures, monkeypatch, url, message):
             for address in "0.0.0.0 224.0.0.1 255.255.255.255 :: ::1 fe80::1%eth0 fd00::1 ff02::1".split()
         ],
         *[(address, False) for address in "::ffff:127.0.0.1 ::ffff:8.8.8.8 64:ff9b::7f00:1 2002:7f00:1::".split()],
+        *[(address, False) for address in "::127.0.0.1 ::ffff:0:7f00:1 fec0::1 64:ff9b:1::1 2001:0:7f00:1::".split()],
     ],
 )
 def test_which_addresses_are_public(address, public):

@@ -9,13 +9,13 @@ from urllib.parse import urljoin
 import httpcore2
 
 
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # IPv4 behind NAT64
+_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out; IPv4 behind NAT64 and the like is outside
 
 
 def is_public(address: str) -> bool:
     """Whether an IP address is of the open internet, without another one inside it."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6 and (ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip in _TRANSLATED):
+    if ip.version == 6 and (ip not in _UNICAST or ip.sixtofour or ip.teredo):
         return False
     return ip.is_global and not ip.is_multicast
 
