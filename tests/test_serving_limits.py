@@ -241,8 +241,10 @@ def test_key_and_host(pair):
         assert send(server.port, "/health")[0] == 200
     with serving(*pair) as server:
         # a name that a web page made lead to this machine
-        status, _, answer = send(server.port, EMBED, {"input": "x"}, Host="pages.example:8000")
-        assert status == 403 and "'pages.example'" in answer["error"]["message"]
+        for path, body in ((EMBED, {"input": "x"}), ("/metrics", None), ("/health", None), ("/", None)):
+            status, _, answer = send(server.port, path, body, Host="pages.example:8000")
+            assert status == 403 and "'pages.example'" in answer["error"]["message"]
+        assert [send(server.port, path)[0] for path in ("/metrics", "/openapi.json", "/docs")] == [200, 404, 404]
         assert send(server.port, EMBED, {"input": "x"}, Host="localhost")[0] == 200
 
 

@@ -29,7 +29,8 @@ def error_response(status: int, message: str, headers: dict[str, str] | None = N
 
 
 class Guard:
-    """Middleware of all that is under `/v1/`. A request that its client has left is cancelled."""
+    """Middleware of every path; the key and the limits are of those under `/v1/`. A request that its client has left is
+    cancelled."""
 
     def __init__(self, app: ASGIApp, args: ServeArguments, registry: CollectorRegistry):
         self.app, self.args, self.taken = app, args, 0
@@ -37,7 +38,7 @@ class Guard:
         self.seconds = Histogram("hf_sugar_request_seconds", "Seconds of a request.", labels, registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http":
             return await self.app(scope, receive, send)
         start, status, headers = time.monotonic(), None, dict(scope["headers"])
 
@@ -47,6 +48,9 @@ class Guard:
             await send(message)
 
         try:
+            self._check_host(headers)
+            if not scope["path"].startswith("/v1/"):
+                return await self.app(scope, receive, sent)
             self._check(headers)
             self.taken += 1
             try:
@@ -64,12 +68,17 @@ class Guard:
             path = scope["path"] if "route" in scope else "other"  # clients make up no labels
             self.seconds.labels(path, status or "left").observe(time.monotonic() - start)
 
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        name = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1"))
+        if (
+            not self.args.api_key and self.args.host in LOOPBACK and name not in LOOPBACK
+        ):  # a page whose name leads here
+            raise HTTPException(403, f"The host {name[:100]!r} is not this machine; set an API key to be called so.")
+
     def _check(self, headers: dict[bytes, bytes]) -> None:
-        key, name = self.args.api_key, re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1"))
+        key = self.args.api_key
         if key and not hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + key.encode()):
             raise HTTPException(401, "The API key is missing or wrong.", {"WWW-Authenticate": "Bearer"})
-        if not key and self.args.host in LOOPBACK and name not in LOOPBACK:  # a web page whose name leads here
-            raise HTTPException(403, f"The host {name[:100]!r} is not this machine; set an API key to be called so.")
         if self.taken >= self.args.max_requests:
             raise HTTPException(429, f"{self.taken} requests are at work or wait; come again.", {"Retry-After": "1"})
 

@@ -58,7 +58,7 @@ def build_app(
     Gauge("hf_sugar_waiting", "Inputs that wait.", registry=registry).set_function(lambda: len(worker.waiting))
     context, created = worker.generator.max_length, int(time.time())
 
-    app = FastAPI(title=f"hf_sugar: {name}", docs_url=None, redoc_url=None)
+    app = FastAPI(title=f"hf_sugar: {name}", openapi_url=None)
     app.state.worker = worker
     app.add_middleware(Guard, args=args, registry=registry)
 
