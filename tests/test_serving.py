@@ -252,8 +252,9 @@ def test_the_command_and_sigterm(pair, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "hf_sugar.cli.main", "serve", str(tmp_path / "my-sugar"), "--port", str(port)]
+    environment = {name: value for name, value in os.environ.items() if name != "HF_SUGAR_API_KEY"}
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_SUGAR_API_KEY": ""})
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         while "startup complete" not in (tmp_path / "log").read_text():
             assert process.poll() is None, (tmp_path / "log").read_text()

@@ -144,6 +144,12 @@ HOSTILE = [
         400,
         "more than 10000 pixels",
     ),
+    (
+        EMBED,
+        {"input": [{"content": [picture(tiny.image(n, 80, 80))]} for n in range(2)]},
+        400,
+        r"`input\[1\]\[0\]`.*more than 10000 pixels",
+    ),
     (CHAT, image_url(large_png(15_000)), 400, "more than 10000 pixels"),
     (CHAT, image_url(cut_png()), 400, r"images\[0\].*cannot be decoded"),
     (CHAT, image_url("data:image/png;base64,"), 400, "damaged"),
@@ -246,6 +252,14 @@ def test_key_and_host(pair):
             assert status == 403 and "'pages.example'" in answer["error"]["message"]
         assert [send(server.port, path)[0] for path in ("/metrics", "/openapi.json", "/docs")] == [200, 404, 404]
         assert send(server.port, EMBED, {"input": "x"}, Host="localhost")[0] == 200
+
+
+def test_an_empty_key_is_no_wish_for_an_open_server(monkeypatch):
+    with pytest.raises(ValueError, match="API key is empty"):
+        main(["serve", "no-such-model", "--api_key", ""])
+    monkeypatch.setenv("HF_SUGAR_API_KEY", "\n")
+    with pytest.raises(ValueError, match="API key is empty. Set .* or unset"):
+        main(["serve", "no-such-model", "--host", "0.0.0.0"])
 
 
 @pytest.fixture

@@ -19,16 +19,20 @@ def serve(model: ModelArguments, args: ServeArguments) -> None:
     from hf_sugar.serving.guard import LOOPBACK
     from hf_sugar.serving.server import Server, build_app
 
+    args.api_key = os.environ.get("HF_SUGAR_API_KEY") if args.api_key is None else args.api_key
+    if args.api_key is not None and not args.api_key.strip():
+        raise ValueError(
+            "The API key is empty. Set `api_key` or HF_SUGAR_API_KEY, or unset it to serve without a key."
+        )
     listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((args.host, args.port))  # before the model is loaded
     except OSError as error:
         raise OSError(f"{args.host}, port {args.port}: {error.strerror}. Set another `port` or `host`.") from error
-    args.api_key = args.api_key or os.environ.get("HF_SUGAR_API_KEY")
     index = None if args.index is None else model.load_index(args.index)
     embed = model.embedder() if index is None else index.embed
-    if args.host not in LOOPBACK and not args.api_key:
+    if args.host not in LOOPBACK and args.api_key is None:
         print(f"Whoever reaches {args.host} can use this model; `--api_key` asks for a key.")
     name = args.served_model_name or Path(model.model_name_or_path).resolve().name
     reranker = SugarReranker(embed.model, embed.processor, model.batch_size) if args.rerank_by_answer else None

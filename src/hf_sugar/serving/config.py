@@ -22,7 +22,7 @@ class ServeArguments:
     served_model_name: str | None = setting("What requests call the model; by default the end of its path.", None)
     allow_urls: bool = setting("Fetch pictures from web addresses in requests, of public hosts alone.", False)
     max_new_tokens: int = setting("Longest answer that a request may ask for.", 1024)
-    max_pixels: int = setting("Pixels of all pictures of one conversation or input.", 40_000_000)
+    max_pixels: int = setting("Pixels of all pictures of one request.", 40_000_000)
     max_body_mb: float = setting("Largest body of a request, and largest picture from the web, in megabytes.", 32)
     max_requests: int = setting("Requests at work or waiting; others are told to come again (status 429).", 256)
     body_timeout: float = setting("Seconds in which a request has to arrive, and a picture from the web.", 30)

@@ -117,8 +117,8 @@ class SearchRequest(Request):
 
 
 async def read_contents(contents: dict[str, list[Part]], limits: ServeArguments) -> list[list[dict[str, Any]]]:
-    """The parts of one conversation or input, as [`~inference.as_row`] takes them; errors call them by their keys. Pictures
-    stay encoded: of each only the header is read here."""
+    """The parts of all messages or inputs of a request, as [`~inference.as_row`] takes them; errors call them by their keys.
+    Pictures stay encoded: of each only the header is read here."""
     result, pixels = [], 0
     for where, content in contents.items():
         result.append([])

@@ -25,7 +25,6 @@ from .guard import Guard, error_response
 from .requests import (
     ChatRequest,
     EmbeddingRequest,
-    Part,
     Request,
     RerankRequest,
     SearchRequest,
@@ -85,9 +84,6 @@ def build_app(
         if needs_index and index is None:
             raise ValueError("This server has no index; it is started with `--index` to search or cite.")
 
-    async def read(contents: dict[str, list[Part]]) -> list[list[dict[str, Any]]]:
-        return [(await read_contents({where: content}, args))[0] for where, content in contents.items()]
-
     async def results(jobs: list[Future]) -> list[Any]:
         """What the model gives. Where one job fails, or nobody waits any more, those that wait are not begun."""
         futures = [asyncio.wrap_future(job) for job in jobs]
@@ -133,7 +129,7 @@ def build_app(
             items = {"the conversation": await read_messages(request.messages, args)}
         else:
             contents = {f"input[{n}]": content for n, content in enumerate(request.input)}
-            items = dict(zip(contents, await read(contents)))
+            items = dict(zip(contents, await read_contents(contents, args)))
         vectors, length = await embed(list(items.values()), list(items), [request.input_type] * len(items))
         vectors = vectors[:, :size] / np.linalg.norm(vectors[:, :size], axis=1, keepdims=True)
         if request.encoding_format == "base64":
@@ -147,7 +143,7 @@ def build_app(
     async def rerank(request: RerankRequest) -> dict[str, Any]:
         check(request)
         contents = {"query": request.query} | {f"documents[{n}]": each for n, each in enumerate(request.documents)}
-        items = await read(contents)
+        items = await read_contents(contents, args)
         if reranker is None:
             vectors, _ = await embed(items, list(contents), ["query"] + ["document"] * (len(items) - 1))
             scores = dict(enumerate((vectors[1:] @ vectors[0]).tolist()))
@@ -160,7 +156,8 @@ def build_app(
     @app.post("/v1/search")
     async def search(request: SearchRequest) -> dict[str, Any]:
         check(request, needs_index=True)
-        [[hits]] = await results([worker.call(index.search, await read({"query": request.query}), request.k)])
+        items = await read_contents({"query": request.query}, args)
+        [[hits]] = await results([worker.call(index.search, items, request.k)])
         return {"object": "list", "data": [shown(hit) for hit in hits], "model": name}
 
     @app.post("/v1/chat/completions")
