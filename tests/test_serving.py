@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -160,13 +161,37 @@ def test_rerank_search_and_answers_with_retrieval(served, pair, rows, index):
 
 
 def test_a_reranker_takes_the_place_of_the_cosine(pair):
+    documents = [f"{color} {shape}" for color in ("red", "blue", "green", "cyan") for shape in ("star", "circle", "a")]
     with serving(*pair, reranker=SugarReranker(*pair)) as server:
-        _, _, answer = send(server.port, RERANK, {"query": "q", "documents": ["a", "b"]})
+        _, _, answer = send(server.port, RERANK, {"query": "q", "documents": documents})
+        _, _, refused = send(server.port, RERANK, {"query": "q", "documents": [*documents, " "]})
         assert send(server.port, SEARCH, {"query": "q"})[0] == 400
-    truth = SugarReranker(*pair).rank("q", ["a", "b"])
+    assert "documents[12] is empty" in refused["error"]["message"]
+    truth = SugarReranker(*pair).rank("q", documents)  # more than a batch
     assert [result["index"] for result in answer["results"]] == [hit.index for hit in truth]
     scores = [result["relevance_score"] for result in answer["results"]]
     assert scores == pytest.approx([hit.score for hit in truth], abs=1e-5)
+
+
+def test_requests_go_between_the_batches_of_a_reranker(pair):
+    begun, pairs = threading.Event(), []
+
+    class Slow:
+        def score(self, batch, names):
+            begun.set()
+            time.sleep(0.1)
+            pairs.extend(batch)
+            return np.zeros(len(batch))
+
+    with serving(*pair, reranker=Slow(), request_timeout=3) as server, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(send, server.port, RERANK, {"query": "q", "documents": ["a"] * 2048})
+        assert begun.wait(20)
+        assert send(server.port, EMBED, {"input": "x"})[0] == 200
+        assert not long.done()
+        assert long.result()[0] == 503
+        counted = len(pairs)
+        time.sleep(0.5)
+        assert len(pairs) <= counted + 8  # nobody waits for the rest
 
 
 def test_instructions_of_queries_and_documents(served, pair, monkeypatch):

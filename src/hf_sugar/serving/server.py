@@ -46,8 +46,8 @@ def build_app(
         args ([`ServeArguments`]): The limits.
         index ([`Index`], *optional*): With the same embedder, for `/v1/search` and for answers with retrieval.
         reranker (`Any`, *optional*):
-            Has `rank(query, documents)`, of items as [`~inference.as_row`] takes them, which returns objects with `index`
-            and `score`. Without one `/v1/rerank` scores by the cosine of the embeddings.
+            Has `score(pairs, names)` as [`SugarReranker`] does. Without one `/v1/rerank` scores by the cosine of the
+            embeddings.
     """
     registry = CollectorRegistry()
     of = {"labelnames": ["kind"], "registry": registry}
@@ -146,11 +146,13 @@ def build_app(
         items = await read_contents(contents, args)
         if reranker is None:
             vectors, _ = await embed(items, list(contents), ["query"] + ["document"] * (len(items) - 1))
-            scores = dict(enumerate((vectors[1:] @ vectors[0]).tolist()))
+            scores = (vectors[1:] @ vectors[0]).tolist()
         else:
-            [hits] = await results([worker.call(reranker.rank, items[0], items[1:])])
-            scores = {hit.index: hit.score for hit in hits}
-        order = sorted(scores, key=scores.get, reverse=True)[: request.top_n]
+            pairs, names, scores = [(items[0], item) for item in items[1:]], list(contents)[1:], []
+            for at in range(0, len(pairs), embedder.batch_size):  # one after the other: what else waits goes between
+                batch = slice(at, at + embedder.batch_size)
+                scores += (await results([worker.call(reranker.score, pairs[batch], names[batch])]))[0].tolist()
+        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: request.top_n]
         return {"model": name, "results": [{"index": n, "relevance_score": scores[n]} for n in order]}
 
     @app.post("/v1/search")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from threading import Condition, Thread
 from typing import Any
 
@@ -117,9 +118,10 @@ class ModelWorker:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self.waiting)
-                same = [job for job in self.waiting if job.key == self.waiting[0].key]
-                taken = same[: self.embedder.batch_size]
-                self.waiting = [job for job in self.waiting if job not in taken]
+                same = (job for job in self.waiting if job.key == self.waiting[0].key)
+                taken = list(islice(same, self.embedder.batch_size))
+                for job in taken:
+                    self.waiting.remove(job)
             jobs = [job for job in taken if job.set_running_or_notify_cancel()]
             if not jobs:
                 continue
