@@ -17,6 +17,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 pytest.importorskip("prometheus_client", reason="the server needs the extra `serve`")
+from fastapi import Response  # noqa: E402
 from loopback import (  # noqa: E402
     CHAT,
     EMBED,
@@ -33,9 +34,12 @@ from loopback import (  # noqa: E402
     streamed,
     text,
 )
+from prometheus_client import CollectorRegistry  # noqa: E402
 
 from hf_sugar.cli.main import main  # noqa: E402
 from hf_sugar.serving import fetch as fetching  # noqa: E402
+from hf_sugar.serving.config import ServeArguments  # noqa: E402
+from hf_sugar.serving.guard import Guard  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +264,35 @@ def test_an_empty_key_is_no_wish_for_an_open_server(monkeypatch):
     monkeypatch.setenv("HF_SUGAR_API_KEY", "\n")
     with pytest.raises(ValueError, match="API key is empty. Set .* or unset"):
         main(["serve", "no-such-model", "--host", "0.0.0.0"])
+
+
+def test_bodies_have_a_limit_together():
+    async def statuses():
+        guard = Guard(Response(), ServeArguments(max_body_mb=0.3), CollectorRegistry())
+        scope = {"type": "http", "path": EMBED, "headers": [(b"host", b"localhost")], "method": "POST"}
+
+        async def post(*sizes, whole=True):
+            bodies = [{"type": "http.request", "body": b"x" * n, "more_body": True} for n in sizes]
+            bodies[-1]["more_body"], found = not whole, []
+
+            async def receive():
+                return bodies.pop(0) if bodies else await asyncio.Future()
+
+            async def send(message):
+                found.append(message.get("status"))
+
+            await guard(scope, receive, send)
+            return found[0]
+
+        slow = [asyncio.create_task(post(200_000, 90_000, whole=False)) for _ in range(16)]
+        await asyncio.sleep(0.1)
+        found = [await post(200_000), await post(100_000, 50_000, 50_000), await post(160_000)]
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        return [*found, await post(200_000)]
+
+    assert asyncio.run(statuses()) == [429, 429, 200, 200]  # 16 times 0.3 MB, less 16 times 0.29 MB, is 0.16 MB
 
 
 @pytest.fixture

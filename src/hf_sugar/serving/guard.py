@@ -18,6 +18,7 @@ from .config import ServeArguments
 
 logger = logging.getLogger(__name__)
 
+BODIES = 16  # of the largest size, kept at a time
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -33,7 +34,7 @@ class Guard:
     cancelled."""
 
     def __init__(self, app: ASGIApp, args: ServeArguments, registry: CollectorRegistry):
-        self.app, self.args, self.taken = app, args, 0
+        self.app, self.args, self.taken, self.kept = app, args, 0, 0
         labels = ["path", "status"]
         self.seconds = Histogram("hf_sugar_request_seconds", "Seconds of a request.", labels, registry=registry)
 
@@ -52,12 +53,12 @@ class Guard:
             if not scope["path"].startswith("/v1/"):
                 return await self.app(scope, receive, sent)
             self._check(headers)
-            self.taken += 1
+            self.taken, body = self.taken + 1, []
             try:
-                if (body := await self._body(receive)) is not None:
-                    await self._run(scope, body, receive, sent, lambda: status is not None)
+                if await self._read(body, receive):
+                    await self._run(scope, body[0], receive, sent, lambda: status is not None)
             finally:
-                self.taken -= 1
+                self.taken, self.kept = self.taken - 1, self.kept - sum(map(len, body))
         except HTTPException as error:
             await error_response(error.status_code, error.detail, error.headers)(scope, receive, sent)
         except Exception:
@@ -82,26 +83,31 @@ class Guard:
         if self.taken >= self.args.max_requests:
             raise HTTPException(429, f"{self.taken} requests are at work or wait; come again.", {"Retry-After": "1"})
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body; `None` if the client has gone. Of one that is too large some more is read and dropped, or the
-        client would not come to read why."""
-        body, size, limit = [], 0, self.args.max_body
+    async def _read(self, body: list[bytes], receive: Receive) -> bool:
+        """Fill `body` with one piece, the whole; false if the client has gone. Of one that is too large some more is read
+        and dropped, or the client would not come to read why."""
+        size, limit = 0, self.args.max_body
         try:
             async with asyncio.timeout(self.args.body_timeout):
                 while size <= 4 * limit:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
-                    size += len(message.get("body", b""))
-                    if size <= limit:
-                        body.append(message.get("body", b""))
+                        return False
+                    piece = message.get("body", b"")
+                    size += len(piece)
+                    if size <= limit and self.kept + len(piece) <= BODIES * limit:
+                        body.append(piece)
+                        self.kept += len(piece)
                     if not message.get("more_body"):
                         break
         except TimeoutError:
             raise HTTPException(408, f"The body did not come within {self.args.body_timeout:g} seconds.") from None
         if size > limit:
             raise HTTPException(413, f"The body is larger than {limit} bytes; send fewer or smaller pictures.")
-        return b"".join(body)
+        body[:] = [b"".join(body)]
+        if len(body[0]) < size:
+            raise HTTPException(429, "Other requests have sent too much; come again.", {"Retry-After": "1"})
+        return True
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send, begun: Callable[[], bool]) -> None:
         waiting: list[Message] = [{"type": "http.request", "body": body}]
