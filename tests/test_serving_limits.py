@@ -38,6 +38,7 @@ from prometheus_client import CollectorRegistry  # noqa: E402
 
 from hf_sugar.cli.main import main  # noqa: E402
 from hf_sugar.serving import fetch as fetching  # noqa: E402
+from hf_sugar.serving import requests  # noqa: E402
 from hf_sugar.serving.config import ServeArguments  # noqa: E402
 from hf_sugar.serving.guard import Guard  # noqa: E402
 
@@ -413,6 +414,20 @@ def test_pictures_from_the_web(pictures, monkeypatch, url, message):
     else:
         with pytest.raises(ValueError, match=message):
             asyncio.run(fetching.fetch(address, max_bytes, 30))
+
+
+def test_pictures_from_the_web_have_a_limit_together(monkeypatch):
+    png, allowed = base64.b64decode(data_url(tiny.image(0)).partition(",")[2]), []
+
+    async def fetch(url, max_bytes, timeout):
+        allowed.append(max_bytes)
+        return png
+
+    monkeypatch.setattr(requests, "fetch", fetch)
+    parts = [requests.Part(type="image_url", image_url="https://pictures.example/a.png")] * 2
+    limits = ServeArguments(allow_urls=True, max_body_mb=0.1)
+    asyncio.run(requests.read_contents({"input[0]": parts, "input[1]": parts}, limits))
+    assert allowed == [100_000 - n * len(png) for n in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ class ServeArguments:
     allow_urls: bool = setting("Fetch pictures from web addresses in requests, of public hosts alone.", False)
     max_new_tokens: int = setting("Longest answer that a request may ask for.", 1024)
     max_pixels: int = setting("Pixels of all pictures of one request.", 40_000_000)
-    max_body_mb: float = setting("Largest body of a request, and largest picture from the web, in megabytes.", 32)
+    max_body_mb: float = setting("Largest body of a request, and most of all its pictures, in megabytes.", 32)
     max_requests: int = setting("Requests at work or waiting; others are told to come again (status 429).", 256)
     body_timeout: float = setting("Seconds in which a request has to arrive, and a picture from the web.", 30)
     request_timeout: float = setting("Seconds that a request may take after that.", 300)

@@ -119,7 +119,7 @@ class SearchRequest(Request):
 async def read_contents(contents: dict[str, list[Part]], limits: ServeArguments) -> list[list[dict[str, Any]]]:
     """The parts of all messages or inputs of a request, as [`~inference.as_row`] takes them; errors call them by their keys.
     Pictures stay encoded: of each only the header is read here."""
-    result, pixels = [], 0
+    result, pixels, left = [], 0, limits.max_body
     for where, content in contents.items():
         result.append([])
         for number, part in enumerate(content):
@@ -127,8 +127,8 @@ async def read_contents(contents: dict[str, list[Part]], limits: ServeArguments)
                 result[-1].append({"type": "text", "text": part.text})
                 continue
             name = f"`{where}[{number}]`: the picture"
-            data, size = await _image(part.image_url, name, limits)
-            pixels += size
+            data, size = await _image(part.image_url, name, limits, left)
+            pixels, left = pixels + size, left - len(data)
             if pixels > limits.max_pixels:
                 raise ValueError(f"{name} has more than {limits.max_pixels} pixels, together with those before it.")
             result[-1].append({"type": "image", "image": data})
@@ -146,13 +146,13 @@ async def read_messages(messages: list[Message], limits: ServeArguments) -> dict
     return {"messages": turns, "images": images}
 
 
-async def _image(url: str, name: str, limits: ServeArguments) -> tuple[bytes, int]:
-    """The content of an image file, and its number of pixels."""
+async def _image(url: str, name: str, limits: ServeArguments, max_bytes: int) -> tuple[bytes, int]:
+    """The content of an image file, of at most `max_bytes` if it is fetched, and its number of pixels."""
     if url[:8].lower().startswith(("http://", "https://")):
         if not limits.allow_urls:
             raise ValueError(f"{name} is not fetched: this server takes data URLs alone.")
         try:
-            content = await fetch(url, limits.max_body, limits.body_timeout)
+            content = await fetch(url, max_bytes, limits.body_timeout)
         except ValueError as error:
             raise ValueError(f"{name} cannot be had, its web address {error}.") from error
     else:
