@@ -12,6 +12,7 @@ from hf_sugar.evaluation import image_text_retrieval
 from hf_sugar.evaluation.metrics import recall_at_k
 from hf_sugar.retrieval import LanceIndex, SugarReranker, rerank_rows
 from hf_sugar.retrieval.rag import find_examples
+from hf_sugar.retrieval.storage import stored_truncate_dim
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,12 @@ def test_instructions(model, config, embed, tmp_path):
     np.testing.assert_allclose([hit.score for hit in index.search(["b"], 3)[0]], np.sort(scores[0])[::-1], atol=1e-5)
     with pytest.raises(ValueError, match="built with another model, pooling, `truncate_dim` or instruction"):
         SugarIndex.load(tmp_path, embed=told)
-    assert len(plain) == len(SugarIndex.load(tmp_path, embed=embed))
+    assert len(plain) == len(SugarIndex.load(tmp_path, embed=embed)) and stored_truncate_dim(tmp_path) is None
+    short = SugarEmbedder(*model, truncate_dim=5)
+    SugarIndex.build(items, short, directory=tmp_path / "short")
+    assert stored_truncate_dim(tmp_path / "short") == 5
+    with pytest.raises(ValueError, match="set `truncate_dim` as it was then"):
+        SugarIndex.load(tmp_path / "short", embed=told)
 
     images, texts = [tiny.image(n) for n in range(12)], [f"text {n}" for n in range(12)]
     results = image_text_retrieval(told, images, texts)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarIndex, SugarProcessor
 from hf_sugar.distributed import distributed_state
 from hf_sugar.hub.card import RUN_FILE
-from hf_sugar.retrieval.storage import read_json
+from hf_sugar.retrieval.storage import stored_truncate_dim
 
 from .arguments import setting
 
@@ -73,7 +73,5 @@ class ModelArguments(CheckpointArguments):
         """The index in a directory, of this model, which is loaded once the directory and the number of hits are right."""
         if k < 1:
             raise ValueError(f"`k` is {k}; ask for at least 1.")
-        _, stored = read_json(Path(directory, "index.json"))
-        if self.truncate_dim is None and "#truncate_dim=" in stored["fingerprint"]:
-            self.truncate_dim = int(stored["fingerprint"].rpartition("=")[2])
+        self.truncate_dim = self.truncate_dim or stored_truncate_dim(directory)
         return SugarIndex.load(directory, embed=self.embedder(), memory_map=memory_map)

@@ -10,6 +10,7 @@ from ..distributed import distributed_state
 from ..inference import SugarEmbedder
 from ..models import SugarForConditionalGeneration, SugarProcessor
 from ..retrieval import SugarIndex, SugarRAG
+from ..retrieval.storage import stored_truncate_dim
 
 
 class LmmsModel(lmms):
@@ -34,7 +35,10 @@ class LmmsModel(lmms):
         self._rank, self._world_size = state.process_index, state.num_processes
         model = SugarForConditionalGeneration.from_pretrained(pretrained, dtype=dtype).to(state.device).eval()
         processor = SugarProcessor.from_pretrained(pretrained)
-        found = None if index is None else SugarIndex.load(index, embed=SugarEmbedder(model, processor))
+        found = None
+        if index is not None:
+            embed = SugarEmbedder(model, processor, truncate_dim=stored_truncate_dim(index))
+            found = SugarIndex.load(index, embed=embed)
         self.rag = SugarRAG(model, processor, found, int(k))
 
     def generate_until(self, requests: list[Any]) -> list[str]:

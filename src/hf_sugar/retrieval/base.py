@@ -201,8 +201,8 @@ class Index(ABC):
         (first, _, how), (second, _, how_asked) = stored.partition("#"), self.fingerprint.partition("#")
         if how != how_asked or not same_fingerprint(first, second):
             raise ValueError(
-                f"{where} was built with another model, pooling, `truncate_dim` or instruction. Load that model, or build the "
-                "index anew."
+                f"{where} was built with another model, pooling, `truncate_dim` or instruction. Load that model "
+                "and set `truncate_dim` as it was then, or build the index anew."
             )
 
     def _ranks(self) -> tuple[int, int]:

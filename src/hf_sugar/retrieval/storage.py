@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,6 +129,12 @@ def read_json(file: Path) -> tuple[str, dict[str, Any]]:
         return text, content
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}). {REBUILD}") from error
+
+
+def stored_truncate_dim(directory: str | os.PathLike) -> int | None:
+    """The `truncate_dim` of the embedder by which the index in a directory was built, as its fingerprint has it."""
+    found = re.search(r"#truncate_dim=(\d+)", read_json(Path(directory, "index.json"))[1]["fingerprint"])
+    return found and int(found[1])
 
 
 def describe(file: Path) -> list[Any]:
