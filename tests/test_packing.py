@@ -215,6 +215,10 @@ def test_the_embedder_cuts_batches_by_tokens(monkeypatch):
     embeddings = SugarEmbedder(model, processor, batch_size=3)(items)
     assert [tuple(shape) for shape in shapes] == [(3, 28), (3, 20)]  # 24, 14 and 16 tokens, and the template's
     shapes.clear()
-    cut = SugarEmbedder(model, processor, batch_size=3, max_batch_tokens=50)(items)
-    assert [shape[0] for shape in shapes] == [2, 2, 2]
+    cut = SugarEmbedder(model, processor, batch_size=3, max_batch_tokens=56)(items)
+    assert [tuple(shape) for shape in shapes] == [(2, 28), (2, 28), (2, 18)]
+    monkeypatch.setattr(model.config, "document_instruction", "a b c d")
+    told = SugarEmbedder(model, processor, batch_size=3, max_batch_tokens=56)
+    told(items[:3] + [{"messages": [{"role": r, "content": "a"} for r in ("user", "assistant")]}] * 3, "document")
+    assert all(shape.numel() <= 56 or len(shape) == 1 for shape in shapes[3:])
     torch.testing.assert_close(torch.from_numpy(cut), torch.from_numpy(embeddings), atol=1e-5, rtol=0)

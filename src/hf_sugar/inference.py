@@ -87,7 +87,8 @@ class SugarEmbedder:
             `"slice"` for the last slice, as trained, or `"mean"` for all tokens of the item, another baseline.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
         max_batch_tokens (`int`, *optional*):
-            Most tokens in one forward pass, images expanded; of longer items each is a batch of its own.
+            Most tokens in one forward pass, with images expanded, chat template and instruction; of longer items each is a
+            batch of its own. At most `batch_size` items share a pass all the same.
         truncate_dim (`int`, *optional*):
             Length to which embeddings are cut, see [`~SugarForConditionalGeneration.project_slices`].
 
@@ -188,7 +189,8 @@ class SugarEmbedder:
 
         result: list[Any] = [None] * len(items)
         with _evaluating(self.model):
-            for rows in _batches(self, len(items), read, "Embedding"):
+            most = self.max_batch_tokens and (self.max_batch_tokens, *self._unsaid(instruction))
+            for rows in _batches(self, len(items), read, "Embedding", most):
                 rows, inputs = self._inputs(rows, names, errors, instruction)
                 if rows:
                     if lengths is not None:
@@ -196,6 +198,11 @@ class SugarEmbedder:
                     for n, embeddings in zip(rows, self._forward(inputs, [names[n] for n in rows]), strict=True):
                         result[n] = embeddings
         return result
+
+    def _unsaid(self, instruction: str | None) -> tuple[int, int]:
+        """Tokens of the chat template around a message, and what the instruction adds to an item."""
+        counts = [self.processor.embed_inputs(["a"], instruction=i)["input_ids"].shape[1] for i in (None, instruction)]
+        return counts[0] - self.processor.count_tokens(["a"], [[]])[0], counts[1] - counts[0]
 
     def _inputs(
         self,
@@ -274,7 +281,6 @@ class SugarGenerator:
         **generation_kwargs: Any,
     ):
         self.model, self.processor, self.batch_size, self.progress = model, processor, batch_size, progress
-        self.max_batch_tokens = None
         self.generation_kwargs = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_kwargs}
         self.max_length = model.config.get_text_config().max_position_embeddings
 
@@ -413,9 +419,14 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _batches(
-    user: SugarEmbedder | SugarGenerator, total: int, read: Callable[[int], dict[str, Any] | None], desc: str
+    user: SugarEmbedder | SugarGenerator,
+    total: int,
+    read: Callable[[int], dict[str, Any] | None],
+    desc: str,
+    most: tuple[int, int, int] | None = None,
 ) -> Iterator[dict[int, dict[str, Any]]]:
-    """Rows by their numbers, those of similar length together. Of a long input some batches are read at a time."""
+    """Rows by their numbers, those of similar length together. Of a long input some batches are read at a time. `most` are the
+    most tokens of a batch, and how many more than it says each message and each row has."""
     with tqdm(total=total, desc=desc, disable=not user.progress) as bar:
         for start in range(0, total, 16 * user.batch_size):
             window = range(start, min(start + 16 * user.batch_size, total))
@@ -427,8 +438,10 @@ def _batches(
             order = sorted(rows, key=lengths.__getitem__, reverse=True)  # running out of memory shows early
             while order:
                 count = user.batch_size
-                if user.max_batch_tokens is not None:
-                    count = min(count, max(1, user.max_batch_tokens // max(1, lengths[order[0]])))
+                if most is not None:
+                    tokens, of_message, of_row = most
+                    longest = max(lengths[n] + of_message * len(rows[n]["messages"]) for n in order[:count]) + of_row
+                    count = min(count, max(1, tokens // max(1, longest)))
                 batch, order = order[:count], order[count:]
                 yield {n: rows[n] for n in batch}
                 bar.update(len(batch))
