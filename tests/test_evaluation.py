@@ -463,7 +463,7 @@ def test_bad_rows_are_errors_or_left_out_and_counted(mixed):
 
 def test_a_projector_that_is_not_trained_is_not_measured(mixed, tmp_path, monkeypatch):
     projects, embedder = [], evaluate.SugarEmbedder
-    monkeypatch.setattr(evaluate, "SugarEmbedder", lambda *a, **k: projects.append(k["project"]) or embedder(*a, **k))
+    monkeypatch.setattr(evaluate, "SugarEmbedder", lambda *a, **k: projects.append(k) or embedder(*a, **k))
     source = str(mixed / "mixed.parquet")
     tiny.llava().save_pretrained(tmp_path / "llava")
     tiny.processor().save_pretrained(tmp_path / "llava")
@@ -476,7 +476,8 @@ def test_a_projector_that_is_not_trained_is_not_measured(mixed, tmp_path, monkey
     found = {"train": json.loads((tmp_path / "sft" / "report.json").read_text())}
     for name, *flags in (("llava",), ("sugar",), ("sugar", "--untrained"), ("sft",)):
         output = tmp_path / "reports" / "-".join([name, *flags])
-        main(["evaluate", str(tmp_path / name), "--image_text_data", source, "--output_dir", str(output), *flags])
+        flags += ["--image_text_data", source, "--max_batch_tokens", "90"]
+        main(["evaluate", str(tmp_path / name), "--output_dir", str(output), *flags])
         found[output.name] = json.loads((output / "report.json").read_text())
     said = {name: " ".join(report["notes"]) for name, report in found.items()}
     assert "not trained (llava is a plain 'llava' model)" in said["llava"]
@@ -484,7 +485,8 @@ def test_a_projector_that_is_not_trained_is_not_measured(mixed, tmp_path, monkey
     assert "not trained (`structure_weight` 0)" in said["train"]
     assert "without the retrieval projector" in said["sugar---untrained"] and "projector" not in said["sugar"]
     assert found["llava"]["settings"]["untrained"] and "1 of 5 rows have more than one answer" in said["llava"]
-    assert projects == [False, True, False, False]
+    assert [settings["project"] for settings in projects] == [False, True, False, False]
+    assert projects[0]["max_batch_tokens"] == 90
     before = (output / "report.md").read_bytes()
     with pytest.raises(ValueError, match="holds a report already.*`overwrite`"):
         main(["evaluate", str(tmp_path / "sugar"), "--image_text_data", source, "--output_dir", str(output)])

@@ -50,7 +50,8 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
         notes = ["Pooled hidden states are compared, without the retrieval projector."]
 
     loaded = (*args.load(distributed_state().device), args.batch_size)
-    embed = SugarEmbedder(*loaded, project=not notes, progress=True, truncate_dim=args.truncate_dim)
+    lengths = {"max_batch_tokens": args.max_batch_tokens, "truncate_dim": args.truncate_dim}
+    embed = SugarEmbedder(*loaded, project=not notes, progress=True, **lengths)
     generate = SugarGenerator(*loaded, args.max_new_tokens, progress=True)
     results = run_tasks(tasks, embed, generate)
     paper: dict[str, float] = {}
