@@ -29,7 +29,7 @@ def nothing_is_generated(prompts):
     raise AssertionError
 
 
-def test_mmeb(tmp_path):
+def test_mmeb(tmp_path, monkeypatch):
     settings = mmeb(tmp_path, PICTURES[:4])
     benchmark = load_benchmarks({"mmeb": settings})["mmeb"]
     asked = []
@@ -76,9 +76,11 @@ def test_mmeb(tmp_path):
     expected["hit@1 all"] = np.mean(list(means.values()))
     assert {name: value.value for name, value in found.items()} == pytest.approx(expected)
     assert [picture(0), f"{what} but red"] in asked and ["bird"] in asked
+    roles = []
+    monkeypatch.setattr("hf_sugar.evaluation.published.embedding.in_role", lambda e, role: roles.append(role) or e)
     # nothing is right by being equal to all others
     constant = benchmark.run(lambda items: np.ones((len(items), 2)), nothing_is_generated)
-    assert constant["hit@1 all"].value == 0
+    assert constant["hit@1 all"].value == 0 and roles == ["query", "document"] * len(hits)
 
 
 def test_wikihow_tiir(tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image
 from ..alignment import expected_alignment, label_matrix
 from ..data import load_data, row_slices
 from ..files import replacing
-from ..inference import SugarEmbedder
+from ..inference import SugarEmbedder, in_role
 from ..models.rows_sugar import row_name
 from .metrics import Estimate
 from .report import in_words
@@ -251,15 +251,15 @@ def best_hits(embed: SugarEmbedder, data: EvaluationData, split: str = "test", k
     rows = []
     for source in list(named_sources(data.image_text_data).values())[:1]:
         images, texts = image_text_pairs(load_data(source, split))
-        of_images, of_texts = embed(images), embed(texts)
-        for n in range(min(3, len(images))):
-            for items, scores, query, truth in (
-                (images, of_images @ of_texts[n], texts[n], images[n]),
-                (texts, of_texts @ of_images[n], images[n], texts[n]),
-            ):
+        count, found = min(3, len(images)), []
+        for queries, items in ((texts, images), (images, texts)):
+            asked = [queries[n] for n in range(count)]
+            found.append(in_role(embed, "query")(asked) @ in_role(embed, "document")(items).T)
+        for n in range(count):
+            for queries, items, scores in ((texts, images, found[0][n]), (images, texts, found[1][n])):
                 best = np.argsort(-scores, kind="stable")[:k].tolist()
                 hits, correct = [items[hit] for hit in best], [texts[hit] == texts[n] for hit in best]
-                rows.append({"query": query, "truth": truth, "hits": hits, "correct": correct})
+                rows.append({"query": queries[n], "truth": items[n], "hits": hits, "correct": correct})
     return rows
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from ...data import load_table
+from ...inference import in_role
 from ..metrics import Estimate, ranks
 from ..tasks import EmbedFunction, GenerateFunction, Item, Search, recall
 from .base import Benchmark
@@ -76,7 +77,8 @@ class MMEB(Benchmark):
             pairs = zip(row["tgt_text"], images, strict=True)
             keys = [(row.get("tgt_inst") if image else None, text, image) for text, image in pairs]
             candidates.append([numbers.setdefault(key, len(numbers)) for key in keys])
-        query_embeddings, embeddings = embed(queries), embed([self._item(*key) for key in numbers])
+        query_embeddings = in_role(embed, "query")(queries)
+        embeddings = in_role(embed, "document")([self._item(*key) for key in numbers])
         hits = np.zeros(len(queries))
         for n, (first, *others) in enumerate(candidates):
             scores = embeddings[[first, *(set(others) - {first})]] @ query_embeddings[n]
