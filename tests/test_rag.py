@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,6 +314,10 @@ def test_cli(checkpoint, corpus, tmp_path, capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) == 5
     with pytest.raises(ValueError, match="was built with another model, pooling, `truncate_dim`"):
         main(["search", name, "a blue square", *short, "--truncate_dim", "4"])
+    with monkeypatch.context() as other:  # a process that does not write the index
+        other.setattr("hf_sugar.cli.index.distributed_state", lambda: SimpleNamespace(is_main_process=False))
+        main(["index", name, "--files", str(corpus), *short, "--truncate_dim", "5", "--factory", "SQ8"])
+    assert capsys.readouterr().out == ""
 
     (tmp_path / "damaged.png").write_bytes(b"no image")
     (tmp_path / "chat.yaml").write_text(f"model_name_or_path: {name}\nmax_new_tokens: 4\nk: 2\n")

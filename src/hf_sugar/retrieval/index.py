@@ -178,12 +178,14 @@ class SugarIndex(Index):
         cls,
         parts: Sequence[str | os.PathLike],
         directory: str | os.PathLike,
-        factory: str = "Flat",
+        factory: str | None = None,
         search_options: str | None = None,
+        rescore_multiplier: int | None = None,
     ) -> "SugarIndex":
         """
         Write an index of the documents of several, which machines that share no disk have built: those of the first, then
-        those of the second. Nothing is embedded.
+        those of the second. Nothing is embedded. Settings that are not given are those of the first; its `search_options`
+        belong to its `factory`.
 
         Raises:
             `FileNotFoundError`, `ValueError`: as [`~SugarIndex.load`]; and if they are of different models or settings.
@@ -194,11 +196,12 @@ class SugarIndex(Index):
         for part, index in zip(parts, indexes):
             if (index.by, index.every_slice, index.dim) != (first.by, first.every_slice, first.dim):
                 raise ValueError(f"{part} was built with other settings than {parts[0]}. Build one of them anew.")
+        if factory in (None, first.factory):
+            factory, search_options = first.factory, search_options or first.search_options
+        multiplier = first.rescore_multiplier if rescore_multiplier is None else rescore_multiplier
         check_factory(factory, search_options, first.dim, sum(len(index.origins[0]) for index in indexes))
         merged = cls.__new__(cls)
-        merged._set(
-            None, first.fingerprint, first.by, first.every_slice, factory, search_options, first.rescore_multiplier
-        )
+        merged._set(None, first.fingerprint, first.by, first.every_slice, factory, search_options, multiplier)
         merged._arrange([shard for index in indexes for shard in index._shards])
         merged.save(directory)
         return merged
