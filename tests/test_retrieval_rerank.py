@@ -5,11 +5,13 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, List, Value
-from test_trainer import FEATURES, image_part, text_part
+from test_trainer import FEATURES, caption, image_part, rows, text_part
 
 from hf_sugar import SugarConfig, SugarEmbedder, SugarForConditionalGeneration, SugarIndex, SugarProcessor, SugarRAG
-from hf_sugar.evaluation import image_text_retrieval
+from hf_sugar.data import load_data
+from hf_sugar.evaluation import EvaluationData, best_hits, image_text_retrieval
 from hf_sugar.evaluation.metrics import recall_at_k
+from hf_sugar.evaluation.tasks import image_text_pairs
 from hf_sugar.retrieval import LanceIndex, SugarReranker, rerank_rows
 from hf_sugar.retrieval.rag import find_examples
 from hf_sugar.retrieval.storage import stored_truncate_dim
@@ -114,6 +116,9 @@ def test_what_cannot_be_reranked(model, embed, tmp_path):
         with pytest.raises((TypeError, ValueError), match=message):
             at.search(queries, 2, **settings)
     assert every.search([], 2, late=True, rerank=2) == []
+    long = SugarIndex.build(["word " * 95], embed)
+    with pytest.raises(ValueError, match="^document 0 of the index has .* lower `rerank` .* smaller documents"):
+        long.search(["word " * 20], 1, rerank=1)
 
 
 def test_a_search_whose_first_hits_are_reranked(model, embed):
@@ -126,6 +131,18 @@ def test_a_search_whose_first_hits_are_reranked(model, embed):
             wanted = [(first[hit.index].index, hit.score) for hit in SugarReranker(*model).rank(query, given)[:3]]
             assert [hit.index for hit in hits] == [number for number, _ in wanted]
             np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in wanted], atol=1e-6)
+
+
+def test_slices_of_whole_conversations_are_reranked(model, embed):
+    turns = [("system", [text_part("Be kind.")]), ("user", [image_part(), text_part("what?")])]
+    turns += [("assistant", [text_part("a red circle")])]
+    row = {"messages": [{"role": r, "content": c} for r, c in turns], "images": [tiny.image(2)]}
+    index = SugarIndex.build([row], embed, by="document", every_slice=True)
+    hits = index.search(["a red"], 3)[0]
+    parts = [[tiny.image(2), "what?", "a red circle"][: hit.slice + 1] for hit in hits]
+    expected = SugarReranker(*model).score([("a red", each) for each in parts])
+    found = {hit.slice: hit.score for hit in index.search(["a red"], 3, rerank=3)[0]}
+    np.testing.assert_allclose([found[hit.slice] for hit in hits], expected, atol=1e-6)
 
 
 def test_answers_draw_on_what_is_reranked(model, embed):
@@ -261,3 +278,10 @@ def test_instructions(model, config, embed, tmp_path):
         scores = embed(queries, "query") @ embed(candidates, "document").T
         for k, hits in recall_at_k(scores, list(range(12)), (1, 5, 10)).items():
             assert results[f"{name}_recall@{k}"].value == pytest.approx(100 * np.mean(hits)), name
+
+    rows([caption], 12).to_parquet(tmp_path / "captions.parquet")
+    images, texts = image_text_pairs(load_data(str(tmp_path / "captions.parquet")))
+    told, data = SugarEmbedder(*model), EvaluationData(str(tmp_path / "captions.parquet"))
+    scores = embed([images[0]], "query") @ embed(texts, "document").T
+    best = np.argsort(-scores[0], kind="stable").tolist()
+    assert best_hits(told, data, "train", 12)[1]["hits"] == [texts[n] for n in best]

@@ -16,7 +16,7 @@ from ..data.images import undecoded
 from ..distributed import distributed_state
 from ..inference import SugarEmbedder, in_role
 from ..models.fingerprint_sugar import same_fingerprint
-from ..models.rows_sugar import row_name
+from ..models.rows_sugar import fill_images, iter_slices, row_name
 from .documents import PARTS, Document, checked, embedded_part
 
 
@@ -180,10 +180,18 @@ class Index(ABC):
             for hit in found:
                 names.append(f"document {hit.index} of the index")
                 part = embedded_part(self.documents[hit.index], self.by, names[-1], False)
-                if hit.slice is not None and isinstance(part, list):
+                if hit.slice is not None:
+                    if isinstance(part, dict):  # a whole conversation, of which a reranker reads the slices
+                        part = list(iter_slices(fill_images(part["messages"], part["images"])))
                     part = part[: hit.slice + 1]
                 pairs.append((query, part))
-        scores = iter(reranker.score(pairs, names).tolist())
+        try:
+            scores = iter(reranker.score(pairs, names).tolist())
+        except ValueError as error:
+            raise ValueError(
+                f"{error} For a search without it lower `rerank` or leave it out; what is too long to be read with the query "
+                "can be indexed as smaller documents."
+            ) from error
         hits = [[replace(hit, score=next(scores)) for hit in found] for found in hits]
         return [sorted(found, key=lambda hit: -hit.score)[:k] for found in hits]
 
