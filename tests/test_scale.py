@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor, SugarTrainer
 from hf_sugar.cli.embed import EmbedArguments, embed
+from hf_sugar.cli.main import main
 from hf_sugar.memory import estimate_memory
 from hf_sugar.retrieval import LanceIndex, SugarIndex
 from hf_sugar.training import SugarCollator
@@ -237,12 +238,19 @@ def test_parts_of_an_index(tmp_path):
     names = [str(tmp_path / name) for name in ("first", "second")]
     for name, texts in zip(names, (TEXTS[:4], TEXTS[4:])):
         SugarIndex.build(texts, letters, fingerprint="m", directory=name, shard_size=3)
-    SugarIndex.merge(names, tmp_path / "all", factory="HNSW4")
+    SugarIndex.merge(names, tmp_path / "all", factory="HNSW4", rescore_multiplier=9)
     merged, whole = SugarIndex.load(tmp_path / "all", "m"), SugarIndex.build(TEXTS, letters, fingerprint="m")
     np.testing.assert_array_equal(merged.embeddings, whole.embeddings)
-    assert merged.metadata == whole.metadata and merged.factory == "HNSW4"
+    assert merged.metadata == whole.metadata and (merged.factory, merged.rescore_multiplier) == ("HNSW4", 9)
     for n in range(len(TEXTS)):
         assert merged[n] == whole[n]
+    command = ["index", "model", "--merge", str(tmp_path / "all"), names[0], "--index", str(tmp_path / "more")]
+    main([*command, "--search_options", "efSearch=8"])  # the other settings are those of the first
+    more = SugarIndex.load(tmp_path / "more", "m")
+    assert (more.factory, more.search_options, more.rescore_multiplier) == ("HNSW4", "efSearch=8", 9)
+    assert (len(more), SugarIndex.merge([tmp_path / "more"], tmp_path / "flat", "Flat").search_options) == (15, None)
+    with pytest.raises(ValueError, match="nothing is embedded: leave out `files`, `by`, `truncate_dim`"):
+        main([*command, "--files", "a", "--by", "texts", "--truncate_dim", "2"])
     SugarIndex.build(TEXTS, letters, fingerprint="n", directory=tmp_path / "odd")
     with pytest.raises(ValueError, match="odd.* was built with another model"):
         SugarIndex.merge([*names, tmp_path / "odd"], tmp_path / "other")
@@ -253,10 +261,12 @@ def test_parts_of_an_index(tmp_path):
 
 def test_shares_of_embeddings(tmp_path, monkeypatch):
     """The files of several processes, one after the other, are that of one."""
-    model = SimpleNamespace(embedder=lambda: letters)
-    corpus = SimpleNamespace(items=lambda: TEXTS, by="auto", every_slice=False, on_bad_row="error")
+    model, kept = SimpleNamespace(embedder=lambda: letters), []
+    texts = [TEXTS[0], " ", *TEXTS[1:9], " ", *TEXTS[9:]]
+    corpus = SimpleNamespace(items=lambda: texts, by="auto", every_slice=False, on_bad_row="skip")
     monkeypatch.setattr(letters, "fingerprint", "m", raising=False)
     embed(model, corpus, EmbedArguments(str(tmp_path / "one.safetensors")))
+    monkeypatch.setattr("hf_sugar.cli.embed.gather_object", lambda found: kept.extend(found) or kept)
     for rank in range(3):
         state = SimpleNamespace(num_processes=3, process_index=rank)
         monkeypatch.setattr("hf_sugar.cli.embed.distributed_state", lambda state=state: state)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.numpy import save_file
 
@@ -58,7 +59,7 @@ def embed(model: ModelArguments, corpus: CorpusArguments, args: EmbedArguments) 
     output = Path(args.output)
     if output.is_dir():
         raise ValueError(f"`output` is the directory {args.output!r}; name a file.")
-    items, state, start = corpus.items(), distributed_state(), 0
+    items, state = corpus.items(), distributed_state()
     if state.num_processes > 1:
         if len(items) < state.num_processes:
             raise ValueError(f"There are {len(items)} items for {state.num_processes} processes. Start fewer.")
@@ -72,7 +73,8 @@ def embed(model: ModelArguments, corpus: CorpusArguments, args: EmbedArguments) 
     index = SugarIndex.build(items, embedder, **settings, progress=True)
     header = {"fingerprint": embedder.fingerprint, "metadata": json.dumps(index.metadata, ensure_ascii=False)}
     documents, slices = index.origins
-    content = {"embeddings": index.embeddings, "document": documents + start, "slice": slices}
+    before = sum(gather_object([len(index)])[: state.process_index])  # of other processes, less what they left out
+    content = {"embeddings": index.embeddings, "document": documents + before, "slice": slices}
     with replacing(output) as path:
         save_file(content, path, metadata=header)
     print(f"{len(index)} documents, embeddings of shape {index.embeddings.shape} -> {output}")
