@@ -87,8 +87,9 @@ class SugarEmbedder:
             `"slice"` for the last slice, as trained, or `"mean"` for all tokens of the item, another baseline.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
         max_batch_tokens (`int`, *optional*):
-            Most tokens in one forward pass, with images expanded, chat template and instruction; of longer items each is a
-            batch of its own. At most `batch_size` items share a pass all the same.
+            About the most tokens in one forward pass, with images expanded, chat template and instruction: what a template
+            puts between parts, some tokens each, is not counted. Of longer items each is a batch of its own. At most
+            `batch_size` items share a pass all the same.
         truncate_dim (`int`, *optional*):
             Length to which embeddings are cut, see [`~SugarForConditionalGeneration.project_slices`].
 

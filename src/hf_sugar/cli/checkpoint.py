@@ -55,7 +55,7 @@ class ModelArguments(CheckpointArguments):
 
     batch_size: int = setting("Items in one forward pass.", 32)
     max_batch_tokens: int | None = setting(
-        "Most tokens in one forward pass that embeds, images expanded; `batch_size` holds too.", None
+        "About the most tokens in one forward pass that embeds, images expanded; `batch_size` holds too.", None
     )
     truncate_dim: int | None = setting(
         "Length to cut embeddings to; with an index, by default that of the index.", None
