@@ -488,6 +488,6 @@ class TestCachedGradients:
             ValueError, match=r"`matrix_batch_size` is 10: .* multiple of `per_device_train_batch_size`"
         ):
             config(tmp_path, matrix_batch_size=10)
-        with pytest.raises(ValueError, match=r"`gradient_accumulation_steps` \(3\) a multiple of their quotient"):
+        with pytest.raises(ValueError, match=r"`gradient_accumulation_steps` \(3\) 1 or a multiple"):
             config(tmp_path, matrix_batch_size=8, gradient_accumulation_steps=3)
         assert config(tmp_path, matrix_batch_size=8).gradient_accumulation_steps == 2

@@ -118,7 +118,10 @@ class SugarEmbedder:
         if pooling == "mean" and model.config.image_pooling != "mean":
             raise ValueError("`pooling='mean'` needs a model with `image_pooling='mean'`.")
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.project, self.pooling, self.progress, self.truncate_dim = project, pooling, progress, truncate_dim
+        self.project, self.pooling, self.progress, self.truncate_dim = project, pooling, progress, None
+        if truncate_dim is not None and not 0 < truncate_dim <= self.dim:
+            raise ValueError(f"`truncate_dim` is {truncate_dim}; it must be from 1 to {self.dim}.")
+        self.truncate_dim = truncate_dim
         self.max_batch_tokens = max_batch_tokens
 
     @property

@@ -190,6 +190,8 @@ class SugarIndex(Index):
         Raises:
             `FileNotFoundError`, `ValueError`: as [`~SugarIndex.load`]; and if they are of different models or settings.
         """
+        if not parts or Path(directory).resolve() in [Path(part).resolve() for part in parts]:
+            raise ValueError("Give indexes to put together, and a directory that is none of them.")
         fingerprint = read_json(Path(parts[0], "index.json"))[1]["fingerprint"]
         indexes = [cls.load(part, fingerprint) for part in parts]
         first = indexes[0]

@@ -247,7 +247,7 @@ class SugarTrainingConfig(SFTConfig):
                 raise ValueError(
                     f"`matrix_batch_size` is {self.matrix_batch_size}: it must be a multiple of "
                     f"`per_device_train_batch_size` ({self.per_device_train_batch_size}), and "
-                    f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) a multiple of their quotient."
+                    f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) 1 or a multiple of their quotient."
                 )
         _check_delta(self.delta)
         for name, setting in self.__dataclass_fields__.items():
