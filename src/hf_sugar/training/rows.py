@@ -11,6 +11,7 @@ from hf_sugar.data.checks import validate_rows
 from hf_sugar.data.images import undecoded
 
 from .collator import SugarCollator
+from .config import SugarTrainingConfig
 
 
 logger = logging.getLogger(__name__)
@@ -68,3 +69,18 @@ def readable(dataset, name: str, validate: bool):
         if kind not in (List(Value("string")), List(Value("null")), List(Image(decode=False))):
             raise ValueError(f"{name}: `{column}` is {kind}. Make it a list of texts or of images in each row.")
     return dataset
+
+
+def require_pairs(args: SugarTrainingConfig, columns: list[str]) -> None:
+    """Refuse columns that have no effect, and a contrastive loss without pairs."""
+    beside = [name for name in ("positives", "negatives") if name in columns]
+    if beside and args.discriminative_loss == "structure":
+        raise ValueError(
+            f"`train_dataset` has `{beside[0]}`, which are for the contrastive loss, and `discriminative_loss` is 'structure': "
+            "remove the column, or set it to 'both'."
+        )
+    if args.discriminative_loss != "structure" and not args.singles_per_sample and "positives" not in beside:
+        raise ValueError(
+            "The contrastive loss has no pairs: set `singles_per_sample` to at least 1, give the rows `positives`, or set "
+            "`discriminative_loss='structure'`."
+        )

@@ -42,7 +42,7 @@ from .loading import (
     save_backbone,
     train_through_4bit,
 )
-from .rows import RowFilter, each, readable
+from .rows import RowFilter, each, readable, require_pairs
 from .sampler import train_sampler
 from .saving import SavingMixin
 
@@ -102,20 +102,6 @@ def _require_what_can_work(args: SugarTrainingConfig, train_dataset: Dataset | I
         if not args.allow_single_sample:
             raise ValueError(f"{problem}, or set `structure_weight=0` or `allow_single_sample=True`.")
         logger.warning("%s.", problem)
-
-
-def _require_pairs(args: SugarTrainingConfig, columns: list[str]) -> None:
-    beside = [name for name in ("positives", "negatives") if name in columns]
-    if beside and args.discriminative_loss == "structure":
-        raise ValueError(
-            f"`train_dataset` has `{beside[0]}`, which are for the contrastive loss, and `discriminative_loss` is 'structure': "
-            "remove the column, or set it to 'both'."
-        )
-    if args.discriminative_loss != "structure" and not args.singles_per_sample and "positives" not in beside:
-        raise ValueError(
-            "The contrastive loss has no pairs: set `singles_per_sample` to at least 1, give the rows `positives`, or set "
-            "`discriminative_loss='structure'`."
-        )
 
 
 class SugarTrainer(SavingMixin, SFTTrainer):
@@ -228,7 +214,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         train_dataset = readable(train_dataset, "train_dataset", validate)
         eval_dataset = each(eval_dataset, "eval_dataset", lambda *given: readable(*given, validate))
         if self._structure:
-            _require_pairs(args, train_dataset.column_names)
+            require_pairs(args, train_dataset.column_names)
 
         # Model and processor
         set_seed(args.seed)  # of a new retrieval projector
