@@ -37,9 +37,7 @@ class TrainArguments(SugarTrainingConfig):
     """[`SugarTrainingConfig`], also of a run that is elsewhere."""
 
     estimate_memory: bool = setting("Print how much memory the run would need, and do not train.", False)
-    accelerate_config: str | None = setting(
-        "With `estimate_memory`: the file by which the run will be started (`accelerate launch --config_file`).", None
-    )
+    accelerate_config: str | None = setting("With `estimate_memory`: the `--config_file` of the launch.", None)
 
     def __post_init__(self, *args):
         if self.estimate_memory:  # the machine that asks need not be the one that trains

@@ -67,25 +67,24 @@ class SugarTrainingConfig(SFTConfig):
 
     padding_free: bool = HfArg(
         default=False,
-        help="Lay the rows of a batch end to end, each attending to itself alone, instead of padding them: the same losses, "
-        "and nothing is computed for padding. With 'sdpa' and with flash attention.",
+        help="Lay the rows of a batch end to end instead of padding them, with the same losses ('sdpa' or flash attention).",
     )
     max_batch_tokens: int | None = HfArg(
         default=None,
-        help="Instead of `per_device_train_batch_size` rows, as many as have so many tokens together (images expanded, the "
-        "chat template not counted) are a training batch of a device; every device gets about as many. Needs `padding_free`.",
+        help="About so many tokens, images expanded, are a training batch of a device, instead of a number of rows. Needs "
+        "`padding_free`.",
     )
 
     # Discriminative loss
     structure_weight: float | None = HfArg(
         default=None,
-        help="Weight of the discriminative loss (alpha in Eq. 1; the paper does not publish its value). 0 is plain supervised "
-        "fine-tuning. Defaults to 0.01, and to 0.3 for the structure loss alone.",
+        help="Weight of the discriminative loss (alpha in Eq. 1); 0 is plain supervised fine-tuning. Defaults to 0.01, and to "
+        "0.3 for the structure loss alone.",
     )
     discriminative_loss: str = HfArg(
         default="both",
-        help="'structure' is the paper's loss, 'contrastive' tells an image's own caption and a story's next slice from others "
-        "(InfoNCE), 'both' is structure_loss + contrastive_weight * contrastive_loss.",
+        help="'structure' is the paper's loss, 'contrastive' InfoNCE of pairs that belong together, 'both' is structure_loss + "
+        "contrastive_weight * contrastive_loss.",
         metadata={"choices": ["structure", "contrastive", "both"]},
     )
     contrastive_weight: float = HfArg(
@@ -94,24 +93,23 @@ class SugarTrainingConfig(SFTConfig):
     contrastive_temperature: float = HfArg(default=0.1, help="Temperature of the contrastive loss.")
     contrastive_mask_above: float = HfArg(
         default=0.95,
-        help="Candidates that the teachers call nearly the same as the right one are no negatives: those at least so similar to "
-        "it, where 0 is the mean of such pairs and 1 is equal.",
+        help="Candidates that the teachers call so similar to the right one are no negatives; 0 is the mean of such pairs, 1 is "
+        "equal.",
     )
     singles_per_sample: int = HfArg(
         default=1,
-        help="How many of the later slices of a document, images before texts, stand beside it as sequences of their own: of an "
-        "image-caption row its caption, of a conversation its further images.",
+        help="How many of the later slices of a row, images before texts, stand beside it as sequences of their own; of a "
+        "conversation its further images.",
     )
     label_calibration: str = HfArg(
         default="blocks",
-        help="'blocks' brings each kind of pair (two images, two texts, image and text, sequences) to one mean and spread, "
-        "'none' leaves the labels as the paper has them.",
+        help="'blocks' brings each kind of pair to one mean and spread, 'none' leaves the paper's labels.",
         metadata={"choices": ["blocks", "none"]},
     )
     matrix_batch_size: int | None = HfArg(
         default=None,
-        help="How many rows of a device are compared with one another: a multiple of `per_device_train_batch_size`, which is "
-        "what is in memory at a time. Defaults to that.",
+        help="Rows of a device that are compared with one another; `per_device_train_batch_size`, the default, are in memory at a "
+        "time.",
     )
     delta: float = HfArg(
         default=1.0,
@@ -143,13 +141,12 @@ class SugarTrainingConfig(SFTConfig):
     )
     allow_single_sample: bool = HfArg(
         default=False,
-        help="Whether a label matrix may hold the positions of one sample alone. They are all alike, and embeddings that "
-        "are compared with nothing else collapse.",
+        help="Whether a label matrix may hold one sample alone, whose positions are all alike.",
     )
     flip_captions: bool = HfArg(
         default=False,
-        help="Instead of slices that stand beside their rows: image-caption rows appear in both orders at random, so that text "
-        "that has not seen its image is trained too. A flipped row carries no generative loss.",
+        help="Image-caption rows appear in either order at random, without generative loss where they are flipped, and no slices "
+        "stand beside rows.",
     )
 
     # Teachers
@@ -182,13 +179,12 @@ class SugarTrainingConfig(SFTConfig):
     )
     freeze_vision_tower: bool = HfArg(
         default=False,
-        help="Whether the vision tower stays as it is when full weights are trained, as in LLaVA; by default it is trained too. "
-        "Under PEFT it is frozen anyway.",
+        help="Whether the vision tower stays as it is where full weights are trained.",
     )
     matryoshka_dims: list[int] | None = HfArg(
         default=None,
-        help="Lengths, besides the whole one, at which embeddings are compared too: cut there and normalised again they are "
-        "short embeddings. The discriminative loss is the mean over all lengths. Defaults to those that the model has.",
+        help="Lengths, besides the whole one, to which embeddings may be cut: the discriminative loss is the mean over all. "
+        "Defaults to the model's.",
     )
     # On the command line these two are settings of `trl.ModelConfig` and of the data, so they are no fields here. QLoRA:
     # a model that is named by id is loaded with NF4 weights, double quantization and bfloat16 compute.
