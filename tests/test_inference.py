@@ -1,5 +1,3 @@
-import logging
-
 import numpy as np
 import pytest
 import tiny
@@ -74,17 +72,6 @@ def test_short_embeddings(pair):
     for wrong in (0, 17):
         with pytest.raises(ValueError, match=f"`truncate_dim` is {wrong}; it must be from 1 to 16"):
             SugarEmbedder(*pair, truncate_dim=wrong)(["a"])
-
-
-def test_a_text_that_names_a_file_is_a_text(pair, tmp_path, monkeypatch, caplog):
-    monkeypatch.chdir(tmp_path)
-    tiny.image(0).save("a.png")
-    embed = SugarEmbedder(*pair)
-    with caplog.at_level(logging.WARNING):
-        found = embed(["a.png", "missing.png"])
-    assert ["'a.png' is taken as a text" in record.getMessage() for record in caplog.records] == [True]
-    np.testing.assert_allclose(found[1], embed(["missing.png", "x"])[0], atol=1e-5)
-    assert np.abs(found[0] - embed([tiny.image(0)])[0]).max() > 0.01
 
 
 def test_without_the_projector(pair):
