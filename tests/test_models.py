@@ -88,15 +88,6 @@ class TestModel:
         assert torch.equal(output.get("image_hidden_states"), features)
         assert text.image_hidden_states is text.get("image_hidden_states") is None
 
-    def test_a_copy_computes_with_its_own_weights(self, model, processor):
-        inputs = processor.embed_inputs(ITEMS)
-        copied = deepcopy(model)
-        with torch.no_grad():
-            for parameter in copied.parameters():
-                parameter.zero_()
-            output = copied(**inputs)
-        assert not output.logits.any() and not output.embeddings.any() and not copied.embed(**inputs).any()
-
     @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
     def test_generates_the_same_tokens(self, raw, model, processor, kwargs):
         inputs = processor.embed_inputs([["what is this?", tiny.image(5)], [tiny.image(6), "a red"]])
@@ -157,11 +148,6 @@ class TestModel:
         model.save_pretrained(tmp_path)
         names = {file.name for file in tmp_path.iterdir() if file.suffix != ".py"}
         assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.txt"}
-
-    def test_from_vlm_wraps_the_model_itself(self, raw, processor):
-        wrapped = SugarForConditionalGeneration.from_vlm(raw, retrieval_dim=8)
-        assert wrapped.vlm is raw
-        assert wrapped.embed(**processor.embed_inputs(ITEMS)).shape == (4, 8)
 
     def test_last_pooling_uses_the_last_image_token(self):
         hidden = torch.arange(12.0).view(1, 6, 2)
