@@ -20,7 +20,7 @@ from hf_sugar.data import ROW_FEATURES, load_data
 from hf_sugar.data.images import undecoded
 from hf_sugar.evaluation.ceilings import chance, label_ceilings
 from hf_sugar.evaluation.metrics import Estimate, bootstrap_interval, ranks, recall_at_k
-from hf_sugar.evaluation.report import in_words, report_table, terminal_table, to_dict
+from hf_sugar.evaluation.report import report_table, terminal_table, to_dict
 from hf_sugar.evaluation.tasks import (
     WINOGROUND_CHANCE,
     EvaluationData,
@@ -106,17 +106,6 @@ def test_figure_and_table():
         "| paper | 27.0 |  |",
         "| other |  | 63.1 [58.9, 67.2] |",
     ]
-
-
-def test_names_of_results_in_words():
-    for name, words in {
-        "unseen/image_to_text_recall@5": "unseen: image to text R@5",
-        "context_unseen_recall@10": "next image, images so far left out R@10",
-        "winoground/text_score": "winoground: text score of pairs",
-        "recall@1": "recall@1",
-        "a_b/exact_match_with_retrieval": "a b: exact match with retrieval",
-    }.items():
-        assert in_words(name) == words
 
 
 def test_table_for_the_terminal():
