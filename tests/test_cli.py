@@ -257,14 +257,6 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monke
             main(argv)
 
 
-def test_check(place, capsys):
-    arguments = ["check", str(place / "llava.json"), "--model_name_or_path", str(place / "llava")]
-    assert main(arguments) == 0
-    assert "12" in capsys.readouterr().out
-    assert main([*arguments, "--max_length", "10"]) == 1
-    assert "max_length=10" in capsys.readouterr().out
-
-
 def test_demo_on_own_data(place, capsys, monkeypatch):
     for name, maker in (("conversations", conversation), ("captions", caption), ("stories", story)):
         rows([maker], 12).to_parquet(place / f"{name}.parquet")
