@@ -6,7 +6,7 @@ import datasets
 import pytest
 import tiny
 import torch
-from datasets import Dataset, Features, Image, List, concatenate_datasets
+from datasets import Dataset, Features, Image, List
 from rows import chat, document, llava, png, stored, strings, write, write_pictures
 from trl.data_utils import prepare_multimodal_messages
 
@@ -296,21 +296,6 @@ class TestTraining:
         assert (collator(examples)["slice_modality"] == -1).all()
         with pytest.raises(ValueError, match="Row a.json:1, `structure`: is 'false'"):
             collator([examples[0] | {"structure": "false"}])
-
-    def test_structure_loss_is_that_of_the_other_rows(self, root, model, tmp_path):
-        a = {"path": write(root / "a.json", [llava(gpt=f"answer {n}") for n in range(2)])}
-        b = {"path": write(root / "b.jsonl", [{"image": "blue.png", "caption": f"c{n}"} for n in range(2)])}
-        teachers = {"cross": tiny.teachers(tmp_path)["cross"]}
-
-        def structure_loss(*sources):
-            args = self.config(tmp_path, teachers=teachers, positions_per_sample=9, teacher_mode="online")
-            args.flip_captions = False
-            rows = concatenate_datasets([load_data(source) for source in sources])
-            trainer = SugarTrainer(model, args, train_dataset=rows)
-            trainer.train()
-            return trainer.state.log_history[0]["structure_loss"]
-
-        assert structure_loss({**b, "structure": False}, a) == pytest.approx(structure_loss(a), rel=1e-4)
 
     @both
     def test_skip(self, root, model, streaming, caplog):
