@@ -319,22 +319,6 @@ def test_sentence_transformers_gives_the_same_embeddings(exported, tmp_path, poo
 
 
 @needs_sentence_transformers
-def test_sentence_transformers_gives_short_embeddings(exported, tmp_path):
-    """The export of short embeddings, and the whole one cut by sentence-transformers."""
-    directory = str(exported / "last" / "sugar")
-    main(["export", directory, "--output", str(tmp_path / "short"), "--truncate_dim", "5"])
-    model, processor = sugar(exported / "last" / "sugar")
-    items = ["a red circle", IMAGES[0]]
-    expected = model.embed(**processor.embed_inputs(items), truncate_dim=5)
-    short = load(tmp_path / "short", "last")
-    assert short.get_embedding_dimension() == 5
-    torch.testing.assert_close(short.encode(items, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
-    whole = load(exported / "last" / "export", "last")
-    found = whole.encode(items, truncate_dim=5, normalize_embeddings=True, convert_to_tensor=True)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
-
-@needs_sentence_transformers
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_sentence_transformers_saves_compares_and_refuses(exported, tmp_path, pooling):
     model = load(exported / pooling / "export", pooling)
