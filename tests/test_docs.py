@@ -119,16 +119,6 @@ def test_citation():
         assert text in " ".join(bibtex.split())
 
 
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[bf]*.yml")), ids=lambda file: file.stem
-)
-def test_issue_template(file):
-    form = yaml.safe_load(file.read_text())
-    assert form["name"] and form["description"]
-    ids = [item["id"] for item in form["body"]]
-    assert len(set(ids)) == len(ids) and all(item["attributes"]["label"] for item in form["body"])
-
-
 USE = """
 from hf_sugar import {names}
 from hf_sugar.evaluation import evaluate_tasks
