@@ -19,8 +19,8 @@ from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarIndex, S
 from hf_sugar.cli.main import main
 from hf_sugar.data import load_data, load_image
 from hf_sugar.evaluation import exact_match
-from hf_sugar.retrieval import LanceIndex, find_files
-from hf_sugar.retrieval.rag import find_examples, question_slices, rag_generator, rag_messages, split_answer
+from hf_sugar.retrieval import find_files
+from hf_sugar.retrieval.rag import find_examples, question_slices, rag_generator, split_answer
 
 
 def message(role, *parts):
@@ -150,17 +150,6 @@ def test_rows_are_indexed_by_what_is_asked_for(corpus, embed, tmp_path):
         find_files([corpus / "*.mp3"])
 
 
-@pytest.mark.extras
-def test_lance_index_of_every_slice(tmp_path, embed):
-    pytest.importorskip("lancedb")
-    story = [["one", tiny.image(1), "two"], "bad <image>", ["three", tiny.image(2)]]
-    stories = LanceIndex(str(tmp_path), embed, table="stories", every_slice=True)
-    stories.add(story, on_bad_row="skip")
-    assert len(stories) == 2 and len(stories.search(["a"], 9)[0]) == 5
-    hit = stories.search([["three", tiny.image(2)]], 1)[0][0]
-    assert hit.slice == 1 and len(stories.documents[hit.index]["images"]) == 1
-
-
 # answers
 
 
@@ -179,22 +168,6 @@ def test_split_answer_and_question():
     assert answer == "like this" and len(question["images"]) == 1
     with pytest.raises(ValueError, match="kb row 3.*1 image parts"):
         question_slices(conversation, "kb row 3")
-
-
-def test_rag_messages_order():
-    first, second = row("red", "q1", "a1"), row("green", "q2", "a2")
-    second["messages"].insert(0, message("system", "of the example"))
-    asked = [message("system", "asked"), message("user", None, "q3")]
-    blue = Image.new("RGB", (4, 4), "blue")
-    messages, images = rag_messages(asked, [blue], [first, second])
-    flat = [(m["role"], m["content"][-1]["text"]) for m in messages]
-    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"), ("user", "q3")]
-    assert flat == [("system", "asked"), *turns]
-    assert images == [first["images"][0], second["images"][0], blue]
-    # a text as content has its images in front
-    plain = {"messages": [{"role": "user", "content": "q"}], "images": [blue]}
-    messages, images = rag_messages([{"role": "user", "content": "q4"}], [], [plain])
-    assert [len(m["content"]) for m in messages] == [2, 1] and images == [blue]
 
 
 @pytest.fixture
