@@ -298,14 +298,3 @@ class TestMemory:
         projector = 4096 * 4096 + 4096 + 4096 * 768
         assert f"{parameters / 1e9:.2f} billion parameters, {(lora + projector) / 1e6:.1f} million trained" in printed
         assert "| 12 GB | yes |" in printed and "not measured" in printed
-
-    def test_more_costs_more(self, backbone, tmp_path):
-        def total(**kwargs):
-            args = config(tmp_path, **{"max_length": 256, "gradient_checkpointing": True, **kwargs})
-            return estimate_memory(SugarConfig.from_pretrained(backbone), args, LoraConfig(**LORA)).total
-
-        least = total()
-        assert total(per_device_train_batch_size=8) > least
-        assert total(max_length=512) > least
-        assert total(gradient_checkpointing=False) > least
-        assert total(optim="sgd") < total(optim="paged_adamw_8bit") < least
