@@ -133,18 +133,6 @@ def test_a_search_whose_first_hits_are_reranked(model, embed):
             np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in wanted], atol=1e-6)
 
 
-def test_slices_of_whole_conversations_are_reranked(model, embed):
-    turns = [("system", [text_part("Be kind.")]), ("user", [image_part(), text_part("what?")])]
-    turns += [("assistant", [text_part("a red circle")])]
-    row = {"messages": [{"role": r, "content": c} for r, c in turns], "images": [tiny.image(2)]}
-    index = SugarIndex.build([row], embed, by="document", every_slice=True)
-    hits = index.search(["a red"], 3)[0]
-    parts = [[tiny.image(2), "what?", "a red circle"][: hit.slice + 1] for hit in hits]
-    expected = SugarReranker(*model).score([("a red", each) for each in parts])
-    found = {hit.slice: hit.score for hit in index.search(["a red"], 3, rerank=3)[0]}
-    np.testing.assert_allclose([found[hit.slice] for hit in hits], expected, atol=1e-6)
-
-
 def test_answers_draw_on_what_is_reranked(model, embed):
     answer = {"role": "assistant", "content": [text_part("star")]}
     asked = [[{"role": "user", "content": [image_part(), text_part(f"what is {i}?")]}] for i in range(8)]
