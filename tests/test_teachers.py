@@ -196,20 +196,6 @@ def test_vision_models_without_a_definite_embedding_are_refused(tmp_path, config
         TripleEncoder(path, None, None, device="cpu").encode([tiny.image(0)])
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
-def test_texts_are_embedded_as_sentence_transformers_does(checkpoints, tmp_path, pooling):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    from sentence_transformers.sentence_transformer import modules
-
-    transformer = modules.Transformer(checkpoints["bert"], max_seq_length=8)
-    parts = [transformer, modules.Pooling(24, pooling), modules.Normalize()]
-    sentence_transformers.SentenceTransformer(modules=parts, device="cpu").save(str(tmp_path / "st"))
-    texts = [*tiny.TEXTS, "  star a "]
-    reference = sentence_transformers.SentenceTransformer(str(tmp_path / "st"), device="cpu").encode(texts)
-    encoder = TripleEncoder(None, str(tmp_path / "st"), None, device="cpu", long_text="truncate")
-    torch.testing.assert_close(encoder.encode(texts), torch.from_numpy(reference), atol=1e-5, rtol=0)
-
-
 def bert_with(checkpoints, path, **files) -> Path:
     """The BERT with more JSON files, by what they are called without their suffix."""
     shutil.copytree(checkpoints["bert"], path)
