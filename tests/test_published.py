@@ -13,12 +13,12 @@ import tiny
 import yaml
 from datasets import Dataset
 from PIL import Image
-from rows import karpathy, llava, mmeb, wikihow_tiir, write
+from rows import karpathy, mmeb, wikihow_tiir, write
 from test_demon import write_demon
 
 from hf_sugar.cli.main import main
 from hf_sugar.data import load_data, load_image
-from hf_sugar.evaluation import BENCHMARKS, Estimate, load_benchmarks, plot_curves, recall_at_k
+from hf_sugar.evaluation import BENCHMARKS, Estimate, load_benchmarks, recall_at_k
 from hf_sugar.models import SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.world.dataset import load_world
 
@@ -277,28 +277,6 @@ def test_rag_gain(published):
     assert found["knowledge_rows"] == 10
 
 
-@pytest.mark.parametrize("name", ["data.json", "other.json"])
-def test_rag_hides_what_asks_the_same_whatever_its_name(tmp_path, name):
-    pictures = [tmp_path / f"{n}.png" for n in range(3)]
-    for n, file in enumerate(pictures):
-        tiny.image(n).save(file)
-
-    def written(path, question):
-        path.parent.mkdir(exist_ok=True)
-        return str(write(path, [llava(str(f), f"<image>\n{question}", f"answer {f.stem}") for f in pictures]))
-
-    def repeat(prompts):  # the answer that was shown last
-        return [_slices(prompt)[-2] if len(prompt["messages"]) > 1 else "?" for prompt in prompts]
-
-    def by_picture(items):
-        return np.stack([_vector(item[0]) for item in items])
-
-    questions = written(tmp_path / "test" / "data.json", "what?")
-    for asked, gain in (("what?", 0), ("what is it?", 100)):
-        found = BENCHMARKS["rag"](questions, written(tmp_path / "train" / name, asked)).run(by_picture, repeat)
-        assert found["gain"].value == gain, asked
-
-
 def test_what_is_wrong_is_said_before_a_model_is_loaded(published, tmp_path):
     def run(settings, *arguments):
         (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump({"benchmarks": settings}))
@@ -400,22 +378,6 @@ def test_the_example_names_every_benchmark(tmp_path, monkeypatch):
             ValueError, match=f"benchmarks.{name}.*(No such file|does not exist|nor a dataset|no folder of a dataset)"
         ):
             load_benchmarks(example["benchmarks"], [name])
-
-
-def test_plot_curves(tmp_path):
-    results = {f"{name}@{k}": Estimate(10.0 * k, 9.0 * k, 11.0 * k, 5) for name in ("a", "b") for k in (1, 5)}
-    plot_curves({"ours": {**results, "count": 3}}, tmp_path / "plain.png")
-    plot_curves({"ours": results, "paper": {"a@1": 50.0, "a@5": 60.0}}, tmp_path / "dashed.png")
-    colors = {}
-    for name in "plain", "dashed":
-        picture = Image.open(tmp_path / f"{name}.png").convert("RGB")
-        width, height = picture.size
-        for curve, left in ("a", 0), ("b", width * 55 // 100):  # a panel each, without the legend
-            panel = picture.crop((left, 0, left + width * 45 // 100, height * 4 // 5))
-            colors[name, curve] = {color for _, color in panel.getcolors(10**6)}
-    ours, paper = ((47, 109, 181), (217, 98, 43))
-    assert all(ours in found for found in colors.values())
-    assert [case for case, found in colors.items() if paper in found] == [("dashed", "a")]
 
 
 @pytest.mark.extras
