@@ -143,19 +143,6 @@ def test_search_by_text_picture_and_both(page, facts):
     cards(page, 2)
 
 
-def test_ask(page, facts):
-    place, rows = facts
-    choose(page, place / "2.png")
-    write(page, "What color is the back of the picture?")
-    page.wait_for_selector("[data-testid=image] img, .image-frame img")
-    page.click("#ask")
-    assert "1. <b>2</b>" in cards(page, 1)[0]
-    # which the model can only know from the document
-    truth = rows[2]["messages"][1]["content"][0]["text"]
-    page.wait_for_function("truth => document.querySelector('#answer').innerText.includes(truth)", arg=truth)
-    heat_map(page)
-
-
 def test_what_is_refused_is_said(page, facts, tmp_path):
     page.click("#search")
     page.wait_for_selector("text=There is no query yet")
