@@ -20,7 +20,7 @@ from hf_sugar.data import ROW_FEATURES, load_data
 from hf_sugar.data.images import undecoded
 from hf_sugar.evaluation.ceilings import chance, label_ceilings
 from hf_sugar.evaluation.metrics import Estimate, bootstrap_interval, ranks, recall_at_k
-from hf_sugar.evaluation.report import report_table, terminal_table, to_dict
+from hf_sugar.evaluation.report import report_table, to_dict
 from hf_sugar.evaluation.tasks import (
     WINOGROUND_CHANCE,
     EvaluationData,
@@ -106,22 +106,6 @@ def test_figure_and_table():
         "| paper | 27.0 |  |",
         "| other |  | 63.1 [58.9, 67.2] |",
     ]
-
-
-def test_table_for_the_terminal():
-    runs = {"SFT": {"exact_match": Estimate(63.12, 58.94, 67.16, 500), "pairs": 320}, "Sugar": {"exact_match": 7.0}}
-    assert terminal_table(runs).splitlines() == [
-        "metric                     SFT  Sugar",
-        "-----------  -----------------  -----",
-        "exact match  63.1 [58.9, 67.2]    7.0",
-        "pairs                      320",
-    ]
-    wide = {f"{name} (last)": {"context_unseen_recall@10": "63.1 (60.0, 66.2)"} for name in "abcdefgh"}
-    assert max(map(len, terminal_table(wide).splitlines())) <= 100
-    lines = terminal_table(wide, width=80).splitlines()
-    assert max(map(len, lines)) <= 80 and lines[0].split() == ["metric", *"abcdefgh"]
-    assert lines[1].split() == ["(last)"] * 8 and "63.1  " in lines[3] and "(60" not in "".join(lines)
-    assert " ".join(line[:24].strip() for line in lines[3:]) == "next image, images so far left out R@10"
 
 
 # tasks
