@@ -153,23 +153,6 @@ def test_rows_are_indexed_by_what_is_asked_for(corpus, embed, tmp_path):
 # answers
 
 
-def test_split_answer_and_question():
-    conversation = row("red", "What colour?", "red", id="a")
-    question, answer = split_answer(conversation)
-    assert answer == "red" and len(conversation["messages"]) == 2
-    assert question == {"messages": conversation["messages"][:1], "images": conversation["images"], "id": "a"}
-    assert split_answer(question) == (question, None)
-    conversation["messages"].insert(0, message("system", "Be brief."))
-    image, text = question_slices(conversation)
-    assert image.getpixel((0, 0)) == (255, 0, 0) and text == "What colour?"
-    conversation["messages"][-1] = message("assistant", "like", None, "this")
-    conversation["images"] *= 2
-    question, answer = split_answer(conversation)
-    assert answer == "like this" and len(question["images"]) == 1
-    with pytest.raises(ValueError, match="kb row 3.*1 image parts"):
-        question_slices(conversation, "kb row 3")
-
-
 @pytest.fixture
 def knowledge():
     rows = [
