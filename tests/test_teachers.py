@@ -333,14 +333,6 @@ def test_from_teachers(checkpoints, encoder, clip_only):
     assert len(set(fingerprints)) == 4
 
 
-def test_the_tiny_set_is_the_one_in_the_package():
-    tiny_set = TripleEncoder.from_teachers("tiny", device="cpu")
-    mapping = {
-        role: str(checkpoint(name)) for role, name in (("image", "dinov2"), ("text", "bert"), ("cross", "clip"))
-    }
-    assert tiny_set.checkpoints == mapping
-
-
 def test_defaults_are_those_of_the_paper(monkeypatch):
     paths = []
     monkeypatch.setattr("hf_sugar.teachers.encoder.Teacher", lambda role, path, *args: paths.append((role, path)))
