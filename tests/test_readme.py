@@ -169,7 +169,7 @@ def test_sentence_transformers(workplace):
     assert names["embeddings"].shape == (2, 768)
 
 
-@pytest.mark.parametrize("number", (0, 2))
+@pytest.mark.parametrize("number", (0, pytest.param(2, marks=pytest.mark.extras)))
 def test_install_line(number, tmp_path):
     """Each line of Install beside a clone, without dependencies: every file of the package is there."""
     subprocess.run(["git", "clone", "-q", ROOT.as_uri(), tmp_path / "hf_sugar"], check=True)
