@@ -289,6 +289,7 @@ def test_written_world_is_the_loaded_one(tmp_path):
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.extras
 def test_training_is_reproducible_and_learns(tmp_path, monkeypatch):
     monkeypatch.setattr("train.WIDTH", 32)
     monkeypatch.setattr("train.SHAPE", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1})
