@@ -8,6 +8,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest  # noqa: E402
 import saved_checkpoints  # noqa: E402
 import tiny  # noqa: E402
+import tiny_runs  # noqa: E402
 import torch  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 
@@ -43,6 +44,34 @@ def hub(hub_server, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_api.api, "endpoint", hub_server.endpoint)
     monkeypatch.setattr(transformers_hub, "_hf_api", None)
     return hub_server
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """Directory of a LLaVA with its processor."""
+    path = tmp_path_factory.mktemp("llava")
+    tiny.llava().save_pretrained(path)
+    tiny.processor().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """Directories of random teachers, as the `teachers` setting names them."""
+    return tiny.teachers(tmp_path_factory.mktemp("teachers"))
+
+
+@pytest.fixture
+def make(backbone, teachers, tmp_path):
+    """Makes a trainer: `tiny_runs.trainer` with settings in the place of a configuration."""
+    of_trainer = {"lora", "peft_config", "eval_dataset", "processing_class", "callbacks"}
+
+    def make(data=(tiny_runs.conversation,), model=backbone, path="run", **settings):
+        kwargs = {name: settings.pop(name) for name in of_trainer & settings.keys()}
+        args = tiny_runs.config(tmp_path / path, **{"teachers": teachers, **settings})
+        return tiny_runs.trainer(model, args, data, **kwargs)
+
+    return make
 
 
 @pytest.fixture(scope="session")

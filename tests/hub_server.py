@@ -1,7 +1,7 @@
 """A small Hub on the loopback interface that speaks the HTTP that huggingface_hub uses for model repositories: what a
 test pushes or loads goes through real sockets, headers and status codes. (No package on PyPI serves these endpoints.)
 
-Large files go through Git LFS as on the Hub; Xet storage is not there, so clients need `HF_HUB_DISABLE_XET=1`."""
+All files are part of their commit: neither Git LFS nor Xet storage is there, so clients need `HF_HUB_DISABLE_XET=1`."""
 
 import base64
 import hashlib
@@ -13,10 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
-
-
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-LFS_SIZE = 10_000_000
 
 
 def metadata(card: str) -> dict:
@@ -73,14 +69,11 @@ class HubServer:
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
-        self.lfs: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
-        port = self._server.server_address[1]
-        self.endpoint = f"http://127.0.0.1:{port}"
-        self.storage = f"http://localhost:{port}"  # large files are served from another host, as on the Hub
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -97,17 +90,9 @@ class HubServer:
         return {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token, **flags}
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """Contents of a revision, large files included."""
+        """Contents of a revision."""
         repository = self.repositories[repo_id]
         return repository.commits[repository.branches.get(revision, revision)].files
-
-
-def is_large(path: str, size: int) -> bool:
-    return size > LFS_SIZE or path.endswith(LFS_SUFFIXES)
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def git_oid(content: bytes) -> str:
@@ -129,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(f"{self.command} {parts.path}")
             return self._route(parts.path)
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_GET
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -146,9 +131,6 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, answer in (
             ("POST", r"/api/validate-yaml", self._validate_yaml),
             ("POST", r"/api/repos/create", self._create),
-            ("POST", rf"/{repo}\.git/info/lfs/objects/batch", self._lfs_batch),
-            ("PUT", r"/lfs/(?P<oid>\w{64})", self._lfs_put),
-            ("GET", r"/lfs/(?P<oid>\w{64})", self._lfs_get),
             ("GET|HEAD", rf"/{repo}/resolve/{revision}/(?P<file>.+)", self._resolve),
             ("POST", rf"/api/models/{repo}/preupload/{revision}", self._preupload),
             ("POST", rf"/api/models/{repo}/commit/{revision}", self._commit),
@@ -219,29 +201,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _preupload(self):
         files = []
-        for file in json.loads(self.body)["files"]:
-            path, content = file["path"], self.files.get(file["path"])
-            large = is_large(path, file["size"])
-            files.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
-            if content is not None:
-                files[-1]["oid"] = sha256(content) if large else git_oid(content)
+        for path in (file["path"] for file in json.loads(self.body)["files"]):
+            files.append({"path": path, "uploadMode": "regular", "shouldIgnore": False})
+            if path in self.files:
+                files[-1]["oid"] = git_oid(self.files[path])
         self._json({"files": files})
-
-    def _lfs_batch(self):
-        objects = json.loads(self.body)["objects"]
-        for item in objects:
-            if item["oid"] not in self.hub.lfs:
-                item["actions"] = {"upload": {"href": f"{self.hub.storage}/lfs/{item['oid']}", "header": {}}}
-        self._json({"transfer": "basic", "objects": objects})
-
-    def _lfs_put(self, oid):
-        if sha256(self.body) != oid:
-            return self._error(400, "the content does not have this digest")
-        self.hub.lfs[oid] = self.body
-        return self._send(200)
-
-    def _lfs_get(self, oid):
-        self._send(200, self.hub.lfs[oid], ETag=f'"{oid}"')
 
     def _commit(self):
         files, title = dict(self.files), ""
@@ -251,10 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
                 title = value["summary"]
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
-            elif key == "lfsFile" and value["oid"] in self.hub.lfs:
-                files[value["path"]] = self.hub.lfs[value["oid"]]
             else:
-                return self._error(400, f"{key} {value['path']} is not supported, or was not uploaded")
+                return self._error(400, f"{key} {value['path']} is not supported")
         oid = git_oid(self.oid.encode() + self.body)
         url = f"{self.hub.endpoint}/{self.repo_id}"
         answer = {"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}"}
@@ -284,8 +246,6 @@ class _Handler(BaseHTTPRequestHandler):
                 entries[name] = {"type": "directory", "path": prefix + name, "oid": "0" * 40, "size": 0}
             if recursive or not slash:
                 entries[path] = {"type": "file", "path": path, "oid": git_oid(content), "size": len(content)}
-                if is_large(path, len(content)):
-                    entries[path]["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
         if folder and not entries:
             return self._error(404, f"{folder} does not exist", X_Error_Code="EntryNotFound")
         return self._json(list(entries.values()))
@@ -301,9 +261,4 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X_Repo_Commit": self.oid}
         if file not in self.files:
             return self._error(404, "Entry not found", X_Error_Code="EntryNotFound", **headers)
-        content = self.files[file]
-        if not is_large(file, len(content)):
-            return self._send(200, content, ETag=f'"{git_oid(content)}"', **headers)
-        oid = sha256(content)
-        headers |= {"X_Linked_Size": str(len(content)), "X_Linked_Etag": f'"{oid}"'}
-        return self._send(302, Location=f"{self.hub.storage}/lfs/{oid}", **headers)
+        return self._send(200, self.files[file], ETag=f'"{git_oid(self.files[file])}"', **headers)

@@ -50,6 +50,19 @@ def document(*parts, role="user"):
     return [{"role": role, "content": content}]
 
 
+def row(*parts, **columns):
+    """Of one user message; other parts than texts are its images."""
+    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "text": None} for p in parts]
+    images = [part for part in parts if not isinstance(part, str)]
+    return {"messages": [{"role": "user", "content": content}], "images": images, **columns}
+
+
+def filled(*parts):
+    """A conversation of one user message with its images in it."""
+    kinds = [("text" if isinstance(part, str) else "image", part) for part in parts]
+    return [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in kinds]}]
+
+
 def karpathy(name="red.png", split="train", sentences=("a", "b"), **extra):
     sentences = [{"tokens": text.split(), "raw": text, "sentid": n} for n, text in enumerate(sentences)]
     return {"filepath": "", "filename": name, "imgid": 0, "split": split, "sentences": sentences, **extra}

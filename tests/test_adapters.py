@@ -3,7 +3,6 @@
 from itertools import combinations
 
 import pytest
-import test_trainer
 import tiny
 import torch
 import transformers
@@ -11,6 +10,7 @@ from packaging import version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from saved_checkpoints import CODE, TARGETS, changed, contents, embed, hub_repository, load, read, trained
+from tiny_runs import conversation, rows
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -21,7 +21,7 @@ from transformers import (
     logging,
 )
 
-from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainer
+from hf_sugar import SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.models.fingerprint_sugar import fingerprint, same_fingerprint
 
 
@@ -74,25 +74,20 @@ class TestAdapter:
                 model.set_adapter(name)
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
-    def test_checkpoints_of_a_training(self, saved, plain, tmp_path):
+    def test_checkpoints_of_a_training(self, saved, plain, make, tmp_path):
         """Each is an adapter repository, and the best one is found again."""
         settings = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, max_steps=2)
         settings |= dict(structure_weight=0, load_best_model_at_end=True, metric_for_best_model="eval_loss")
-        rows = test_trainer.rows([test_trainer.conversation], 4)
-        trainer = SugarTrainer(
-            str(saved / "llava"),
-            test_trainer.config(tmp_path, learning_rate=0.1, greater_is_better=True, **settings),  # so the first is it
-            rows,
-            rows,
-            peft_config=LoraConfig(r=4),
-        )
+        settings |= dict(learning_rate=0.1, greater_is_better=True)  # so the first is it
+        data = rows([conversation], 4)
+        trainer = make(data, str(saved / "llava"), lora=True, eval_dataset=data, **settings)
         trainer.train()
-        first, second = (load(tmp_path / f"checkpoint-{step}") for step in (1, 2))
+        first, second = (load(tmp_path / "run" / f"checkpoint-{step}") for step in (1, 2))
         assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
         with torch.no_grad():
             found, first, second = (model(**plain).logits for model in (trainer.model.eval(), first, second))
         assert torch.equal(found, first) and not torch.equal(first, second)
-        assert AutoProcessor.from_pretrained(tmp_path / "checkpoint-1").chat_template
+        assert AutoProcessor.from_pretrained(tmp_path / "run" / "checkpoint-1").chat_template
 
     def test_with_peft_itself(self, saved, inputs):
         model = load(saved / "llava", dtype=torch.float32, retrieval_dim=16)

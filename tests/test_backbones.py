@@ -5,10 +5,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
-import test_trainer
 import tiny
 import tiny_backbones
+import tiny_runs
 import torch
+from rows import filled
 from safetensors.torch import load_file
 from transformers import PaliGemmaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -35,15 +36,10 @@ NEEDS_TORCHVISION = set(
 )
 
 
-def conversation(item) -> list[dict]:
-    kinds = [("text" if isinstance(part, str) else "image", part) for part in item]
-    return [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in kinds]}]
+CONVERSATIONS = [filled(*item) for item in ITEMS]
 
 
-CONVERSATIONS = list(map(conversation, ITEMS))
-
-
-@pytest.fixture(scope="module", params=tiny_backbones.FAMILIES)
+@pytest.fixture(scope="module", params=tiny_backbones.EVERY_FAMILY)
 def backbone(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     raw, processor = tiny_backbones.build(request.param)
@@ -166,9 +162,9 @@ class TestBackbones:
                     torch.testing.assert_close(whole[length - 1], alone, atol=1e-5, rtol=0)
 
     def test_the_loss_is_on_the_answer_and_what_ends_it(self, backbone):
-        answer = conversation(["a red circle", tiny.image(0), "a blue star"])[0]["content"]
-        messages = conversation(ITEMS[3]) + [{"role": "assistant", "content": answer}]
-        inputs = backbone.processor.encode_conversations([messages, conversation(["a red"])], ["answers", None])
+        answer = filled("a red circle", tiny.image(0), "a blue star")[0]["content"]
+        messages = filled(*ITEMS[3]) + [{"role": "assistant", "content": answer}]
+        inputs = backbone.processor.encode_conversations([messages, filled("a red")], ["answers", None])
         labels = inputs["labels"][0]
         learnt = backbone.processor.tokenizer.decode(labels[labels >= 0])
         # one special token at the end, and none of those before and after the image
@@ -195,7 +191,7 @@ class TestBackbones:
     def test_slices_alone_beside_their_rows(self, backbone, singles):
         """As `embed` has them, also where a row of several images gives other features than an image alone."""
         items = [("a", *ITEMS[1], "b", ITEMS[2][1]), ("c", "d"), ("e", ITEMS[2][2], "f", ITEMS[3][0])]
-        rows = [{"messages": conversation(item), "loss_on": "text"} for item in items]
+        rows = [{"messages": filled(*item), "loss_on": "text"} for item in items]
         for row, item in zip(rows, items):
             row["images"] = [part for part in item if not isinstance(part, str)]
         processor, model = backbone.processor, backbone.model.eval()
@@ -212,11 +208,11 @@ class TestBackbones:
         if backbone.family not in ("llava_next", "qwen2_5_vl", "idefics3"):
             pytest.skip("the test of gradients says as much")
         model = SugarForConditionalGeneration.from_backbone(backbone.path, retrieval_dim=16)
-        data = test_trainer.rows([test_trainer.conversation, test_trainer.caption, test_trainer.story], 6)
-        config = test_trainer.config(tmp_path, teachers, structure_weight=0.5, max_steps=2, max_length=512)
+        data = tiny_runs.rows([tiny_runs.conversation, tiny_runs.caption, tiny_runs.story], 6)
+        config = tiny_runs.config(tmp_path, teachers, structure_weight=0.5, max_steps=2, max_length=512)
         trainer = SugarTrainer(model, config, train_dataset=data, processing_class=backbone.processor)
         trainer.train()
-        losses = test_trainer.history(trainer, "structure_loss") + test_trainer.history(trainer, "generative_loss")
+        losses = tiny_runs.history(trainer, "structure_loss") + tiny_runs.history(trainer, "generative_loss")
         assert len(losses) == 4 and all(0 < loss < 100 for loss in losses)
         before = backbone.model.state_dict()
         changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
@@ -224,14 +220,9 @@ class TestBackbones:
             assert any(key.endswith(name) for key in changed), name
 
 
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return tiny.teachers(tmp_path_factory.mktemp("teachers"))
-
-
 class TestProcessors:
     @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
-    @pytest.mark.parametrize("family", sorted(NEEDS_TORCHVISION - {"mistral3"}))
+    @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "internvl"])
     @pytest.mark.parametrize("video_file", [False, True])
     def test_missing_torchvision_is_named(self, family, video_file, tmp_path):
         raw, processor = tiny_backbones.build(family)

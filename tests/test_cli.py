@@ -13,9 +13,9 @@ import tiny
 import yaml
 from PIL import Image
 from rows import llava, mmc4, write
-from test_trainer import caption, conversation, rows, story
+from tiny_runs import caption, conversation, rows, story
 
-from hf_sugar.cli.main import COMMANDS, main
+from hf_sugar.cli.main import COMMANDS, console, main
 from hf_sugar.cli.parsing import UsageError, command_settings, parse
 from hf_sugar.training.config import _WITHOUT_EFFECT
 
@@ -109,6 +109,7 @@ def test_streamed_training(place, tmp_path, capsys):
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
 
 
+@pytest.mark.extras
 def test_prepare_under_accelerate_launch(place, tmp_path):
     write(tmp_path / "rows.json", [llava(None, f"say {i}", f"it is {i}") for i in range(1100)])
     teachers = yaml.safe_load((place / "train.yaml").read_text())["teachers"]
@@ -222,19 +223,21 @@ def test_arguments_without_flags():
     assert model.model_name_or_path == "my-sugar" and args.query == ["a circle"] and args.json and not args.memory_map
 
 
-@pytest.mark.parametrize("argv", [("check", "nowhere.json"), ("search", "--query", "x", "--qery", "y")])
-def test_a_mistake_is_one_line(argv):
-    done = run(*argv)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-
-
-def test_a_model_that_cannot_be_reached_is_named(place):
-    done = run("chat", "org/nowhere")
-    assert done.returncode == 2 and done.stderr.startswith("error: The model 'org/nowhere' cannot be loaded.")
-    assert len(done.stderr.splitlines()) == 1
-    done = run("chat", "org/nowhere", "--debug")
-    assert done.returncode == 2 and "Traceback" in done.stderr
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("check nowhere.json", ""),
+        ("search --query x --qery y", ""),
+        ("chat org/nowhere", "The model 'org/nowhere' cannot be loaded."),
+    ],
+)
+def test_a_mistake_is_one_line(argv, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf-sugar", *argv.split()])
+    assert console() == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(f"error: {message}") and len(said.err.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--debug"])
+    assert console() == 2 and "Traceback" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Image, List
 from rows import chat, document, llava, png, stored, strings, write, write_pictures
 from trl.data_utils import prepare_multimodal_messages
 
-from hf_sugar import SugarProcessor, SugarTrainer, SugarTrainingConfig
+from hf_sugar import SugarProcessor
 from hf_sugar.cli.main import main
 from hf_sugar.data import (
     ROW_FEATURES,
@@ -247,12 +247,6 @@ class TestCheckCommand:
 class TestTraining:
     """What training makes of `structure: false` and of rows that only show to be bad when they are used."""
 
-    def config(self, path, **kwargs):
-        settings = dict(per_device_train_batch_size=4, max_steps=1, report_to=[], save_strategy="no", use_cpu=True)
-        return SugarTrainingConfig(
-            str(path / "run"), logging_steps=1, retrieval_dim=16, disable_tqdm=True, bf16=False, **settings, **kwargs
-        )
-
     def test_rows_without_structure(self, root, model):
         whole = load_data(write(root / "a.json", [llava(gpt=f"answer {n}") for n in range(3)]))
         asked = []
@@ -280,13 +274,13 @@ class TestTraining:
             collator([examples[0] | {"structure": "false"}])
 
     @both
-    def test_skip(self, root, model, streaming, caplog):
+    def test_skip(self, root, model, make, streaming, caplog):
         (root / "broken.png").write_bytes(b"x")
         records = [llava(), llava("broken.png"), llava(gpt="long " * 100), llava(gpt="fine"), llava(gpt="no")]
         dataset = load_data(write(root / "a.json", records), streaming=streaming)
+        settings = {"model": model, "structure_weight": 0.0, "max_steps": 1}
         with caplog.at_level(logging.WARNING, "hf_sugar"):
-            args = self.config(root, structure_weight=0.0, on_bad_row="skip")
-            trainer = SugarTrainer(model, args, train_dataset=dataset)
+            trainer = make(dataset, on_bad_row="skip", **settings)
             assert [row["id"] for row in trainer.train_dataset] == ["a.json:1", "a.json:4", "a.json:5"]
             trainer.train()
         assert "Skipped: Row a.json:2, images[0]: image file" in caplog.text
@@ -294,8 +288,6 @@ class TestTraining:
         assert re.search(r"[2-9] rows were skipped because of `on_bad_row='skip'`", caplog.text)
         if not streaming:
             with pytest.raises(ValueError, match="a.json:[23]"):
-                SugarTrainer(model, self.config(root, structure_weight=0.0), train_dataset=dataset).train()
+                make(dataset, **settings).train()
             with pytest.raises(ValueError, match="train_dataset: none of 1 rows can be used"):
-                SugarTrainer(model, args, train_dataset=dataset.select([1]))
-            with pytest.raises(ValueError, match="train_dataset has a transform"):
-                SugarTrainer(model, args, train_dataset=dataset.with_transform(lambda batch: batch))
+                make(dataset.select([1]), on_bad_row="skip", **settings)

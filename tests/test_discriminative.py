@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import tiny_runs
 import torch
 import torch.nn.functional as F
 from datasets import Image, List
 from peft import LoraConfig
-from test_trainer import PAPER, backbone, caption, config, conversation, history, rows, story, teachers
+from tiny_runs import PAPER, caption, config, conversation, history, rows, story
 
-from hf_sugar import SugarForConditionalGeneration, SugarTrainer
+from hf_sugar import SugarForConditionalGeneration
 from hf_sugar.alignment import IMAGE, TEXT, label_matrix
 from hf_sugar.alignment.calibration import BLOCKS, block_statistics, calibrate, label_blocks
 from hf_sugar.training import ContrastiveLoss
@@ -26,9 +27,6 @@ from hf_sugar.training.discriminative import (
     pad_rows,
 )
 from hf_sugar.training.heads import embed_rows
-
-
-__all__ = ["backbone", "teachers"]  # fixtures
 
 
 def randn(*shape, seed=0):
@@ -125,20 +123,13 @@ class TestCalibration:
         statistics = block_statistics(labels, blocks, ~torch.eye(2, dtype=torch.bool))
         assert torch.equal(calibrate(labels, blocks, statistics), labels)
 
-    def test_statistics_are_those_of_the_data(self, backbone, teachers, tmp_path):
+    def test_statistics_are_those_of_the_data(self, make):
         """The same whatever the batch size, the process or the number of the run."""
-        data = rows([conversation, caption, story])
-        found = [
-            SugarTrainer(
-                backbone,
-                config(tmp_path / str(size), teachers, per_device_train_batch_size=size),
-                train_dataset=data,
-            ).discriminative_loss.statistics
-            for size in (2, 4)
-        ]
+        kinds = (conversation, caption, story)
+        trainers = [make(kinds, path=str(size), per_device_train_batch_size=size) for size in (2, 4)]
+        found = [trainer.discriminative_loss.statistics for trainer in trainers]
         assert torch.equal(*found) and (found[0][:, 1] > 0).all()
-        paper = SugarTrainer(backbone, config(tmp_path / "paper", teachers, **PAPER), train_dataset=data)
-        assert paper.discriminative_loss.statistics is None
+        assert make(kinds, path="paper", **PAPER).discriminative_loss.statistics is None
 
 
 def test_the_papers_loss_is_what_it_was(backbone, teachers, tmp_path):
@@ -158,11 +149,8 @@ def test_the_papers_loss_is_what_it_was(backbone, teachers, tmp_path):
 
 @pytest.fixture(scope="module")
 def trainer(backbone, teachers, tmp_path_factory):
-    return SugarTrainer(
-        backbone,
-        config(tmp_path_factory.mktemp("trainer"), teachers, singles_per_sample=2),
-        train_dataset=rows([caption, story, conversation]),
-    )
+    args = config(tmp_path_factory.mktemp("trainer"), teachers, singles_per_sample=2)
+    return tiny_runs.trainer(backbone, args, (caption, story, conversation))
 
 
 class TestSingles:
@@ -232,11 +220,10 @@ class TestPairs:
         assert positives == expected and len(expected) == 4
         assert not ignored and queries == {query for query, _ in expected}
 
-    def test_a_question_belongs_to_the_next_picture(self, backbone, teachers, tmp_path):
+    def test_a_question_belongs_to_the_next_picture(self, make):
         """And so does its answer, but no text before the picture that is asked about, and nothing to an answer."""
         data = rows([conversation], 4).map(lambda row: {"messages": row["messages"] * 3, "images": row["images"] * 3})
-        args = config(tmp_path, teachers, singles_per_sample=2, positions_per_sample=9)
-        trainer = SugarTrainer(backbone, args, train_dataset=data)
+        trainer = make(data, singles_per_sample=2, positions_per_sample=9)
         positives, ignored, _ = note_pairs(trainer, [trainer.train_dataset[i] for i in range(2)])
         pairs = [(2, 3), (3, 3), (5, 6), (6, 6)]  # slices of a prefix, number of an image
         assert positives == {((i, n), (i, -100 - image)) for i in range(2) for n, image in pairs} and not ignored
@@ -247,12 +234,12 @@ class TestPairs:
         assert positives == {((i, 1), (i, -101)) for i in range(3)}
         assert ignored == {((0, 1), (1, -101)), ((1, 1), (0, -101))}  # the same row twice
 
-    def test_positives_and_negatives_of_the_user(self, backbone, teachers, tmp_path):
+    def test_positives_and_negatives_of_the_user(self, make):
         columns = {"positives": [["a star", "a red star"], [], ["a square"]], "negatives": [["a moon"], ["a sun"], []]}
         data = rows([conversation], 3)
         for name, column in columns.items():
             data = data.add_column(name, column)
-        trainer = SugarTrainer(backbone, config(tmp_path, teachers, singles_per_sample=0), train_dataset=data)
+        trainer = make(data, singles_per_sample=0)
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
         assert batch["single_slices"].tolist() == [
             [POSITIVE, POSITIVE, NEGATIVE],
@@ -278,24 +265,22 @@ class TestNothingIsWithoutEffect:
             ({}, {"negatives": [["a"], [" "], [], [], [], []]}, r"Row row-1, negatives\[0\] is empty"),
         ],
     )
-    def test_refused(self, backbone, teachers, tmp_path, settings, columns, error):
+    def test_refused(self, make, settings, columns, error):
         data = rows([caption], 6)
         for name, column in columns.items():
             data = data.add_column(name, column)
         with pytest.raises(ValueError, match=error):
-            SugarTrainer(backbone, config(tmp_path, teachers, **settings), train_dataset=data)
+            make(data, **settings)
 
-    def test_unreadable_negative_is_skipped(self, backbone, teachers, tmp_path):
+    def test_unreadable_negative_is_skipped(self, make):
         negatives = [[{"bytes": b"none", "path": None}], *[[]] * 5]
         data = rows([caption], 6).add_column("negatives", negatives, feature=List(Image()))
-        args = config(tmp_path, teachers, on_bad_row="skip")
-        assert len(SugarTrainer(backbone, args, train_dataset=data).train_dataset) == 5
+        assert len(make(data, on_bad_row="skip").train_dataset) == 5
 
-    def test_rows_without_structure_are_fine_tuning(self, backbone, teachers, tmp_path):
+    def test_rows_without_structure_are_fine_tuning(self, make):
         data, losses = rows([conversation, caption], 8), []
         for name, weight in (("without", 0.3), ("plain", 0.0)):
-            args = config(tmp_path / name, teachers, structure_weight=weight)
-            trainer = SugarTrainer(backbone, args, train_dataset=data.add_column("structure", [False] * 8))
+            trainer = make(data.add_column("structure", [False] * 8), path=name, structure_weight=weight)
             trainer.train()
             losses.append(history(trainer, "loss"))
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -366,26 +351,23 @@ class TestMatryoshka:
         for dims in ([2, 3], [3, 2, 8]):  # the whole length is always among them
             assert torch.allclose(compare(8, dims), apart.mean(dim=0), rtol=1e-6)
 
-    def test_lengths_travel_with_the_model(self, backbone, teachers, tmp_path):
-        data, peft = rows([caption], 8), LoraConfig(r=4)
-        args = config(tmp_path / "nested", teachers, matryoshka_dims=[4, 8], max_steps=1)
-        trainer = SugarTrainer(backbone, args, train_dataset=data, peft_config=peft)
+    def test_lengths_travel_with_the_model(self, make, tmp_path):
+        data = rows([caption], 8)
+        trainer = make(data, path="nested", lora=True, matryoshka_dims=[4, 8], max_steps=1)
         trainer.train()
         trainer.save_model()
-        assert args.matryoshka_dims == [4, 8]  # what is given stays as it is
         model = SugarForConditionalGeneration.from_pretrained(tmp_path / "nested")
         assert model.config.matryoshka_dims == [16, 8, 4]
         card = (tmp_path / "nested" / "README.md").read_text()
         assert "may be cut to 8, 4 dimensions" in card and "| `matryoshka_dims` | [16, 8, 4] |" in card
         # they are kept by further training, unless others are asked for
         for given, kept in ((None, [16, 8, 4]), ([2], [16, 2])):
-            args = config(tmp_path / "again", teachers, matryoshka_dims=given)
-            again = SugarTrainer(model, args, train_dataset=data)
+            again = make(data, model=model, matryoshka_dims=given)
             assert again.discriminative_loss.args.matryoshka_dims == kept
             model = again.model.get_base_model()
         for wrong in ([17], [0, 4]):
             with pytest.raises(ValueError, match="`matryoshka_dims` is .* the model's embeddings have 16 dimensions"):
-                SugarTrainer(backbone, config(tmp_path, teachers, matryoshka_dims=wrong), train_dataset=data)
+                make(data, matryoshka_dims=wrong)
 
 
 class TestCachedGradients:
@@ -426,24 +408,13 @@ class TestCachedGradients:
             assert torch.allclose(gradients[1][name], expected, rtol=1e-9, atol=1e-12 * expected.abs().max()), name
 
     @pytest.mark.parametrize("lora", [False, True])
-    def test_an_update_is_that_of_the_large_batch(self, backbone, teachers, tmp_path, lora):
+    def test_an_update_is_that_of_the_large_batch(self, make, lora):
         """The generative loss too; with gradient checkpointing."""
         weights = []
         for batch, matrix in ((12, None), (4, 12)):
-            trainer = SugarTrainer(
-                backbone,
-                config(
-                    tmp_path / str(batch),
-                    teachers,
-                    per_device_train_batch_size=batch,
-                    matrix_batch_size=matrix,
-                    gradient_checkpointing=matrix is not None,
-                    optim="sgd",
-                    max_steps=2,
-                ),
-                train_dataset=rows([conversation, caption, story]),
-                peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
-            )
+            sizes = {"per_device_train_batch_size": batch, "matrix_batch_size": matrix}
+            settings = {"gradient_checkpointing": matrix is not None, "optim": "sgd", "max_steps": 2}
+            trainer = make((conversation, caption, story), lora=lora, path=str(batch), **sizes, **settings)
             trainer.train()
             assert history(trainer, "samples_compared") == [12, 12]
             weights.append([history(trainer, name) for name in ("loss", "structure_loss", "contrastive_loss")])
@@ -452,35 +423,27 @@ class TestCachedGradients:
             first, second = torch.as_tensor(first), torch.as_tensor(second)
             assert torch.allclose(first, second, rtol=1e-5, atol=1e-5)
 
-    def test_both_passes_have_the_precision_of_the_run(self, backbone, teachers, tmp_path):
-        args = config(tmp_path, teachers, bf16=True, matrix_batch_size=8, max_steps=1)
-        trainer, seen = SugarTrainer(backbone, args, train_dataset=rows([caption, story])), []
+    def test_both_passes_have_the_precision_of_the_run(self, make):
+        trainer, seen = make((caption, story), bf16=True, matrix_batch_size=8, max_steps=1), []
         trainer.model.base_model.language_model.layers[0].mlp.up_proj.register_forward_hook(
             lambda module, inputs, output: seen.append((torch.is_grad_enabled(), output.dtype))
         )
         trainer.train()
         assert seen == [*4 * [(False, torch.bfloat16)], *4 * [(True, torch.bfloat16)]]
 
-    def test_resumed_within_an_epoch(self, backbone, teachers, tmp_path):
+    def test_resumed_within_an_epoch(self, make, tmp_path):
         """The last window of an epoch of five batches is short; positions, dropout and singles are drawn as ever."""
+        settings = {"matrix_batch_size": 8, "positions_per_sample": 2, "max_steps": 5, "warmup_steps": 0}
+        settings |= {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
 
         def losses(path, checkpoint=None):
-            trainer = SugarTrainer(
-                backbone,
-                config(
-                    tmp_path / path,
-                    teachers,
-                    **{"matrix_batch_size": 8, "positions_per_sample": 2, "max_steps": 5, "save_steps": 1},
-                    **{"save_strategy": "steps", "lr_scheduler_type": "constant", "warmup_steps": 0},
-                ),
-                train_dataset=rows([conversation, caption, story], 20),
-                peft_config=LoraConfig(r=4, lora_dropout=0.2),
-            )
+            peft_config = LoraConfig(r=4, lora_dropout=0.2)
+            trainer = make(rows([conversation, caption, story], 20), path=path, peft_config=peft_config, **settings)
             trainer.train(checkpoint and str(tmp_path / checkpoint))
             return [history(trainer, name) for name in ("generative_loss", "structure_loss", "contrastive_loss")]
 
         whole = losses("whole")
-        for step in (1, 2, 4):
+        for step in (1, 4):  # in the first epoch and in the second
             assert losses("resumed", f"whole/checkpoint-{step}") == [pytest.approx(loss, rel=1e-5) for loss in whole]
 
     def test_sizes_that_do_not_fit(self, tmp_path):

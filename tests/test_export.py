@@ -13,6 +13,7 @@ import tiny_backbones
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from rows import filled
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -30,11 +31,6 @@ def needs_sentence_transformers(test):
 
 
 IMAGES = [tiny.image(1), tiny.image(2, 40, 60)]
-
-
-def message(*parts) -> list[dict]:
-    kinds = [("text" if isinstance(part, str) else "image", part) for part in parts]
-    return [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in kinds]}]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +131,7 @@ def test_backbone_of_an_adapter_repository(tmp_path):
     processor.save_pretrained(tmp_path / "adapter")
     main(["export", str(tmp_path / "adapter"), "--format", "backbone", "--output", str(tmp_path / "plain")])
 
-    inputs = processor.encode_conversations([message("a", IMAGES[0], "what is this?")])
+    inputs = processor.encode_conversations([filled("a", IMAGES[0], "what is this?")])
     inputs.pop("slice_ids")
     plain, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -159,11 +155,11 @@ CHATML = (
 @pytest.mark.parametrize(
     "conversation, end, tail",
     [
-        (message("a star"), "a star", " "),
-        (message("end"), "end", " "),  # chatml has the same word behind it
-        (message("a star", IMAGES[0]), "a star <image>", "\n"),
-        (message(IMAGES[0], "user"), "user", " "),
-        (message("a") + [{"role": "assistant", "content": [{"type": "text", "text": "s"}]}], "s", "</s>"),
+        (filled("a star"), "a star", " "),
+        (filled("end"), "end", " "),  # chatml has the same word behind it
+        (filled("a star", IMAGES[0]), "a star <image>", "\n"),
+        (filled(IMAGES[0], "user"), "user", " "),
+        (filled("a") + [{"role": "assistant", "content": [{"type": "text", "text": "s"}]}], "s", "</s>"),
         ([{"role": "user", "content": "plain"}], "plain", " "),
     ],
 )
@@ -181,7 +177,7 @@ def test_template_ends_with_the_last_slice(name, conversation, end, tail):
 def test_template_begins_as_the_tokenizer_does():
     """Servers render the template and add no special token: what the tokenizer would add is in it, and never twice."""
     processor = SugarProcessor.from_processor(tiny.processor())
-    conversation = message("a star", IMAGES[0])
+    conversation = filled("a star", IMAGES[0])
     before = processor.apply_chat_template(conversation, chat_template=slice_end_template(processor), tokenize=False)
     processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
@@ -305,14 +301,14 @@ def test_sentence_transformers_gives_the_same_embeddings(exported, tmp_path, poo
     same([*mixed, str(tmp_path / "third.png")], ["a red circle", first, ["what?", second], [first, "what?"], third])
     parts = [["what is this?"], [first], [first, "what is this?"], ["what is this?", first], [first, second]]
     parts += [["a", first, "b", second, "c."], ["a", first, second, "b", second]]
-    same([message(*part) for part in parts], parts)
+    same([filled(*part) for part in parts], parts)
     # as the README says: a text that names a file, or an address, is a text in a message
-    texts = [message(str(tmp_path / "third.png")), message("https://example.org/third.png")]
+    texts = [filled(str(tmp_path / "third.png")), filled("https://example.org/third.png")]
     same(texts, [{"messages": messages} for messages in texts])
     # what embeds an answer ends before the end-of-turn token
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "a star"}]}]
     plain = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}, *answer]
-    same([message(first, "what?") + answer], [{"messages": plain, "images": [first]}])
+    same([filled(first, "what?") + answer], [{"messages": plain, "images": [first]}])
     system = [{"role": "system", "content": "Find this."}, {"role": "user", "content": "a star"}]
     found = theirs.encode(["a star"], prompt="Find this.", convert_to_tensor=True)
     torch.testing.assert_close(found, embed(model, processor, [{"messages": system}]), atol=1e-5, rtol=0)
@@ -334,7 +330,7 @@ def test_sentence_transformers_saves_compares_and_refuses(exported, tmp_path, po
         with pytest.raises(ValueError, match="query"):
             model.encode([pair])
     with pytest.raises(Exception, match="message"):
-        model.encode([message("a"), "b"])
+        model.encode([filled("a"), "b"])
 
 
 @needs_sentence_transformers
@@ -378,7 +374,7 @@ def test_other_families(tmp_path, family, pooling):
     found = theirs.encode(documents, convert_to_tensor=True)
     torch.testing.assert_close(found, embed(model, processor, documents), atol=1e-5, rtol=0)
     parts = [["a", IMAGES[1]], [IMAGES[0], "b"], ["a", *IMAGES]]
-    found = theirs.encode([message(*part) for part in parts], convert_to_tensor=True)
+    found = theirs.encode([filled(*part) for part in parts], convert_to_tensor=True)
     torch.testing.assert_close(found, embed(model, processor, parts), atol=1e-5, rtol=0)
 
 

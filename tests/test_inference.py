@@ -3,6 +3,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from rows import row
 
 from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarGenerator, SugarProcessor
 
@@ -12,13 +13,6 @@ def pair():
     """A model, left in training mode, and its processor."""
     model = SugarForConditionalGeneration.from_vlm(tiny.llava(), retrieval_dim=16).train()
     return model, SugarProcessor.from_processor(tiny.processor())
-
-
-def user(*parts, **columns):
-    """A row of one user message; other parts than texts are its images."""
-    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "text": None} for p in parts]
-    images = [part for part in parts if not isinstance(part, str)]
-    return {"messages": [{"role": "user", "content": content}], "images": images, **columns}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -37,7 +31,7 @@ def test_items_of_every_kind(pair, batch_size, tmp_path):
         {"type": "image", "image": image},
         ["one", image, "two"],
         ("one", tmp_path / "a.png", {"type": "text", "text": "two"}),
-        user("one", image, "two"),
+        row("one", image, "two"),
     ]
     embeddings = SugarEmbedder(model, processor, batch_size)(items)
     with torch.no_grad():
@@ -115,7 +109,7 @@ def test_lazily_decoded_items_are_loaded_window_by_window(pair):
 def test_bad_items_are_named(pair, tmp_path):
     model, processor = pair
     embed = SugarEmbedder(model, processor, batch_size=4)
-    for single in ("text", Image.new("RGB", (2, 2)), user("a")):
+    for single in ("text", Image.new("RGB", (2, 2)), row("a")):
         with pytest.raises(TypeError, match="Put it in a list"):
             embed(single)
     with pytest.raises(ValueError, match="no items"):
@@ -149,14 +143,14 @@ def test_bad_items_are_named(pair, tmp_path):
 def test_generator_equals_one_by_one(pair):
     model, processor = pair
     rows = [
-        user("Hello"),
-        user(tiny.image(0), "what is this?"),
-        user("a longer one than the others", id="x"),
+        row("Hello"),
+        row(tiny.image(0), "what is this?"),
+        row("a longer one than the others", id="x"),
         {"messages": [{"role": "user", "content": "Hello"}], "images": []},
     ]
     rows[1]["messages"] += [
         {"role": "assistant", "content": [{"type": "text", "text": "a star"}]},
-        user("and", tiny.image(1))["messages"][0],
+        row("and", tiny.image(1))["messages"][0],
     ]
     rows[1]["images"] += [tiny.image(1)]
     generate = SugarGenerator(model, processor, batch_size=3, max_new_tokens=6)
@@ -177,14 +171,14 @@ def test_generator_equals_one_by_one(pair):
 def test_bad_conversations_are_named(pair, monkeypatch):
     model, processor = pair
     generate = SugarGenerator(model, processor)
-    good, image = user("hm"), tiny.image(0)
+    good, image = row("hm"), tiny.image(0)
     refuse = "{% if 'refuse' in messages[-1]['content'][-1]['text'] %}{{ raise_exception('not this one') }}{% endif %}"
     monkeypatch.setattr(processor, "chat_template", refuse + processor.chat_template)
     for bad, says in (
-        ({**user(image, "a"), "images": []}, "holds 0 images but `messages` has 1"),
-        (user("word " * 700, id="x"), "the limit is 512"),
-        (user({"bytes": b"no image", "path": None}), r"images\[0\]: image of 8 bytes cannot be decoded"),
-        (user("please refuse"), "cannot be put before the model: not this one"),
+        ({**row(image, "a"), "images": []}, "holds 0 images but `messages` has 1"),
+        (row("word " * 700, id="x"), "the limit is 512"),
+        (row({"bytes": b"no image", "path": None}), r"images\[0\]: image of 8 bytes cannot be decoded"),
+        (row("please refuse"), "cannot be put before the model: not this one"),
     ):
         name = "row 2 \\(x\\)" if bad.get("id") else "row 2"
         with pytest.raises(ValueError, match=f"^{name}.*{says}"):
@@ -197,7 +191,7 @@ def test_a_stream_ends_with_its_reader_and_passes_errors_on(pair, monkeypatch):
     steps = []
     forward = model.vlm.forward
     monkeypatch.setattr(model.vlm, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
-    stream = generate.stream(user("a star"))
+    stream = generate.stream(row("a star"))
     next(stream)
     stream.close()
     assert len(steps) < 300
@@ -207,4 +201,4 @@ def test_a_stream_ends_with_its_reader_and_passes_errors_on(pair, monkeypatch):
 
     monkeypatch.setattr(model, "generate", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(generate.stream(user("a star")))
+        list(generate.stream(row("a star")))

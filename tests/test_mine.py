@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 from datasets import Dataset, Features, Image, List, load_from_disk
-from test_trainer import FEATURES, backbone, caption, config, conversation, image_part, rows, teachers, text_part
+from tiny_runs import FEATURES, caption, conversation, image_part, rows, text_part
 
-from hf_sugar import SugarIndex, SugarTrainer
+from hf_sugar import SugarIndex
 from hf_sugar.cli.main import main
 from hf_sugar.data import load_data, load_image
 from hf_sugar.retrieval import mine_negatives
-
-
-__all__ = ["backbone", "teachers"]  # fixtures
 
 
 def vector(item, salt, dim=4):
@@ -146,11 +143,11 @@ def test_rows_that_cannot_be_searched_for_and_a_second_time():
         mine_negatives(data, index, Encoder())
 
 
-def test_from_the_command_line_to_the_loss(backbone, teachers, tmp_path, capsys):
+def test_from_the_command_line_to_the_loss(make, teachers, tmp_path, capsys):
     """What is mined is trained on as it is: every negative is a candidate."""
     data, model, output = tmp_path / "captions.parquet", str(tmp_path / "model"), tmp_path / "mined"
     rows([caption], 8).to_parquet(data)
-    SugarTrainer(backbone, config(tmp_path / "out", teachers), train_dataset=rows([caption], 4)).save_model(model)
+    make(rows([caption], 4)).save_model(model)
     main(["index", model, str(data), "--by", "texts", "--index", str(tmp_path / "index")])
     settings = {
         "data": [{"path": str(data)}],
@@ -175,15 +172,14 @@ def test_from_the_command_line_to_the_loss(backbone, teachers, tmp_path, capsys)
     taught = load_data(str(tmp_path / "yes-or-no"))
     words = [messages[1]["content"][0]["text"] for messages in taught["messages"]]
     assert words.count("yes") == 8 and words.count("no") == sum(map(bool, before)) and not any(taught["structure"])
-    args = config(tmp_path / "taught", teachers, max_steps=1, per_device_train_batch_size=16)
-    SugarTrainer(backbone, args, train_dataset=load_data([str(output), str(tmp_path / "yes-or-no")])).train()
+    both = load_data([str(output), str(tmp_path / "yes-or-no")])
+    make(both, path="taught", max_steps=1, per_device_train_batch_size=16).train()
     capsys.readouterr()
     main(["search", model, "a red circle", "--index", str(tmp_path / "index"), "--k", "2", "--rerank", "5", "--json"])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert len(found) == 2 and 1 > found[0]["score"] >= found[1]["score"] > 0
 
-    args = config(tmp_path / "trained", teachers, max_steps=1, per_device_train_batch_size=8)
-    trainer, seen = SugarTrainer(backbone, args, train_dataset=mined), []
+    trainer, seen = make(mined, path="trained", max_steps=1, per_device_train_batch_size=8), []
     trainer.discriminative_loss.contrastive.register_forward_hook(lambda _, inputs, loss: seen.append(inputs))
     trainer.train()
     [(queries, candidates, positives, _)] = seen

@@ -5,17 +5,14 @@ import tiny
 import tiny_backbones
 import torch
 from test_backbones import CONVERSATIONS
-from test_trainer import backbone, caption, config, conversation, history, rows, story, teachers
+from tiny_runs import caption, conversation, history, rows, story
 from transformers import MistralConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarProcessor, SugarTrainer
+from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.models.packing_sugar import lay_rows, why_padded
 from hf_sugar.training.heads import add_structure_head
 from hf_sugar.training.sampler import TokenBatches, row_lengths
-
-
-__all__ = ["backbone", "teachers"]  # fixtures
 
 
 def built(family: str):
@@ -33,7 +30,7 @@ def in_both_ways(model, inputs):
     return padded, model.embed_slices(**inputs)[0], lay_rows(model, dict(inputs))[1] is not None
 
 
-@pytest.mark.parametrize("family", tiny_backbones.FAMILIES)
+@pytest.mark.parametrize("family", tiny_backbones.EVERY_FAMILY)
 def test_embeddings_are_those_of_padded_rows(family):
     model, processor = built(family)
     for side in ("right", "left"):
@@ -119,15 +116,11 @@ def test_rows_of_one_length_and_other_attention_stay_padded():
 
 class TestTraining:
     @pytest.mark.parametrize("extra", [{}, {"matrix_batch_size": 8, "structure_weight": 1.0}])
-    def test_a_run_is_that_of_padded_rows(self, backbone, teachers, tmp_path, extra):
+    def test_a_run_is_that_of_padded_rows(self, make, extra):
         logs = []
         for padding_free in (False, True):
-            trainer = SugarTrainer(
-                backbone,
-                config(tmp_path, teachers, padding_free=padding_free, max_steps=2, eval_strategy="steps", **extra),
-                train_dataset=rows([conversation, caption, story]),
-                eval_dataset=rows([caption, story], 6),
-            )
+            settings = {"padding_free": padding_free, "max_steps": 2, "eval_strategy": "steps"} | extra
+            trainer = make((conversation, caption, story), eval_dataset=rows([caption, story], 6), **settings)
             trainer.train()
             logs.append(trainer.state.log_history)
             assert trainer.args.padding_free == padding_free
@@ -139,15 +132,13 @@ class TestTraining:
             found, expected = ({name: log[name] for name in names if name in log} for log in (free, padded))
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
-    def test_families_that_cannot_are_named(self, tmp_path, caplog):
+    def test_families_that_cannot_are_named(self, make, caplog):
         model, processor = tiny_backbones.build("gemma3")
-        kwargs = dict(processing_class=processor, train_dataset=rows([conversation]))
-        SugarTrainer(model, config(tmp_path, structure_weight=0.0, padding_free=True), **kwargs)
+        settings = dict(model=model, processing_class=processor, structure_weight=0.0, padding_free=True)
+        make(**settings)
         assert "the rows of gemma3 are padded: its masks are its own" in caplog.text
         with pytest.raises(ValueError, match="max_batch_tokens.*gemma3"):
-            SugarTrainer(
-                model, config(tmp_path, structure_weight=0.0, padding_free=True, max_batch_tokens=200), **kwargs
-            )
+            make(**settings, max_batch_tokens=200)
 
 
 class TestTokenBatches:
@@ -177,15 +168,10 @@ class TestTokenBatches:
         with pytest.raises(ValueError, match="1 rows are too few for 2 processes"):
             self.batches([5], 100)
 
-    def test_a_run_and_its_resumption(self, backbone, tmp_path):
-        data = rows([conversation, caption, story], 16)
-
-        def trainer():
-            settings = dict(padding_free=True, max_batch_tokens=150, num_train_epochs=2, max_steps=-1)
-            settings |= dict(save_strategy="steps", save_steps=1, structure_weight=0.0)
-            return SugarTrainer(backbone, config(tmp_path, **settings), train_dataset=data)
-
-        whole = trainer()
+    def test_a_run_and_its_resumption(self, make, tmp_path):
+        settings = dict(padding_free=True, max_batch_tokens=150, num_train_epochs=2, max_steps=-1)
+        settings |= dict(save_strategy="steps", save_steps=1, structure_weight=0.0)
+        whole, resumed = (make(rows([conversation, caption, story], 16), **settings) for _ in range(2))
         lengths = row_lengths(whole.train_dataset, whole.processing_class)
         for length, row in zip(lengths, whole.train_dataset):
             inputs = whole.data_collator([row])["attention_mask"]
@@ -193,17 +179,15 @@ class TestTokenBatches:
         whole.train()
         steps = whole.state.max_steps
         assert steps % 2 == 0 and history(whole, "epoch")[-2] == 2
-        resumed = trainer()
-        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps // 2 + 1}"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{steps // 2 + 1}"))
         assert history(resumed, "loss") == history(whole, "loss")
 
-    def test_settings_that_cannot_work(self, backbone, tmp_path):
+    def test_settings_that_cannot_work(self, make):
         for settings in ({}, {"padding_free": True, "matrix_batch_size": 8}):
             with pytest.raises(ValueError, match="max_batch_tokens.*padding_free.*matrix_batch_size"):
-                config(tmp_path, max_batch_tokens=100, **settings)
-        stream = rows([conversation]).to_iterable_dataset()
+                make(max_batch_tokens=100, **settings)
         with pytest.raises(ValueError, match="max_batch_tokens.*streaming"):
-            SugarTrainer(backbone, config(tmp_path, max_batch_tokens=100, padding_free=True), train_dataset=stream)
+            make(rows([conversation]).to_iterable_dataset(), max_batch_tokens=100, padding_free=True)
 
 
 def test_the_embedder_cuts_batches_by_tokens(monkeypatch):

@@ -1,32 +1,18 @@
 """MMEB-V2 and wikiHow-TIIR, on small files of the published layouts."""
 
 import json
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 from rows import mmeb, wikihow_tiir
+from test_published import embed, no_answers
 
 from hf_sugar.evaluation import load_benchmarks
 
 
 PICTURES = [tiny.image(n) for n in range(7)]
-
-
-def embed(items):
-    """A random direction for everything that reads or looks the same."""
-    found = []
-    for item in items:
-        parts = item if isinstance(item, list) else [item]
-        content = "|".join(part if isinstance(part, str) else f"picture {Path(part).stem}" for part in parts)
-        found.append(np.random.default_rng(zlib.crc32(content.encode())).normal(size=6))
-    return np.stack(found)
-
-
-def nothing_is_generated(prompts):
-    raise AssertionError
 
 
 def test_mmeb(tmp_path, monkeypatch):
@@ -38,7 +24,7 @@ def test_mmeb(tmp_path, monkeypatch):
         asked.extend(items)
         return embed(items)
 
-    found = benchmark.run(seen, nothing_is_generated)
+    found = benchmark.run(seen, no_answers)
 
     def score(query, candidate):
         return float(embed([query])[0] @ embed([candidate])[0])
@@ -79,7 +65,7 @@ def test_mmeb(tmp_path, monkeypatch):
     roles = []
     monkeypatch.setattr("hf_sugar.evaluation.published.embedding.in_role", lambda e, role: roles.append(role) or e)
     # nothing is right by being equal to all others
-    constant = benchmark.run(lambda items: np.ones((len(items), 2)), nothing_is_generated)
+    constant = benchmark.run(lambda items: np.ones((len(items), 2)), no_answers)
     assert constant["hit@1 all"].value == 0 and roles == ["query", "document"] * len(hits)
 
 
@@ -89,7 +75,7 @@ def test_wikihow_tiir(tmp_path):
     queries = embed([[f"How do I do {n}?", folder / f"{n}.png", "As here."] for n in range(3)])
     steps = [[f"Step {n}.", folder / f"{n}.png", f"Step {n + 1}.", folder / f"{n + 1}.png"] for n in range(5)]
     ranked = np.argsort(-queries @ embed(steps).T, axis=1)
-    found = benchmark.run(embed, nothing_is_generated)
+    found = benchmark.run(embed, no_answers)
     assert found["candidates"] == 5
     hits = {k: [n in ranked[n][:k] for n in range(3)] for k in (1, 5)}
     assert {k: found[f"document_recall@{k}"].value for k in hits} == pytest.approx(

@@ -1,8 +1,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from unittest import mock
@@ -11,10 +9,12 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
+from accelerate.utils import gather_object
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_runs import in_two_processes
 
 from hf_sugar import SugarIndex
 from hf_sugar.retrieval import Hit, LanceIndex
@@ -352,38 +352,22 @@ def test_damaged_names_and_faiss_files(tmp_path):
                 SugarIndex.load(tmp_path, memory_map=memory_map)
 
 
-def test_generators_and_blocks_of_a_rank():
-    index = SugarIndex.build((text for text in TEXTS), letters, shard_size=8)
-    np.testing.assert_array_equal(index.embeddings, letters(TEXTS))
-    index._ranks = lambda: (1, 2)
-    for items in (TEXTS, iter(TEXTS)):
-        blocks = index._blocks(items, None, 20, "error", False)
-        assert [(n, [document.embedded for document in block]) for n, block in blocks] == [(1, TEXTS[20:40])]
+def share(directory):
+    seen = []
 
+    def embed(items):
+        seen.extend(items)
+        return letters(items)
 
-RANKS = """
-import sys, json
-from hf_sugar.distributed import distributed_state
-from test_retrieval import TEXTS, letters
-from hf_sugar.retrieval import SugarIndex
-seen = []
-index = SugarIndex.build(TEXTS, lambda x: seen.extend(x) or letters(x), fingerprint="m", directory=sys.argv[1], shard_size=8)
-open(f"{sys.argv[1]}/../rank{distributed_state().process_index}.json", "w").write(json.dumps([seen, index.metadata]))
-"""
+    index = SugarIndex.build(TEXTS, embed, fingerprint="m", directory=directory, shard_size=8)
+    return gather_object([[seen, index.metadata]])
 
 
 @pytest.mark.extras
 def test_two_processes_share_the_work(tmp_path):
-    (tmp_path / "run.py").write_text(RANKS)
-    # what `accelerate launch` starts for several processes of one machine
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "run.py"), str(tmp_path / "index")]
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([sys.executable, *command], check=True, env=environment, timeout=250)
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert sorted(ranks[0][0] + ranks[1][0]) == TEXTS and len(ranks[0][0]) == 26
-    assert ranks[0][1] == ranks[1][1] == [{"text": text} for text in TEXTS]
+    first, second = in_two_processes(tmp_path, "test_retrieval", "share", str(tmp_path / "index"))
+    assert sorted(first[0] + second[0]) == TEXTS and len(first[0]) == 26
+    assert first[1] == second[1] == [{"text": text} for text in TEXTS]
     np.testing.assert_array_equal(SugarIndex.load(tmp_path / "index", "m").embeddings, letters(TEXTS))
 
 

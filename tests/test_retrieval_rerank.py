@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, List, Value
-from test_trainer import FEATURES, caption, image_part, rows, text_part
+from tiny_runs import FEATURES, caption, image_part, rows, text_part
 
 from hf_sugar import SugarConfig, SugarEmbedder, SugarForConditionalGeneration, SugarIndex, SugarProcessor, SugarRAG
 from hf_sugar.data import load_data

@@ -2,12 +2,9 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +17,11 @@ from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from peft import LoraConfig
 from safetensors.numpy import load_file
-from test_trainer import backbone, caption, config, conversation, history, rows, story, teachers, text_part
+from tiny_runs import caption, config, conversation, history, in_two_processes, rows, story, text_part, trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor, SugarTrainer
+from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor
 from hf_sugar.cli.embed import EmbedArguments, embed
 from hf_sugar.cli.main import main
 from hf_sugar.memory import estimate_memory
@@ -35,9 +31,6 @@ from hf_sugar.training.discriminative import discriminative_rows
 from hf_sugar.training.heads import add_structure_head
 
 
-__all__ = ["backbone", "teachers"]  # fixtures
-
-OTHERS = [family for family in tiny_backbones.FAMILIES if family != "llava"]
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
 
 
@@ -79,17 +72,12 @@ def run(path, backbone, teachers, processes, makers, lora=False, matrix=None, re
     common = {"per_device_train_batch_size": 4 // processes, "positions_per_sample": 99, "contrastive_mask_above": 2}
     common |= {"optim": "sgd", "train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 3}
     common |= {"eval_strategy": "steps", "eval_steps": 4}
-    trainer = SugarTrainer(
-        backbone,
-        config(path, teachers, **{**common, "max_steps": 5, **settings}),
-        train_dataset=rows(makers, 16),
-        eval_dataset=rows((conversation, caption), 6),
-        peft_config=LoraConfig(r=4) if lora else None,
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    args = config(path, teachers, **{**common, "max_steps": 5, **settings})
+    run = trainer(backbone, args, rows(makers, 16), lora, eval_dataset=rows((conversation, caption), 6))
+    run.train(resume_from_checkpoint=resume)
+    run.save_model()
     evaluated = ["eval_generative_loss", "eval_image_to_text_recall@1", "eval_text_to_image_recall@1"]
-    return type(trainer.model).__name__, {key: history(trainer, key) for key in (*KEYS, *evaluated)}
+    return type(run.model).__name__, {key: history(run, key) for key in (*KEYS, *evaluated)}
 
 
 def weights(path):
@@ -98,34 +86,9 @@ def weights(path):
     return {name: x.detach() for name, x in model.named_parameters() if "original_module" not in name}
 
 
-WORKER = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import test_scale as t
-t.torch.set_num_threads(1)
-t.shard_on_the_cpu()
-path, backbone, teachers, how = sys.argv[2], sys.argv[3], *map(json.loads, sys.argv[4:6])
-found = t.run(path, backbone, teachers, 2, **t.RUNS[how.pop("run")], **how)
-if t.torch.distributed.get_rank() == 0:
-    print("RESULT", json.dumps(found))
-"""
-
-
-def processes(directory, environment, path, backbone, teachers, **how):
-    """The command that starts two, and its environment."""
-    (directory / "worker.py").write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch += [directory / "worker.py", Path(__file__).parent, path, backbone, json.dumps(teachers), json.dumps(how)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
-    return list(map(str, launch)), {**environment, "ACCELERATE_MIXED_PRECISION": "no"}
-
-
-def in_two_processes(*args, **how):
-    command, environment = processes(*args, **how)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
-    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, result.stderr[-6000:]
-    return json.loads(lines[0].removeprefix("RESULT"))
+def sharded(name, path, backbone, teachers, resume):
+    shard_on_the_cpu()
+    return run(path, backbone, teachers, 2, **RUNS[name], resume=resume)
 
 
 def launched_by(name):
@@ -138,15 +101,17 @@ def launched_by(name):
     return prepare_multi_gpu_env(args)
 
 
-@pytest.mark.parametrize("name", ["full", pytest.param("lora", marks=pytest.mark.extras)])
+@pytest.mark.extras
+@pytest.mark.parametrize("name", RUNS)
 def test_fsdp2(backbone, teachers, tmp_path, name):
     """As one process with the same global batch, whatever the rows of a process are: losses, norms of gradients, an evaluation
     and the weights, which are saved whole; and a run goes on from its sharded checkpoint."""
     _, one = run(tmp_path / "one", backbone, teachers, 1, **RUNS[name])
     two = tmp_path / "two"
-    launch = partial(in_two_processes, tmp_path, launched_by("fsdp2"), two, backbone, teachers, run=name)
-    for found in (launch(), launch(resume=str(two / "checkpoint-3"))) if name == "lora" else (launch(),):
-        kind, values = found
+    environment = {**launched_by("fsdp2"), "ACCELERATE_MIXED_PRECISION": "no"}
+    for resume in (False, str(two / "checkpoint-3")) if name == "lora" else (False,):
+        arguments = ("sharded", name, str(two), backbone, teachers, resume)
+        kind, values = in_two_processes(tmp_path, "test_scale", *arguments, **environment)
         assert kind.startswith("FSDP")
         assert min(one["contrastive_loss"]) > 0
         for key in one:
@@ -155,28 +120,6 @@ def test_fsdp2(backbone, teachers, tmp_path, name):
         for parameter, value in weights(two).items():
             torch.testing.assert_close(value, expected[parameter], atol=1e-5, rtol=1e-5, msg=parameter)
         assert (two / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()
-
-
-@pytest.mark.extras
-def test_killed_under_fsdp2(backbone, teachers, tmp_path):
-    """Killed three times, a run ends with the weights of one that never was."""
-    how = {"run": "full", "max_steps": 8, "save_steps": 1, "eval_strategy": "no"}
-    launch = partial(processes, tmp_path, launched_by("fsdp2"))
-    for step in (2, 4, 6):
-        command, environment = launch(tmp_path / "killed", backbone, teachers, **how, resume=step > 2)
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-        state = tmp_path / "killed" / f"checkpoint-{step}" / "trainer_state.json"
-        end = time.monotonic() + 300
-        while not state.exists() and time.monotonic() < end:
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert state.exists()
-    for path, resume in (("killed", True), ("whole", False)):
-        in_two_processes(tmp_path, launched_by("fsdp2"), tmp_path / path, backbone, teachers, **how, resume=resume)
-    expected = weights(tmp_path / "whole")
-    for parameter, value in weights(tmp_path / "killed").items():
-        assert torch.equal(value, expected[parameter]), parameter
 
 
 def test_launch_configurations():
@@ -191,7 +134,7 @@ def test_launch_configurations():
     assert environment["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
 
 
-@pytest.mark.parametrize("family", ["llava", *(pytest.param(f, marks=pytest.mark.extras) for f in OTHERS)])
+@pytest.mark.parametrize("family", tiny_backbones.EVERY_FAMILY)
 def test_blank_image(family):
     """Of a blank image nothing is used, but that the vision tower was called: all of it has gradients, of zero."""
     vlm, processor = tiny_backbones.build(family)
@@ -315,10 +258,8 @@ def test_estimate_divides(backbone, tmp_path, sharding, weights, gradients, copy
     assert less.trained == count - tower
 
 
-def test_frozen_vision_tower(backbone, teachers, tmp_path):
-    trainer = SugarTrainer(
-        backbone, config(tmp_path, teachers, freeze_vision_tower=True), train_dataset=rows([caption], 4)
-    )
+def test_frozen_vision_tower(make):
+    trainer = make(rows([caption], 4), freeze_vision_tower=True)
     frozen = {name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
     assert frozen and all("vision_tower" in name for name in frozen)
     assert len(frozen) == len(list(trainer.model.vlm.model.vision_tower.parameters()))

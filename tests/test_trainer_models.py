@@ -9,14 +9,11 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from test_trainer import backbone, config, conversation, rows, story, teachers
+from tiny_runs import config, conversation, rows, story, trainer
 from transformers import LlavaForConditionalGeneration
 from trl import SFTConfig
 
 from hf_sugar import SugarForConditionalGeneration, SugarTrainer
-
-
-__all__ = ["backbone", "teachers"]  # fixtures
 
 
 def outputs(model, processor):
@@ -47,16 +44,14 @@ class TestModels:
     def first(backbone, teachers, tmp_path_factory):
         """An adapter repository, and what its model computes."""
         path = tmp_path_factory.mktemp("first")
-        trainer = SugarTrainer(
-            backbone, config(path, teachers), train_dataset=rows([conversation]), peft_config=LoraConfig(r=4)
-        )
-        trainer.train()
-        trainer.save_model()
-        return str(path), outputs(trainer.model, trainer.processing_class)
+        run = trainer(backbone, config(path, teachers), lora=True)
+        run.train()
+        run.save_model()
+        return str(path), outputs(run.model, run.processing_class)
 
     @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["goes on", "merged first"])
     @pytest.mark.parametrize("given", ["path", "model", "peft"])
-    def test_adapter_is_trained_on(self, backbone, teachers, first, tmp_path, given, peft_config, caplog):
+    def test_adapter_is_trained_on(self, backbone, make, first, tmp_path, given, peft_config, caplog):
         path, expected = first
         if given == "path":
             model = path
@@ -65,13 +60,12 @@ class TestModels:
         else:
             model = SugarForConditionalGeneration.from_pretrained(backbone, retrieval_dim=16)
             model = PeftModel.from_pretrained(model, f"{path}/adapter", is_trainable=True)
-        args = config(tmp_path, teachers, max_steps=2)
+        if given == "peft" and peft_config is not None:
+            with pytest.raises(ValueError, match="merge_and_unload"):
+                make(model=model, peft_config=peft_config)
+            return
         with caplog.at_level("INFO"):
-            if given == "peft" and peft_config is not None:
-                with pytest.raises(ValueError, match="merge_and_unload"):
-                    SugarTrainer(model, args, train_dataset=rows([conversation]), peft_config=peft_config)
-                return
-            trainer = SugarTrainer(model, args, train_dataset=rows([conversation]), peft_config=peft_config)
+            trainer = make(model=model, max_steps=2, peft_config=peft_config)
         assert ("is merged into it" in caplog.text) == (peft_config is not None)
         found = outputs(trainer.model, trainer.processing_class)
         torch.testing.assert_close(found.embeddings, expected.embeddings, atol=1e-6, rtol=0)
@@ -80,12 +74,12 @@ class TestModels:
         trainer.save_model()
         found = outputs(trainer.model, trainer.processing_class)
         assert (found.embeddings - expected.embeddings).abs().max() > 1e-3
-        loaded = outputs(SugarForConditionalGeneration.from_pretrained(tmp_path), trainer.processing_class)
+        loaded = outputs(SugarForConditionalGeneration.from_pretrained(tmp_path / "run"), trainer.processing_class)
         torch.testing.assert_close(loaded.embeddings, found.embeddings, atol=1e-6, rtol=0)
         torch.testing.assert_close(loaded.logits, found.logits, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize(
-        "make, error",
+        "given, error",
         [
             (lambda sugar: get_peft_model(sugar, LoraConfig(target_modules=["q_proj"])), "modules_to_save"),
             (lambda sugar: get_peft_model(sugar.vlm, LoraConfig(target_modules=["q_proj"])), "no retrieval projector"),
@@ -98,13 +92,13 @@ class TestModels:
         ],
         ids=["projector left out", "plain", "frozen", "no head", "none", "adapter within", "changed", "pissa"],
     )
-    def test_models_that_cannot_be_trained(self, backbone, teachers, tmp_path, make, error):
-        model = make(SugarForConditionalGeneration.from_pretrained(backbone))
+    def test_models_that_cannot_be_trained(self, backbone, teachers, tmp_path, given, error):
+        model = given(SugarForConditionalGeneration.from_pretrained(backbone))
         with pytest.raises((TypeError, ValueError), match=error):
-            SugarTrainer(model, config(tmp_path, teachers), train_dataset=rows([conversation]))
+            trainer(model, config(tmp_path, teachers))
 
     @pytest.mark.parametrize(
-        "name, make, error",
+        "name, given, error",
         [
             ("processing_class", tiny.tokenizer, "reads no images"),
             ("args", lambda: SFTConfig("unused", bf16=False, use_cpu=True), "SFTConfig. Pass a `SugarTrainingConfig`"),
@@ -114,107 +108,73 @@ class TestModels:
             ("peft_config", lambda: LoraConfig(bias="all"), "bias"),
         ],
     )
-    def test_arguments_of_another_kind(self, backbone, teachers, tmp_path, name, make, error):
-        kwargs = {"args": config(tmp_path, teachers), "train_dataset": rows([conversation]), name: make()}
+    def test_arguments_of_another_kind(self, backbone, teachers, tmp_path, name, given, error):
+        kwargs = {"args": config(tmp_path, teachers), "train_dataset": rows([conversation]), name: given()}
         with pytest.raises((TypeError, ValueError), match=error):
             SugarTrainer(backbone, **kwargs)
 
-    def test_adapter_switched_off(self, backbone, teachers, first, tmp_path):
-        model = SugarForConditionalGeneration.from_pretrained(first[0])
-        model.disable_adapters()
-        with pytest.raises(ValueError, match="enable_adapters"):
-            SugarTrainer(model, config(tmp_path, teachers), train_dataset=rows([conversation]))
-
-    def test_refusal_leaves_the_adapter(self, first, teachers, tmp_path):
+    def test_refusals_leave_the_adapter(self, make, first):
         model = SugarForConditionalGeneration.from_pretrained(first[0])
         with pytest.raises(ValueError, match="bias"):
-            SugarTrainer(
-                model,
-                config(tmp_path, teachers),
-                train_dataset=rows([conversation]),
-                peft_config=LoraConfig(bias="all"),
-            )
+            make(model=model, peft_config=LoraConfig(bias="all"))
         assert model.active_adapters() == ["default"]
+        model.disable_adapters()
+        with pytest.raises(ValueError, match="enable_adapters"):
+            make(model=model)
 
     def test_stages_in_one_directory(self, backbone, teachers, tmp_path, monkeypatch):
         """Merged twice, named by a relative path: what is there is never lost."""
         monkeypatch.chdir(tmp_path)
         model = backbone
         for stage in ("out", "out", "other"):
-            trainer = SugarTrainer(
-                model, config(stage, teachers), train_dataset=rows([conversation]), peft_config=LoraConfig(r=4)
-            )
-            trainer.train()
-            trainer.save_model()
+            run = trainer(model, config(stage, teachers, max_steps=2), lora=True)
+            run.train()
+            run.save_model()
             model = stage
             with monkeypatch.context() as elsewhere:
                 elsewhere.chdir("/")
                 loaded = SugarForConditionalGeneration.from_pretrained(tmp_path / stage)
-            found = outputs(trainer.model, trainer.processing_class)
-            torch.testing.assert_close(
-                outputs(loaded, trainer.processing_class).embeddings, found.embeddings, atol=1e-6, rtol=0
-            )
+            found, expected = (outputs(each, run.processing_class) for each in (loaded, run.model))
+            torch.testing.assert_close(found.embeddings, expected.embeddings, atol=1e-6, rtol=0)
             if stage == "out" and Path("out/backbone").exists():
                 with pytest.raises(ValueError, match="Choose another directory"):
-                    SugarTrainer(
-                        "out", config("out", teachers), train_dataset=rows([conversation]), peft_config=LoraConfig()
-                    )
+                    trainer("out", config("out", teachers), lora=True)
 
-    def test_backbone_trained_before(self, backbone, teachers, tmp_path):
+    def test_backbone_trained_before(self, make, backbone, tmp_path):
         """The adapter of weights that are no longer those of their place names the place where they are saved."""
         plain = LlavaForConditionalGeneration.from_pretrained(backbone)
-        for peft_config in (None, LoraConfig(r=4)):
-            trainer = SugarTrainer(
-                plain,
-                config(tmp_path, teachers, learning_rate=0.1),
-                train_dataset=rows([conversation]),
-                processing_class=tiny.processor(),
-                peft_config=peft_config,
-            )
+        for lora in (False, True):
+            settings = {"learning_rate": 0.1, "max_steps": 2, "processing_class": tiny.processor()}
+            trainer = make(model=plain, lora=lora, **settings)
             trainer.train()
         trainer.save_model()
-        loaded = SugarForConditionalGeneration.from_pretrained(tmp_path)
-        found = outputs(trainer.model, trainer.processing_class)
-        torch.testing.assert_close(outputs(loaded, trainer.processing_class).logits, found.logits, atol=1e-5, rtol=0)
+        loaded = SugarForConditionalGeneration.from_pretrained(tmp_path / "run")
+        found, expected = (outputs(each, trainer.processing_class) for each in (loaded, trainer.model))
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=0)
 
-    def test_adapter_of_a_half_precision_backbone_stays_exact(self, backbone, teachers, tmp_path):
-        trainer = SugarTrainer(
-            backbone,
-            config(tmp_path, teachers, model_init_kwargs={"dtype": "bfloat16"}),
-            train_dataset=rows([conversation]),
-            peft_config=LoraConfig(r=4),
-        )
+    def test_adapter_of_a_half_precision_backbone_stays_exact(self, make, tmp_path):
+        trainer = make(lora=True, model_init_kwargs={"dtype": "bfloat16"}, max_steps=2)
         trainer.train()
         trainer.save_model()
-        loaded = SugarForConditionalGeneration.from_pretrained(tmp_path, dtype="bfloat16")
+        loaded = SugarForConditionalGeneration.from_pretrained(tmp_path / "run", dtype="bfloat16")
         trained = dict(trainer.model.get_base_model().named_parameters())
         pairs = [(weight, trained[name]) for name, weight in loaded.named_parameters() if "lora_" in name]
         assert pairs and all(
             weight.equal(other.to(weight.dtype)) and weight.dtype == torch.float32 for weight, other in pairs
         )
 
-    def test_text_model_and_processors(self, backbone, teachers, tmp_path, caplog):
+    def test_text_model_and_processors(self, make, tmp_path, caplog):
         tiny.llava().model.language_model.save_pretrained(tmp_path / "llama")
         with pytest.raises(TypeError, match="is a llama, not an image-text-to-text model"):
-            SugarTrainer(str(tmp_path / "llama"), config(tmp_path, teachers), train_dataset=rows([conversation]))
+            make(model=str(tmp_path / "llama"))
         processor = tiny.processor()
         processor.patch_size = None
         with pytest.raises(ValueError, match="no `patch_size`"):
-            SugarTrainer(
-                backbone,
-                config(tmp_path, teachers),
-                train_dataset=rows([conversation]),
-                processing_class=processor,
-            )
+            make(processing_class=processor)
         processor = tiny.processor()
         processor.tokenizer.pad_token = None
         with caplog.at_level("INFO"):
-            trainer = SugarTrainer(
-                backbone,
-                config(tmp_path, teachers),
-                train_dataset=rows([conversation]),
-                processing_class=processor,
-            )
+            trainer = make(processing_class=processor)
         assert "no padding token; '</s>' is used" in caplog.text
         assert trainer.processing_class.tokenizer.pad_token == "</s>" and processor.tokenizer.pad_token is None
 
@@ -223,18 +183,13 @@ class TestModels:
         args = config(tmp_path, teachers, model_init_kwargs={"dtype": "bfloat16"})
         before = copy.deepcopy((lora.to_dict(), args.to_dict()))
         for _ in range(2):
-            trainer = SugarTrainer(backbone, args, train_dataset=rows([conversation]), peft_config=lora)
-            assert trainer.model.get_base_model().vlm.dtype == torch.bfloat16
+            run = trainer(backbone, args, peft_config=lora)
+            assert run.model.get_base_model().vlm.dtype == torch.bfloat16
             assert (lora.to_dict(), args.to_dict()) == before
 
     @pytest.mark.parametrize("lora", [False, True])
-    def test_copy_computes_with_its_own_weights(self, backbone, teachers, tmp_path, lora):
-        trainer = SugarTrainer(
-            backbone,
-            config(tmp_path, teachers, max_steps=1, bf16=True),
-            train_dataset=rows([conversation]),
-            peft_config=LoraConfig(r=4) if lora else None,
-        )
+    def test_copy_computes_with_its_own_weights(self, make, lora):
+        trainer = make(lora=lora, max_steps=1, bf16=True)
         trainer.train()
         model = trainer.model.eval()
         inputs = trainer.processing_class.embed_inputs(["a red circle", tiny.image()])
@@ -254,7 +209,7 @@ class TestModels:
         assert any(parameter.grad is not None for parameter in twin.parameters())
 
     @pytest.mark.parametrize("lora", [False, True])
-    def test_second_trainer_has_its_own_precision(self, backbone, teachers, tmp_path, lora):
+    def test_second_trainer_has_its_own_precision(self, make, backbone, lora):
         seen = {}
         model = SugarForConditionalGeneration.from_pretrained(backbone, retrieval_dim=16)
         if lora:
@@ -270,12 +225,7 @@ class TestModels:
         projector = base.retrieval_projector.modules_to_save["default"] if lora else base.retrieval_projector
         projector.linear_2.register_forward_hook(note("projector"))
         for bf16 in (False, True, False):
-            trainer = SugarTrainer(
-                model,
-                config(tmp_path, teachers, max_steps=1, bf16=bf16),
-                train_dataset=rows([conversation]),
-                eval_dataset=rows([story], 4),
-            )
+            trainer = make(model=model, eval_dataset=rows([story], 4), max_steps=1, bf16=bf16)
             for run in (trainer.evaluate, trainer.train):
                 run()
                 assert seen == {

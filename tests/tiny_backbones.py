@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 
+import pytest
 import tiny
 import torch
 from tiny import tokenizer
@@ -301,6 +302,11 @@ FAMILIES = {
     "mistral3": _mistral3,
     "aya_vision": _aya_vision,
 }
+
+
+# Images of one size, in tiles, of any size, in several runs of tokens, and masks of its own: what the others do in other words.
+KINDS = ("llava", "llava_next", "qwen2_5_vl", "idefics3", "gemma3")
+EVERY_FAMILY = [name if name in KINDS else pytest.param(name, marks=pytest.mark.extras) for name in FAMILIES]
 
 
 def build(family: str, seed: int = 0):
