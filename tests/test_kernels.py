@@ -200,6 +200,7 @@ assert len(found) == 1 and None not in found, found
 """
 
 
+@pytest.mark.extras
 def test_first_calls_from_several_threads(built):
     environment = {**os.environ, "HF_SUGAR_KERNEL_PATH": str(built)}
     finished = subprocess.run([sys.executable, "-c", FIRST_CALLS], env=environment, capture_output=True, text=True)
@@ -262,7 +263,7 @@ print(len(looked_up))
 """
 
 
-@pytest.mark.parametrize("state", ["built", "empty"])
+@pytest.mark.parametrize("state", ["built", pytest.param("empty", marks=pytest.mark.extras)])
 def test_no_network_unless_asked(built, tmp_path, state):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     environment |= {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
