@@ -1,6 +1,5 @@
 """One embedder and one generator of a model, for the index, evaluation, the trainer, the harnesses and the demo."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -18,55 +17,7 @@ from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreame
 from .data import load_image
 from .data.images import image_size
 from .models.fingerprint_sugar import fingerprint
-from .models.rows_sugar import IMAGE_SUFFIXES, check_row, conversation_row, fill_images, instructed, row_name
-
-
-logger = logging.getLogger(__name__)
-
-TEXT_SUFFIXES = (".txt", ".md")
-
-
-def as_row(item: Any, where: str = "item") -> dict[str, Any]:
-    """
-    An item as a row in the conversational vision format. An item is a text (`str`, whatever it says), a PIL image, the
-    `Path` of an image or text file, a part `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`, a list
-    of those (interleaved, in this order), or a row with `messages` and `images`. Images keep whatever form they have.
-
-    Raises:
-        `TypeError`: if the item is of another type; calls it `where`.
-        `ValueError`: if there is nothing in it, or a file does not exist.
-    """
-    if isinstance(item, dict) and "type" not in item:
-        return conversation_row(item)
-    content, images = [], []
-    for part in item if isinstance(item, list | tuple) else [item]:
-        if isinstance(part, str) and part.lower().endswith(IMAGE_SUFFIXES) and Path(part).is_file():
-            logger.warning("%s: %r is taken as a text; for the image in that file, give its `Path`.", where, part)
-        elif isinstance(part, Path) and not part.is_file():
-            raise ValueError(f"{where}: the file {str(part)!r} does not exist.")
-        elif isinstance(part, Path) and part.suffix.lower() in TEXT_SUFFIXES:
-            part = part.read_text(encoding="utf-8")
-        elif isinstance(part, dict) and part.get("type") == "text":
-            part = part.get("text") or ""
-        if isinstance(part, str):
-            if not part.strip():
-                raise ValueError(f"{where} is empty or holds an empty text; there is nothing to embed.")
-            content.append({"type": "text", "text": part.strip()})
-            continue
-        image = part.get("image") if isinstance(part, dict) and part.get("type") == "image" else part
-        if image is None or (image is part and not isinstance(part, Path | Image.Image)):
-            found = (
-                f"a part with the keys {', '.join(map(str, part))}" if isinstance(part, dict) else type(part).__name__
-            )
-            raise TypeError(
-                f"{where} is or holds {found}; give a text, a PIL image, the Path of an image or text file, a part "
-                '{"type": "image", "image": ...}, a list of those, or a row with `messages` and `images`.'
-            )
-        content.append({"type": "image", "text": None})
-        images.append(image)
-    if not content:
-        raise ValueError(f"{where} is an empty list; there is nothing to embed.")
-    return {"messages": [{"role": "user", "content": content}], "images": images, "loss_on": "text", "id": None}
+from .models.rows_sugar import as_row, check_row, fill_images, instructed, row_name
 
 
 class SugarEmbedder:
@@ -148,7 +99,7 @@ class SugarEmbedder:
         return role and getattr(self.model.config, f"{role}_instruction")
 
     def __call__(self, items: Sequence[Any], role: str | None = None) -> np.ndarray:
-        """Embeddings of whole items, each as [`~inference.as_row`] takes it: float32 of shape `(items, dim)`, L2-normalised.
+        """Embeddings of whole items, each as [`~models.rows_sugar.as_row`] takes it: float32 of shape `(items, dim)`, L2-normalised.
         `role` may be `"query"` or `"document"`, for the instruction of the model's configuration, if it has one.
         A `TypeError` for another type or a single item; a `ValueError` that names an item which is empty, damaged or too long
         for the model, or whose embedding is not finite, and for no items."""

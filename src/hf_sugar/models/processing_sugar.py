@@ -1,6 +1,5 @@
 import copy
 import io
-import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.utils import is_torchvision_available, logging
 
-from .rows_sugar import IMAGE_SUFFIXES, fill_images, instructed, to_rgb
+from .rows_sugar import as_row, fill_images, instructed, to_rgb
 
 
 logger = logging.get_logger(__name__)
@@ -74,29 +73,6 @@ def image_of(value: Any, where: str) -> Image.Image:
     except Exception as error:  # Pillow and the network have many
         source = "" if isinstance(value, Image.Image) else f"{str(value)[:200]!r} "
         raise ValueError(f"{where}: the image {source}cannot be read: {error}") from error
-
-
-def _content_part(item: Any, where: str) -> dict[str, Any]:
-    if isinstance(item, str):
-        if item.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(item):
-            logger.warning(
-                "%s: %r is taken as a text; for the image in that file, give `Path(%r)`.", where, item, item
-            )
-        item = {"type": "text", "text": item}
-    if isinstance(item, Image.Image | Path):
-        item = {"type": "image", "image": item}
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind == "image":
-        value = next((item[key] for key in ("image", "url", "path") if item.get(key) is not None), None)
-        return {"type": "image", "image": image_of(value, where)}
-    if kind != "text" or not isinstance(item.get("text"), str):
-        raise ValueError(
-            f"{where} is a {type(item).__name__}; give a text, a PIL image, the Path of an image, a part "
-            "{'type': 'image', 'image': ...}, or a list of those."
-        )
-    if not item["text"].strip():
-        raise ValueError(f"{where} is an empty text; there is nothing to embed.")
-    return {"type": "text", "text": item["text"]}
 
 
 @lru_cache(maxsize=4)
@@ -239,11 +215,8 @@ class SugarProcessor(ProcessorMixin):
 
         Args:
             items (`list`):
-                What to embed; a batch may mix all of these: a text (a `str` is never anything else), a `PIL.Image`, the
-                `Path` of an image, a content part (`{"type": "image", "image": ...}` with an image, path or URL, or
-                `{"type": "text", "text": ...}`), a list of those (interleaved, in this order), or a row with `messages`
-                and `images` in the conversational vision format. All but rows are taken as one user message, as documents
-                are in training. One item that is no list may be given as it is.
+                What to embed, each as [`~models.rows_sugar.as_row`] takes it; images may be web addresses too. One item that
+                is no list may be given as it is.
             max_length (`int`, *optional*): longest sequence that the model takes.
             instruction (`str`, *optional*):
                 What is said before them: `query_instruction` or `document_instruction` of the model's configuration.
@@ -252,7 +225,7 @@ class SugarProcessor(ProcessorMixin):
             `BatchFeature`: as of [`~SugarProcessor.encode_conversations`].
 
         Raises:
-            `ValueError`: for an item that is empty, of another type, cannot be read or is too long; names the item.
+            `TypeError`, `ValueError`: for an item of another type, or one that is empty, cannot be read or is too long.
         """
         if isinstance(items, str | Path | Image.Image | dict):
             items = [items]
@@ -261,17 +234,9 @@ class SugarProcessor(ProcessorMixin):
         names = [f"items[{index}]" for index in range(len(items))]
         conversations = []
         for name, item in zip(names, items):
-            if isinstance(item, dict) and "type" not in item:
-                images = item.get("images") or []
-                images = [image_of(image, f"{name}, images[{n}]") for n, image in enumerate(images)]
-                conversations.append(fill_images(item.get("messages"), images, name))
-                continue
-            parts = item if isinstance(item, list | tuple) else [item]
-            if not parts:
-                raise ValueError(f"{name} is an empty list; there is nothing to embed.")
-            content = [_content_part(part, f"{name}[{n}]" if len(parts) > 1 else name) for n, part in enumerate(parts)]
-            conversations.append([{"role": "user", "content": content}])
-        conversations = [instructed(messages, instruction) for messages in conversations]
+            row = as_row(item, name)
+            images = [image_of(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])]
+            conversations.append(instructed(fill_images(row["messages"], images, name), instruction))
         return self.encode_conversations(conversations, names=names, max_length=max_length)
 
     def encode_conversations(

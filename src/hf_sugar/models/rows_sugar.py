@@ -2,17 +2,22 @@
 nothing of the package; nor torch, which reading data does not need."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 
+logger = logging.getLogger(__name__)
+
 ROLES = ("system", "user", "assistant")
 LOSS_ON = ("answers", "captions", "text")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TEXT_SUFFIXES = (".txt", ".md")
 UNREAD = ("video", "videos", "audio", "audios")  # columns of other libraries that would have no effect
 
 
@@ -50,6 +55,50 @@ def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
         "id": row.get("id"),
         **{name: row[name] for name in UNREAD if row.get(name)},
     }
+
+
+def as_row(item: Any, where: str = "item") -> dict[str, Any]:
+    """
+    An item as a row in the conversational vision format. An item is a text (`str`, whatever it says), a PIL image, the
+    `Path` of an image or text file, a part `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`, a list
+    of those (interleaved, in this order), or a row with `messages` and `images`. Images keep whatever form they have.
+
+    Raises:
+        `TypeError`: if the item is of another type; calls it `where`.
+        `ValueError`: if there is nothing in it, or a file does not exist.
+    """
+    if isinstance(item, dict) and "type" not in item:
+        return conversation_row(item)
+    content, images = [], []
+    for part in item if isinstance(item, list | tuple) else [item]:
+        if isinstance(part, str) and part.lower().endswith(IMAGE_SUFFIXES) and Path(part).is_file():
+            logger.warning("%s: %r is taken as a text; for the image in that file, give its `Path`.", where, part)
+        elif isinstance(part, Path) and not part.is_file():
+            raise ValueError(f"{where}: the file {str(part)!r} does not exist.")
+        elif isinstance(part, Path) and part.suffix.lower() in TEXT_SUFFIXES:
+            part = part.read_text(encoding="utf-8")
+        elif isinstance(part, dict) and part.get("type") == "text":
+            part = part.get("text") or ""
+        if isinstance(part, str):
+            if not part.strip():
+                raise ValueError(f"{where} is empty or holds an empty text; there is nothing to embed.")
+            content.append({"type": "text", "text": part.strip()})
+            continue
+        image, found = part, f"a {type(part).__name__}"
+        if isinstance(part, dict):
+            found = f"a part with the keys {', '.join(map(str, part))}"
+            keys = ("image", "url", "path") if part.get("type") == "image" else ()
+            image = next((part[key] for key in keys if part.get(key) is not None), None)
+        if image is None or (image is part and not isinstance(part, Path | Image.Image)):
+            raise TypeError(
+                f"{where} is or holds {found}; give a text, a PIL image, the Path of an image or text file, a part "
+                "{'type': 'image', 'image': ...}, a list of those, or a row with `messages` and `images`."
+            )
+        content.append({"type": "image", "text": None})
+        images.append(image)
+    if not content:
+        raise ValueError(f"{where} is an empty list; there is nothing to embed.")
+    return {"messages": [{"role": "user", "content": content}], "images": images, "loss_on": "text", "id": None}
 
 
 def row_name(row: dict[str, Any], index: int) -> str:

@@ -95,7 +95,7 @@ class Index(ABC):
 
         Args:
             items (`Iterable`):
-                Rows of [`hf_sugar.data.load_data`] or any dataset of that format, or whatever else [`~inference.as_row`]
+                Rows of [`hf_sugar.data.load_data`] or any dataset of that format, or whatever else [`~models.rows_sugar.as_row`]
                 takes. A `str` is always a text.
             metadata (`Sequence[dict[str, Any]]`, *optional*):
                 One JSON-serialisable `dict` for each item. By default a row's `id`, a file's `path`, a text's `text`.
@@ -120,7 +120,7 @@ class Index(ABC):
 
         Args:
             queries (`Sequence` or `np.ndarray` of shape `(queries, dim)`):
-                Queries, each as [`~inference.as_row`] takes it, or whatever else `embed` takes; or their L2-normalised
+                Queries, each as [`~models.rows_sugar.as_row`] takes it, or whatever else `embed` takes; or their L2-normalised
                 embeddings.
             k (`int`, *optional*, defaults to `5`): Hits for each query; fewer where the index has or finds fewer.
             late (`bool`, *optional*, defaults to `False`):

@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.images import load_image, stored_image
-from ..inference import TEXT_SUFFIXES, as_row
-from ..models.rows_sugar import IMAGE_SUFFIXES, check_row, fill_images
+from ..models.rows_sugar import IMAGE_SUFFIXES, TEXT_SUFFIXES, as_row, check_row, fill_images
 
 
 PARTS = ("auto", "question", "document", "images", "texts")

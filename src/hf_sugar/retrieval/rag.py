@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from ..data import row_slices
-from ..inference import SugarGenerator, as_row
-from ..models.rows_sugar import fill_images
+from ..inference import SugarGenerator
+from ..models.rows_sugar import as_row, fill_images
 from .base import Hit, Index
 
 
@@ -164,7 +164,7 @@ class SugarRAG:
 
     def prompt(self, question: Any) -> RAGPrompt:
         """
-        Search, and put what was found before the question: what [`~inference.as_row`] takes. A row ends with the user's
+        Search, and put what was found before the question: what [`~models.rows_sugar.as_row`] takes. A row ends with the user's
         turn; one with an `id` is never its own example, see [`~retrieval.rag.find_examples`].
 
         Raises:

@@ -11,9 +11,9 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL.Image import Image as PILImage
 
 from ..data.images import stored_image, undecoded
-from ..inference import SugarGenerator, as_row
+from ..inference import SugarGenerator
 from ..models import SugarConfig
-from ..models.rows_sugar import fill_images, iter_slices, row_name
+from ..models.rows_sugar import as_row, fill_images, iter_slices, row_name
 from .base import Hit
 from .mine import question_and_answers
 
@@ -28,7 +28,7 @@ def rerank_row(
     The question whether a document matches a query, with its answer, as a row in the conversational vision format.
 
     Args:
-        query, document: What [`~inference.as_row`] takes. Of a conversation everything is read.
+        query, document: What [`~models.rows_sugar.as_row`] takes. Of a conversation everything is read.
         prompt (`str`): The wording, with `{query}` and `{document}`, as [`SugarConfig`] has it.
         answer (`str`, *optional*): `"yes"` or `"no"`; without one the row is the question alone.
         name (`str`, *optional*, defaults to `"document"`): What errors call the document.
@@ -82,7 +82,7 @@ class SugarReranker:
         All documents, best first.
 
         Args:
-            query: What [`~inference.as_row`] takes.
+            query: What [`~models.rows_sugar.as_row`] takes.
             documents (`Sequence`): The same of each.
 
         Returns:
