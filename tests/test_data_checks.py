@@ -187,7 +187,7 @@ class TestChecks:
         assert check_dataset(good, processor).ok
         processor.chat_template = "{{ raise_exception('no system') if messages|length > 1 }}"
         report = check_dataset(good.select([2]), processor)
-        assert "chat template of this checkpoint refuses the conversation (no system)" in report.problems[0].message
+        assert "chat template refuses the conversation (no system)" in report.problems[0].message
         with pytest.raises(ValueError, match="give the `processor`"):
             check_dataset(dataset, max_length=10)
         with pytest.raises(ValueError, match="no rows"):

@@ -256,9 +256,13 @@ class TestNothingIsWithoutEffect:
     @pytest.mark.parametrize(
         "settings, columns, error",
         [
-            ({"flip_captions": True}, {}, "`flip_captions` puts nothing beside"),
+            ({"flip_captions": True}, {}, "`flip_captions` leaves no pairs"),
             ({"singles_per_sample": 0}, {"negatives": [["a"]] * 6}, "The contrastive loss has no pairs"),
-            ({"discriminative_loss": "structure"}, {"positives": [["a"]] * 6}, "`train_dataset` has `positives`"),
+            (
+                {"discriminative_loss": "structure"},
+                {"positives": [["a"]] * 6},
+                "`positives` are for the contrastive loss",
+            ),
             ({"contrastive_mask_above": math.nan}, {}, "`contrastive_mask_above` is nan"),
             ({"matrix_batch_size": 8, "auto_find_batch_size": True}, {}, "`auto_find_batch_size` would change"),
             ({}, {"negatives": ["a"] * 6}, r"train_dataset: `negatives` is Value\('string'\). Make it a list"),

@@ -236,7 +236,7 @@ def test_errors_name_the_setting(exported, tmp_path):
         ([checkpoint, *out, "--format", "gguf"], "`format` is 'gguf'"),
         ([checkpoint, *out, "--dtype", "float17"], "`dtype`"),
         ([tmp_path / "nowhere", *out], "nowhere"),
-        ([llava, *out], "'llava', which has no retrieval projector"),
+        ([llava, *out], "'llava', no Sugar model"),
         ([checkpoint, "--output", checkpoint], "exists and is not empty"),
     ):
         with pytest.raises((OSError, ValueError), match=message):

@@ -233,7 +233,7 @@ def test_rag(corpus, embed):
     assert cut.note.startswith("1 of 2 examples left out")
     shorter = rag.generator.inputs([{"messages": cut.messages, "images": cut.images}])
     assert short.max_length >= shorter["input_ids"].shape[1] + 6
-    with pytest.raises(ValueError, match="context holds 10. Shorten the question"):
+    with pytest.raises(ValueError, match="context holds 10"):
         SugarRAG(embed.model, embed.processor, index, max_new_tokens=6, max_length=10).prompt(question)
     with pytest.raises(ValueError, match="last turn of the question is the assistant's"):
         rag.prompt(index.documents[0])

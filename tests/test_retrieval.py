@@ -154,10 +154,10 @@ def test_quantized_indexes_compare_their_candidates_exactly(tmp_path, factory, s
     "factory,options,error",
     [
         ("flat", None, "does not take `factory='flat'`.*could not parse.*Take one such as 'Flat', 'HNSW32'"),
-        ("IDMap,Flat", None, "without IDMap"),
+        ("IDMap,Flat", None, "numbered by the index"),
         ("LSH", None, "does not take `factory='LSH'`"),
         ("IVF8,PQ3", None, "does not take `factory='IVF8,PQ3'`.* for embeddings of dimension 8"),
-        ("IVF99,Flat", None, "cannot train 'IVF99,Flat' on 50 embeddings: it has 99 clusters"),
+        ("IVF99,Flat", None, "cannot train the 99 clusters of 'IVF99,Flat' on 50 embeddings"),
         ("IVF8,Flat", "nprob=3", "with `search_options='nprob=3'`"),
         ("IVF8,Flat", "nprobe=0", "has 'nprobe=0'; give"),
         ("HNSW8", "efSearch=x", "with `search_options='efSearch=x'`"),

@@ -351,7 +351,7 @@ def test_the_collator_refuses_a_column_that_does_not_fit(uninterrupted, encoder,
     values = np.array(samples[1]["teacher_embeddings"])
     for change, message in (
         ({"teacher_embeddings": None}, "Row s:1 has no `teacher_embeddings`. Run `hf-sugar prepare`"),
-        ({"teacher_embeddings": values[:3]}, "Row s:1 has 3 `teacher_embeddings` for 5 slices: it was changed"),
+        ({"teacher_embeddings": values[:3]}, "Row s:1 has 3 `teacher_embeddings` for 5 slices. Remove the column"),
         ({"teacher_embeddings": values * 0.9}, "Row s:1 .* not of length one"),
         ({"teacher_embeddings": values * np.nan}, "Row s:1 .* not of length one"),
         ({"teachers": clip_only.record}, "(?s)other teachers.*there: +cross=.*asked for: +image="),

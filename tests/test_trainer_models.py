@@ -100,7 +100,7 @@ class TestModels:
     @pytest.mark.parametrize(
         "name, given, error",
         [
-            ("processing_class", tiny.tokenizer, "reads no images"),
+            ("processing_class", tiny.tokenizer, "Pass the processor of the model"),
             ("args", lambda: SFTConfig("unused", bf16=False, use_cpu=True), "SFTConfig. Pass a `SugarTrainingConfig`"),
             *((name, lambda: tiny.llava, name) for name in ("model_init", "data_collator", "compute_loss_func")),
             ("formatting_func", lambda: str, "formatting_func"),

@@ -37,12 +37,12 @@ class TestSaving:
         state = newest / "trainer_state.json"
         state.write_text(state.read_text()[:100])  # the last file that is written
         resumed = make(**settings)
-        with pytest.raises(ValueError, match="(?s)checkpoint-4 is no checkpoint that was .*to its end.*checkpoint-2"):
+        with pytest.raises(ValueError, match="(?s)checkpoint-4 is no whole checkpoint.*checkpoint-2"):
             resumed.train(resume_from_checkpoint=str(newest))
         resumed.train(resume_from_checkpoint=True)
         assert "checkpoint-4 was not written to its end" in caplog.text
         assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4]
-        with pytest.raises(ValueError, match="No checkpoint in .* was written to its end"):
+        with pytest.raises(ValueError, match="No checkpoint in .* is whole"):
             make(path="empty").train(resume_from_checkpoint=True)
 
 

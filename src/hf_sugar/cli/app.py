@@ -24,9 +24,7 @@ class AppArguments:
 
 def app(model: ModelArguments, args: AppArguments) -> None:
     if importlib.util.find_spec("gradio") is None:
-        raise ImportError(
-            "`hf-sugar app` needs Gradio: install hf_sugar with its extra `app`, or `pip install gradio`."
-        )
+        raise ImportError("`hf-sugar app` needs Gradio: install hf_sugar with its extra `app`.")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     from hf_sugar.evaluation.plots import plot_alignment
     from hf_sugar.retrieval import SugarRAG

@@ -65,8 +65,7 @@ class ModelArguments(CheckpointArguments):
         """The model as an embedder. One whose projector is not trained is refused."""
         if reason := self.untrained_projector():
             raise ValueError(
-                f"The retrieval projector of {self.model_name_or_path} is not trained ({reason}), so its embeddings mean "
-                "nothing. Train it with the structure loss first (`hf-sugar train`)."
+                f"The retrieval projector of {self.model_name_or_path} is not trained ({reason}). Train it with `hf-sugar train`."
             )
         loaded, tokens = self.load(distributed_state().device), self.max_batch_tokens
         return SugarEmbedder(*loaded, self.batch_size, max_batch_tokens=tokens, truncate_dim=self.truncate_dim)

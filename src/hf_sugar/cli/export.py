@@ -29,10 +29,7 @@ def export(args: ExportArguments) -> Path:
         raise ValueError(f"`output` {output} exists and is not empty. Remove it, or name another directory.")
     model_type = args.stored_config().get("model_type")
     if args.format == "sentence-transformers" and model_type != "sugar":
-        raise ValueError(
-            f"{args.model_name_or_path} holds no Sugar model but a {model_type!r}, which has no retrieval projector to "
-            "export. Train it first (`hf-sugar train`)."
-        )
+        raise ValueError(f"{args.model_name_or_path} is a {model_type!r}, no Sugar model. Train it first.")
     model, processor = args.load()
     if args.format == "backbone":
         model.export_backbone(output, merge=True, processor=processor)

@@ -38,9 +38,7 @@ def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) 
     if args.merge:
         given += [name for name, value in (("truncate_dim", model.truncate_dim), ("add", args.add)) if value]
         if given:
-            raise ValueError(
-                f"With `merge` nothing is embedded: leave out {', '.join(f'`{name}`' for name in given)}."
-            )
+            raise ValueError(f"With `merge` nothing is embedded: leave out {', '.join(given)}.")
         found = SugarIndex.merge(args.merge, args.index, **settings)
         print(f"{len(found)} documents -> {args.index}")
         return found
@@ -52,8 +50,7 @@ def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) 
         for name, value in settings.items():
             if value != getattr(found, name):
                 raise ValueError(
-                    f"`{name}` is {value!r}, but the index in {args.index} was built with {getattr(found, name)!r}. Leave "
-                    "it out, or build the index anew without `add`."
+                    f"`{name}` is {value!r}, but the index in {args.index} was built with {getattr(found, name)!r}. Leave it out."
                 )
         found.add(items, **how)
         found.save(args.index)

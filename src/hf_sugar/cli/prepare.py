@@ -34,9 +34,7 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
     """Embed the slices of `data.train_data` and `data.eval_data` with the teachers, divided over the processes of `accelerate
     launch -m hf_sugar.cli.main prepare`. Returns how many `rows` there were, `skipped` ones, and slices `encoded` anew."""
     if args.dataset_dir and data.streaming:
-        raise ValueError(
-            "`dataset_dir` needs the rows one by one, not as a stream: leave `streaming` off. What is written can be streamed."
-        )
+        raise ValueError("`dataset_dir` cannot be written from a stream: leave `streaming` off.")
     state = distributed_state()
     encoder = TripleEncoder.from_teachers(args.teachers, device=state.device)
     counts = Counter(rows=0, skipped=0, encoded=0)

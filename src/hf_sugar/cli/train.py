@@ -72,8 +72,7 @@ def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
         sharding = {"FSDP": f"fsdp{fsdp}", "DEEPSPEED": f"zero{zero}"}.get(launch.distributed_type)
         if sharding not in (None, "fsdp2", "zero2", "zero3"):
             raise ValueError(
-                f"{args.accelerate_config} is estimated with `fsdp_version: 2`, or with a `zero_stage` of 2 or 3 that it "
-                "names itself, and with no other division of the model."
+                f"{args.accelerate_config} is estimated with `fsdp_version: 2`, or with a `zero_stage` of 2 or 3, and no other."
             )
     return estimate_memory(
         config,
@@ -98,9 +97,7 @@ def train(
         print(found.table())
         return found
     if getattr(args, "accelerate_config", None) is not None:
-        raise ValueError(
-            "`accelerate_config` is for `estimate_memory`. To train by it: `accelerate launch --config_file`."
-        )
+        raise ValueError("`accelerate_config` is for `estimate_memory`. To train by it, use `accelerate launch`.")
     if data.train_data is None:
         raise ValueError("`train_data` is not set: name the data to train on.")
     if args.teachers is not None and args.structure_weight > 0:

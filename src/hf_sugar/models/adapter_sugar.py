@@ -43,10 +43,7 @@ class SugarAdapterMixin:
         where = f"The adapter in {pretrained_model_name_or_path}"
         config = self.config_class.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
         if config.image_pooling != self.config.image_pooling:
-            raise ValueError(
-                f"{where} was trained with image_pooling={config.image_pooling!r}; this model has "
-                f"{self.config.image_pooling!r}. Load the model with the adapter's."
-            )
+            raise ValueError(f"{where} has image_pooling={config.image_pooling!r}: load the model with the same.")
         hub_kwargs["subfolder"] = str(Path(subfolder, ADAPTER_SUBFOLDER))
         cached_file(pretrained_model_name_or_path, "adapter_config.json", **hub_kwargs)
         file = cached_file(pretrained_model_name_or_path, "adapter_model.safetensors", **hub_kwargs)
@@ -78,14 +75,12 @@ class SugarAdapterMixin:
         ]
         if wrong:
             raise ValueError(
-                f"{where} does not fit this backbone: {first_few(wrong)}. Load it on the backbone that it was trained on, "
-                "which its config.json names."
+                f"{where} does not fit this backbone: {first_few(wrong)}. Load it on the one that its config.json names."
             )
         if config.backbone_fingerprint and not same_fingerprint(config.backbone_fingerprint, fingerprint(self.vlm)):
             raise ValueError(
-                f"{where} was trained on another backbone than this one: the shapes are the same, the weights are not. It was "
-                f"trained on {config.backbone_name_or_path!r} (revision {config.backbone_revision}); this is "
-                f"{self.config.name_or_path!r}."
+                f"{where} was trained on {config.backbone_name_or_path!r} (revision {config.backbone_revision}), and this is another"
+                f" backbone, {self.config.name_or_path!r}: the shapes are the same, the weights are not."
             )
         peft.inject_adapter_in_model(peft_config, self, adapter_name)
         if all(weight.dtype == torch.float32 for weight in state_dict.values()):
@@ -103,9 +98,7 @@ class SugarAdapterMixin:
         """Switch to an adapter, with its retrieval projector, by the name that it was loaded under."""
         attached = getattr(self, "peft_config", {})
         if not isinstance(adapter_name, str) or adapter_name not in attached:
-            raise ValueError(
-                f"There is no adapter {adapter_name!r}. Name one of these: {', '.join(attached) or 'none'}."
-            )
+            raise ValueError(f"There is no adapter {adapter_name!r}, only {', '.join(attached) or 'none'}.")
         _peft().functional.set_adapter(self, adapter_name, inference_mode=attached[adapter_name].inference_mode)
 
     def active_adapters(self) -> list[str]:
@@ -209,17 +202,12 @@ class SugarAdapterMixin:
             return None
         names = {name for module in self._adapter_modules() for name in module.active_adapters}
         if len(names) > 1:
-            raise ValueError(
-                f"Several adapters are active ({', '.join(sorted(names))}). Make one of them active with `set_adapter`."
-            )
+            raise ValueError(f"Several adapters are active ({', '.join(sorted(names))}): choose with `set_adapter`.")
         return names.pop() if names else None
 
     def _require_full_precision(self, purpose: str):
         if hasattr(self.config, "quantization_config"):
-            raise ValueError(
-                f"The weights are quantized. To {purpose}, load the model without `quantization_config`; save an adapter "
-                "that is not saved yet first (`save_pretrained`)."
-            )
+            raise ValueError(f"The weights are quantized: to {purpose}, load them without `quantization_config`.")
 
     def _adapter_weights(self, adapter: str, state_dict=None) -> dict[str, torch.Tensor]:
         if state_dict is not None:
@@ -274,16 +262,10 @@ def _save_adapter(directory: Path, peft_config, weights: dict[str, torch.Tensor]
 def check_peft_config(peft_config):
     """Refuse a [`~peft.PeftConfig`] of what an adapter repository cannot hold, by a `ValueError` that names the setting."""
     if getattr(peft_config, "bias", "none") != "none":
-        raise ValueError(
-            f"`bias={peft_config.bias!r}` of the PEFT configuration changes the biases of the backbone itself, which no "
-            "adapter can bring. Set `bias='none'`."
-        )
+        raise ValueError(f"`bias={peft_config.bias!r}` changes the backbone's own biases. Set `bias='none'`.")
     tuner = _peft().mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type)
     if tuner is None or peft_config.is_prompt_learning or peft_config.is_adaption_prompt or tuner.uses_shared_state:
-        raise ValueError(
-            f"A {type(peft_config).__name__} cannot be loaded into a model again. Use an adapter of weights, `LoraConfig` "
-            "for example."
-        )
+        raise ValueError(f"A {type(peft_config).__name__} cannot be loaded again. Take a `LoraConfig` or its kin.")
 
 
 def first_few(names, count: int = 4) -> str:

@@ -84,8 +84,7 @@ class SugarCheckpointMixin(SugarAdapterMixin):
             wrong += [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in shapes]
         if wrong:
             raise ValueError(
-                f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks weights: {first_few(wrong)}. It is not complete, "
-                "or not of this model: save or download it again."
+                f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks weights: {first_few(wrong)}. Download it again."
             )
         model._loaded_from = model.config.name_or_path, fingerprint(model.vlm)
         return model, info
@@ -94,18 +93,14 @@ class SugarCheckpointMixin(SugarAdapterMixin):
     def _load_backbone(cls, config, adapter: str | Path, *args, subfolder=None, adapter_kwargs=None, **kwargs):
         # `subfolder` and `adapter_kwargs`, into which the Auto classes put the revision, are about the adapter's repository
         if not config.backbone_name_or_path:
-            raise ValueError(
-                f"The adapter in {adapter} does not say where its backbone is, which was changed or not saved before the "
-                "training. Pass `backbone_name_or_path`."
-            )
+            raise ValueError(f"{adapter} does not say where its backbone is. Pass `backbone_name_or_path`.")
         kwargs["revision"] = config.backbone_revision
         try:
             return cls._load_weights(config.backbone_name_or_path, *args, config=config, **kwargs)
         except OSError as error:
             raise OSError(
-                f"The adapter in {adapter} is for the backbone {config.backbone_name_or_path!r} (revision "
-                f"{config.backbone_revision}), which cannot be loaded: {error}\nIf it is somewhere else, pass "
-                "`backbone_name_or_path`."
+                f"The adapter in {adapter} is for the backbone {config.backbone_name_or_path!r} (revision {config.backbone_revision}), "
+                f"which cannot be loaded: {error}\nIf it is somewhere else, pass `backbone_name_or_path`."
             ) from error
 
     def backbone_source(self) -> tuple[str, str | None]:
@@ -176,10 +171,7 @@ class SugarCheckpointMixin(SugarAdapterMixin):
         self._require_full_precision("export its backbone")
         if self._active_adapter() is not None:
             if not merge:
-                raise ValueError(
-                    "An adapter is attached. Set `merge=True` to export the backbone with it, or write it by itself "
-                    "with `export_adapter`."
-                )
+                raise ValueError("An adapter is attached: set `merge=True`, or use `export_adapter`.")
             self.merge_and_unload()
         self.vlm.generation_config = self.generation_config
         with whole_directory(save_directory) as directory:

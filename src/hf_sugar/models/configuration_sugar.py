@@ -68,9 +68,7 @@ class SugarConfig(PreTrainedConfig):
         if self.image_pooling not in ("mean", "last"):
             raise ValueError(f"`image_pooling` is {self.image_pooling!r}; it must be 'mean' or 'last'.")
         if self.rerank_prompt.count("{query}") != 1 or self.rerank_prompt.count("{document}") != 1:
-            raise ValueError(
-                f"`rerank_prompt` is {self.rerank_prompt!r}; it needs {{query}} and {{document}}, each once."
-            )
+            raise ValueError(f"`rerank_prompt` {self.rerank_prompt!r} needs {{query}} and {{document}}, once each.")
         if self.initializer_range is None:
             self.initializer_range = self.get_text_config().hidden_size ** -0.5
         # read on the outer configuration of a composite model too
@@ -104,8 +102,7 @@ class SugarConfig(PreTrainedConfig):
             config = {"model_type": cls.model_type, "vlm_config": config}
         if not config.get("vlm_config"):
             raise OSError(
-                f"{pretrained_model_name_or_path} has no config.json of a model: it is missing or damaged. It needs the "
-                "`model_type` of a backbone, or `vlm_config`. Copy or download the checkpoint again."
+                f"{pretrained_model_name_or_path} has no config.json of a model: it is missing or damaged. Download it again."
             )
         return config, kwargs
 

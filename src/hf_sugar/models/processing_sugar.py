@@ -124,7 +124,7 @@ class SugarProcessor(ProcessorMixin):
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
             if config.get("model_type") == "sugar":
                 raise OSError(
-                    f"{pretrained_model_name_or_path} lacks processor_config.json. Save the processor there, with the model."
+                    f"{pretrained_model_name_or_path} lacks processor_config.json. Save the processor there."
                 )
         try:
             processor = backbone_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -133,12 +133,10 @@ class SugarProcessor(ProcessorMixin):
             signs = re.search("torchvision|VIDEO_PROCESSOR_MAPPING|recursion", str(error), re.IGNORECASE)
             if signs and not is_torchvision_available():
                 raise ImportError(
-                    f"The processor of {pretrained_model_name_or_path} needs torchvision, because this family takes "
-                    "videos too or resizes its images with it. Run `pip install torchvision`."
+                    f"The processor of {pretrained_model_name_or_path} needs torchvision. Run `pip install torchvision`."
                 ) from error
             raise OSError(
-                f"The processor of {pretrained_model_name_or_path} cannot be loaded, one of its files (processor_config.json, "
-                f"tokenizer.json, ...) is missing or damaged: {error}"
+                f"The processor of {pretrained_model_name_or_path} cannot be loaded; a file is missing or damaged: {error}"
             ) from error
         if "backbone_processor_class" in stored:  # its template is the one that it was trained with
             return _with_slices(processor)
@@ -324,13 +322,11 @@ class SugarProcessor(ProcessorMixin):
                 slice_ids[row, tokens] = number
             if ends.max() > len(texts[row]) + grown:
                 raise ValueError(
-                    f"{name}: the processor of this family ({type(self).__mro__[2].__name__}) adds to the text that "
-                    "the chat template renders, so the places of the slices in it are not known. Use another backbone."
+                    f"{name}: {type(self).__mro__[2].__name__} adds to the text, so the slices are not found. Use another backbone."
                 )
             if loss_on is not None and loss_on[row] is not None and (labels[row] == -100).all():
                 raise ValueError(
-                    f"{name} has no {loss_on[row].removesuffix('s')}, so nothing carries the loss. Add one, or set "
-                    "loss_on='text' for a document."
+                    f"{name} has no {loss_on[row].removesuffix('s')}, so nothing carries the loss. Add one, or set loss_on='text'."
                 )
         batch["slice_ids"] = slice_ids
         if loss_on is not None:
@@ -355,8 +351,7 @@ class SugarProcessor(ProcessorMixin):
                     continue
                 if typed := special.search(part["text"]):
                     raise ValueError(
-                        f"{name}: the text {part['text'][:60]!r} contains {typed.group()!r}, a special token of this model. "
-                        "Remove it; where it stands for an image, make it an image part."
+                        f"{name}: the text {part['text'][:60]!r} contains {typed.group()!r}, a special token. Take an image part."
                     )
                 if role != "system":
                     slices.append((len(texts), kinds))
@@ -371,8 +366,7 @@ class SugarProcessor(ProcessorMixin):
             rendered = self.apply_chat_template(marked, tokenize=False)
         except TemplateError as error:
             raise ValueError(
-                f"{name}: the chat template of this checkpoint refuses the conversation ({error}). Change the row or drop "
-                "it, or set `processor.chat_template` to one that takes it."
+                f"{name}: the chat template refuses the conversation ({error}). Change it, or set `processor.chat_template`."
             ) from error
 
         # The template has put marks and image tokens somewhere; put the texts in and note where each slice is.
@@ -400,13 +394,11 @@ class SugarProcessor(ProcessorMixin):
         system = set(range(len(texts))) - set(expected)
         if [number for number in found if number not in system] != expected:
             raise ValueError(
-                f"{name}: the chat template of this checkpoint drops or reorders parts of the conversation. Set "
-                "`processor.chat_template` to one that keeps images and texts in their order."
+                f"{name}: the chat template drops or reorders parts of the conversation. Set another `processor.chat_template`."
             )
         if self.apply_chat_template(unmarked, tokenize=False) != text:
             raise ValueError(
-                f"{name}: the chat template changes a text (most templates trim it). Remove the white space at the "
-                "ends of the texts, and anything else that the template rewrites."
+                f"{name}: the chat template changes a text (most trim it). Remove white space at the ends of the texts."
             )
         return text, [(number is None, *spans.get(number, (0, 0, 0)), kinds) for number, kinds in slices]
 

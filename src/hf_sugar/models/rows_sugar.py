@@ -41,9 +41,8 @@ def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
         messages = None
     else:
         raise ValueError(
-            f"a row has the columns {', '.join(row)}; slices are the content parts of `messages` (or of `prompt` and "
-            "`completion` that are lists of messages). Bring the dataset into that format, for example with "
-            "`hf_sugar.data.load_data`."
+            f"a row has the columns {', '.join(row)}; its slices are the content parts of `messages` (or of lists `prompt` and "
+            "`completion`). Bring the dataset into that format, for example with `hf_sugar.data.load_data`."
         )
     structure = row.get("structure")
     return {
@@ -91,8 +90,7 @@ def as_row(item: Any, where: str = "item") -> dict[str, Any]:
             image = next((part[key] for key in keys if part.get(key) is not None), None)
         if image is None or (image is part and not isinstance(part, Path | Image.Image)):
             raise TypeError(
-                f"{where} is or holds {found}; give a text, a PIL image, the Path of an image or text file, a part "
-                "{'type': 'image', 'image': ...}, a list of those, or a row with `messages` and `images`."
+                f"{where} is or holds {found}; give a text, a PIL image, a Path, an image part, a list of those, or a row."
             )
         content.append({"type": "image", "text": None})
         images.append(image)

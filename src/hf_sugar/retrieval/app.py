@@ -48,9 +48,7 @@ def build_page(rag: SugarRAG, title: str, k: int, plot_alignment: Callable) -> g
                 parts.append(load_image(Path(image), "the picture"))
             except (ValueError, OSError) as error:
                 # not the path, which is the server's
-                raise gr.Error(
-                    f"The picture cannot be read: it is no image, or damaged ({type(error).__name__})."
-                ) from error
+                raise gr.Error(f"The picture cannot be read ({type(error).__name__}).") from error
         if text and text.strip():
             parts.append(text.strip())
         if needed and not parts:

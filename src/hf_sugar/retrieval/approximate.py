@@ -17,19 +17,17 @@ def check_factory(factory: str, search_options: str | None, dim: int | None = No
         faiss.ParameterSpace().set_index_parameters(index, search_options or "")
     except RuntimeError as error:
         raise ValueError(
-            f"FAISS does not take `factory={factory!r}` with `search_options={search_options!r}` for embeddings of "
-            f"{'any dimension' if dim is None else f'dimension {dim}'} ({_reason(error)}). "
-            "Take one such as 'Flat', 'HNSW32' or 'IVF1024,PQ32'."
+            f"FAISS does not take `factory={factory!r}` with `search_options={search_options!r}` for embeddings of dimension "
+            f"{dim or 'any'} ({_reason(error)}). Take one such as 'Flat', 'HNSW32' or 'IVF1024,PQ32'."
         ) from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or factory.startswith("IDMap"):
         raise ValueError(
-            f"`factory={factory!r}` cannot be used: documents are searched by inner product and numbered by the index "
-            "itself. Take one such as 'Flat', 'HNSW32' or 'IVF1024,PQ32', without IDMap."
+            f"`factory={factory!r}` cannot be used: items are searched by inner product, and numbered by the index itself."
         )
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None and count is not None and count < ivf.nlist:
         raise ValueError(
-            f"FAISS cannot train {factory!r} on {count} embeddings: it has {ivf.nlist} clusters. Take fewer, or 'Flat'."
+            f"FAISS cannot train the {ivf.nlist} clusters of {factory!r} on {count} embeddings. Take fewer."
         )
     for option in [] if search_options is None else search_options.split(","):
         name, _, value = option.partition("=")
@@ -45,8 +43,7 @@ def build_faiss(embeddings: np.ndarray, factory: str) -> faiss.Index:
         index.add(embeddings)
     except RuntimeError as error:
         raise ValueError(
-            f"FAISS cannot train {factory!r} on {len(embeddings)} embeddings of dimension {embeddings.shape[1]} "
-            f"({_reason(error)}). Take fewer clusters, other subquantizers, or 'Flat'."
+            f"FAISS cannot train {factory!r} on {len(embeddings)} embeddings of dimension {embeddings.shape[1]}: {_reason(error)}"
         ) from error
     return index
 

@@ -143,9 +143,7 @@ class Index(ABC):
             raise ValueError(f"`rerank` is {rerank} and `k` {k}: look again at no fewer hits than you ask for.")
         items, embed = queries, in_role(self.embed, "query")
         if (late or rerank) and (isinstance(items, np.ndarray) or not isinstance(self.embed, SugarEmbedder)):
-            raise ValueError(
-                "`late` and `rerank` need queries that are not embedded, and a `SugarEmbedder` for `embed`."
-            )
+            raise ValueError("`late` and `rerank` need queries that are not embedded, and a `SugarEmbedder`.")
         if late and not self.every_slice:
             raise ValueError("`late` needs an index of every slice: build it with `every_slice=True`.")
         if not isinstance(queries, np.ndarray):
@@ -188,10 +186,7 @@ class Index(ABC):
         try:
             scores = iter(reranker.score(pairs, names).tolist())
         except ValueError as error:
-            raise ValueError(
-                f"{error} For a search without it lower `rerank` or leave it out; what is too long to be read with the query "
-                "can be indexed as smaller documents."
-            ) from error
+            raise ValueError(f"{error} Or lower `rerank`, leave it out, or index smaller documents.") from error
         hits = [[replace(hit, score=next(scores)) for hit in found] for found in hits]
         return [sorted(found, key=lambda hit: -hit.score)[:k] for found in hits]
 
@@ -209,8 +204,7 @@ class Index(ABC):
         (first, _, how), (second, _, how_asked) = stored.partition("#"), self.fingerprint.partition("#")
         if how != how_asked or not same_fingerprint(first, second):
             raise ValueError(
-                f"{where} was built with another model, pooling, `truncate_dim` or instruction. Load that model "
-                "and set `truncate_dim` as it was then, or build the index anew."
+                f"{where} was built with another model, pooling, `truncate_dim` or instruction. Take the same, or build it anew."
             )
 
     def _ranks(self) -> tuple[int, int]:
@@ -251,9 +245,7 @@ class Index(ABC):
         """The documents that can be embedded, and their embeddings, of shape `(slices, dim)` each, or `(1, dim)` without
         `every_slice`. `dim` is the dimension that they have to have."""
         if self.every_slice and not isinstance(self.embed, SugarEmbedder):
-            raise ValueError(
-                "`every_slice` needs a `SugarEmbedder` for `embed`: another function gives one embedding."
-            )
+            raise ValueError("`every_slice` needs a `SugarEmbedder` for `embed`.")
         errors: dict[int, ValueError] = {}
         items = [document.embedded for document in documents]
         if isinstance(self.embed, SugarEmbedder):

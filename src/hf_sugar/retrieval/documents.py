@@ -124,8 +124,7 @@ def checked(embeddings: np.ndarray, name: str) -> np.ndarray:
     bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-2))  # bfloat16 normalises to about 4e-3; NaN is bad as well
     if len(bad) > 0:
         raise ValueError(
-            f"`{name}[{bad[0]}]` has norm {norms[bad[0]]:.4g}, and so {len(bad)} of {len(norms)} are not L2-normalised. "
-            "Divide each by its norm."
+            f"`{name}[{bad[0]}]` has norm {norms[bad[0]]:.4g}, and so {len(bad)} of {len(norms)} are not L2-normalised."
         )
     return embeddings
 

@@ -421,10 +421,7 @@ class SugarIndex(Index):
             file = directory / "index.json"
             if self._stored is not None and directory == self.directory:
                 if not file.exists() or file.read_text(encoding="utf-8") != self._stored:
-                    raise ValueError(
-                        f"{directory} was written by another process since it was loaded. Load it again and repeat the "
-                        "change."
-                    )
+                    raise ValueError(f"{directory} was written by another process since it was loaded. Load it again.")
             yield
 
     @classmethod

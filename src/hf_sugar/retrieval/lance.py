@@ -56,14 +56,11 @@ class LanceIndex(Index):
             stored = json.loads((self._table.schema.metadata or {}).get(b"hf_sugar", b"{}"))
             columns = {"embeddings", "slices"} if stored.get("every_slice") else {"embeddings"}
             if "fingerprint" not in stored or not columns <= {*self._table.schema.names}:
-                raise ValueError(
-                    f"The table {table!r} in {uri} is not one of this version of hf_sugar. Choose another name."
-                )
+                raise ValueError(f"The table {table!r} in {uri} is not one of this version of hf_sugar. Take another.")
             self._check_model(f"The table {table!r} in {uri}", stored["fingerprint"])
             if (stored["by"], stored["every_slice"]) != (by, every_slice):
                 raise ValueError(
-                    f"The table {table!r} in {uri} was built with by={stored['by']!r} and "
-                    f"every_slice={stored['every_slice']}. Open it with these."
+                    f"The table {table!r} in {uri} was built with by={stored['by']!r} and every_slice={stored['every_slice']}."
                 )
 
     def __len__(self) -> int:

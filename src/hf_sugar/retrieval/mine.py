@@ -65,14 +65,9 @@ def mine_negatives(
     Source of the margin: guided negatives, [GISTEmbed](https://huggingface.co/papers/2402.16829).
     """
     if "negatives" in dataset.column_names:
-        raise ValueError(
-            "The dataset has a column `negatives`. Keep it, or take it off: `remove_columns('negatives')`."
-        )
+        raise ValueError("The dataset has a column `negatives`. Keep it, or `remove_columns('negatives')`.")
     if not 1 <= num_negatives <= num_candidates or not 0 < margin <= 1:
-        raise ValueError(
-            f"`num_negatives` is {num_negatives}, `num_candidates` {num_candidates} and `margin` {margin}: at least one negative, "
-            "no fewer candidates, and a margin above 0 and at most 1."
-        )
+        raise ValueError("`num_negatives` must be from 1 to `num_candidates`, and `margin` above 0 and at most 1.")
     rows, kinds = undecoded(dataset), set()
     asked, right = [], defaultdict(set)  # what each row asks, and all that is right to that
     for n, row in enumerate(tqdm(rows, desc="reading rows", unit=" rows", disable=not progress)):
@@ -81,9 +76,7 @@ def mine_negatives(
         right[asked[n]].update(map(_digest, answers))
         kinds.update(map(type, answers))
         if len(kinds) > 1:
-            raise ValueError(
-                f"{row_name(row, n)}: right answers are texts in some rows and images in others. Mine for them apart."
-            )
+            raise ValueError(f"{row_name(row, n)}: answers are texts in some rows, images in others. Mine apart.")
     if not asked:
         raise ValueError("The dataset has no rows.")
     [kind] = kinds
@@ -139,10 +132,7 @@ def mine_negatives(
             counts[len(negatives[-1])] += 1
         tables.append(Dataset.from_dict({"negatives": negatives}, features=features))
     if counts[0] == len(rows):
-        raise ValueError(
-            f"No row has a negative: among its {num_candidates} hits there are right answers, what the teachers call nearly "
-            f"the same, or no {'text' if kind is str else 'image'} at all. Lower `margin`, or take another index."
-        )
+        raise ValueError(f"No row has a negative among {num_candidates} hits. Lower `margin`, or take another index.")
     if fewer := len(rows) - counts[num_negatives]:
         logger.warning(
             "%d of %d rows have fewer than %d negatives, %d none: raise `num_candidates`, or lower `margin`.",
@@ -161,8 +151,7 @@ def question_and_answers(row: dict[str, Any], name: str) -> tuple[list[Any], lis
     if row["structure"] and row["loss_on"] == "captions" and len(slices) == 2:
         return slices[:1], slices[1:]
     raise ValueError(
-        f"{name} has nothing to mine for: it is no image with its caption and has no `positives`, or its `structure` is false. "
-        "Give it a column `positives` of texts or images, or leave it out."
+        f"{name} has nothing to mine for: no image with its caption and no `positives`, or its `structure` is false."
     )
 
 
@@ -175,8 +164,7 @@ def _candidate(document: dict[str, Any], kind: type, name: str) -> str | dict[st
     found = [item for item in _slices(document, name) if isinstance(item, kind)]
     if len(found) > 1:
         raise ValueError(
-            f"{name} has {len(found)} {'texts' if kind is str else 'images'}, and a negative is one. Make an index of texts "
-            "or images that stand alone, or of image-caption rows."
+            f"{name} has {len(found)} {'texts' if kind is str else 'images'}, and a negative is one. Index them apart."
         )
     return found[0] if found else None
 

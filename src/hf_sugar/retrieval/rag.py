@@ -191,8 +191,7 @@ class SugarRAG:
                     )
                 return RAGPrompt(messages, images, hits[:used], hits[used:], note)
         raise ValueError(
-            f"The question has {length} tokens and the answer may have {new_tokens}, but the context holds "
-            f"{self.max_length}. Shorten the question, or lower `max_new_tokens`."
+            f"The question has {length} tokens and the answer may have {new_tokens}, but the context holds {self.max_length}."
         )
 
     def answer(self, question: Any) -> str:

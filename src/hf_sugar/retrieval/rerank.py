@@ -121,9 +121,7 @@ def rerank_rows(dataset: Dataset, prompt: str = SugarConfig.rerank_prompt, num_n
         `ValueError`: if the dataset has no `negatives`, or a row cannot be used (names it).
     """
     if "negatives" not in dataset.column_names:
-        raise ValueError(
-            "The dataset has no column `negatives`. Mine them first: `hf-sugar mine`, or `mine_negatives`."
-        )
+        raise ValueError("The dataset has no column `negatives`. Mine them first: `hf-sugar mine`.")
     content = {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
     features = Features(messages=List(content), images=List(Image()), loss_on=Value("string"))
     features |= Features(structure=Value("bool"), id=Value("string"))

@@ -100,8 +100,7 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> Path:
     except (OSError, RuntimeError) as error:  # FAISS raises the latter
         raise OSError(
             getattr(error, "errno", None),
-            f"{file} cannot be written ({error}). What stood in the directory is as it was, and the shards that were "
-            "finished are kept: make room and run the same again",
+            f"{file} cannot be written ({error}). What stood there is as it was: make room and run the same again",
         ) from error
 
 
@@ -115,9 +114,7 @@ def write_json(file: Path, content: dict[str, Any]) -> str:
 def read_json(file: Path) -> tuple[str, dict[str, Any]]:
     """What [`write_json`] wrote, as text and content."""
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} does not exist. Write an index there with `SugarIndex.save` or `hf-sugar index`."
-        )
+        raise FileNotFoundError(f"{file} does not exist. Write an index there with `hf-sugar index`.")
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text)

@@ -34,12 +34,7 @@ def to_resume_from(checkpoint: str | bool | None, directory: str) -> str | None:
     if checkpoint is True:
         checkpoint = last_whole_checkpoint(directory)
         if checkpoint is None:
-            raise ValueError(
-                f"No checkpoint in {directory} was written to its end: start without `resume_from_checkpoint`."
-            )
+            raise ValueError(f"No checkpoint in {directory} is whole: start without `resume_from_checkpoint`.")
     elif checkpoint and not is_whole(checkpoint):
-        raise ValueError(
-            f"{checkpoint} is no checkpoint that was written to its end. The last one in {directory}: "
-            f"{last_whole_checkpoint(directory)}."
-        )
+        raise ValueError(f"{checkpoint} is no whole checkpoint. The last one is {last_whole_checkpoint(directory)}.")
     return checkpoint or None

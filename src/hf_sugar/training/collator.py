@@ -184,16 +184,13 @@ class SugarCollator:
         found = []
         for example, name, count, flip in zip(examples, names, counts, flipped):
             if example.get("teacher_embeddings") is None or example.get("teachers") is None:
-                raise ValueError(
-                    f"{name} has no `teacher_embeddings`. Run `hf-sugar prepare` on the data, or set `teacher_mode='online'`."
-                )
+                raise ValueError(f"{name} has no `teacher_embeddings`. Run `hf-sugar prepare` on the data first.")
             if example["teachers"] != self.teachers:
                 check_same_teachers(json.loads(example["teachers"]), wanted["fingerprint"], wanted["description"])
             values = np.array([*example["teacher_embeddings"]], np.float32).reshape(-1, wanted["dim"])
             if count and len(values) != count:
                 raise ValueError(
-                    f"{name} has {len(values)} `teacher_embeddings` for {count} slices: it was changed after they were made. "
-                    "Remove the column to compute them anew."
+                    f"{name} has {len(values)} `teacher_embeddings` for {count} slices. Remove the column to compute them anew."
                 )
             found.append(values[:count][:: -1 if flip else 1])
         embeddings = torch.from_numpy(np.concatenate(found))
@@ -203,8 +200,7 @@ class SugarCollator:
             if bad.any():
                 row = int(torch.tensor(counts).cumsum(0).gt(int(bad.nonzero()[0])).nonzero()[0])
                 raise ValueError(
-                    f"{names[row]} has `teacher_embeddings` that are not of length one: they are damaged. Delete the directory "
-                    "they are kept in, or remove the column, to compute them anew."
+                    f"{names[row]} has damaged `teacher_embeddings`, not of length one. Remove the column, or their directory."
                 )
         return torch.cat([F.normalize(half, dim=1) for half in halves], dim=1)  # they were rounded to float16
 

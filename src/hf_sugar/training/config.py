@@ -227,23 +227,17 @@ class SugarTrainingConfig(SFTConfig):
             if value is not None and not least <= value <= most:
                 raise ValueError(f"`{name}` is {value}; it must be from {least} to {most:g}.")
         if self.max_batch_tokens and (self.matrix_batch_size or not self.padding_free):
-            raise ValueError(
-                "`max_batch_tokens` counts no padding, and leaves the number of rows open: set `padding_free` too, and leave "
-                "`matrix_batch_size` out."
-            )
+            raise ValueError("`max_batch_tokens` needs `padding_free`, and no `matrix_batch_size`.")
         if self.matrix_batch_size and self.auto_find_batch_size:
-            raise ValueError(
-                "`auto_find_batch_size` would change how many rows `matrix_batch_size` compares: leave it out."
-            )
+            raise ValueError("`auto_find_batch_size` would change what `matrix_batch_size` compares: leave it out.")
         if self.matrix_batch_size:
             batches, rest = divmod(self.matrix_batch_size, self.per_device_train_batch_size)
             if self.gradient_accumulation_steps == 1 and not rest:
                 self.gradient_accumulation_steps = batches
             if rest or self.gradient_accumulation_steps % batches:
                 raise ValueError(
-                    f"`matrix_batch_size` is {self.matrix_batch_size}: it must be a multiple of "
-                    f"`per_device_train_batch_size` ({self.per_device_train_batch_size}), and "
-                    f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) 1 or a multiple of their quotient."
+                    f"`matrix_batch_size` ({self.matrix_batch_size}) must be a multiple of `per_device_train_batch_size` "
+                    f"({self.per_device_train_batch_size}), and `gradient_accumulation_steps` 1 or a multiple of {batches}."
                 )
         _check_delta(self.delta)
         for name, setting in self.__dataclass_fields__.items():
@@ -251,12 +245,6 @@ class SugarTrainingConfig(SFTConfig):
             if choices and getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
         if self.flip_captions and self.discriminative_loss != "structure":
-            raise ValueError(
-                "`flip_captions` puts nothing beside the rows, so the contrastive loss has no pairs: set "
-                "`discriminative_loss='structure'` too."
-            )
+            raise ValueError("`flip_captions` leaves no pairs to contrast: set `discriminative_loss='structure'`.")
         if self.teacher_mode == "online" and self.dataloader_num_workers > 0:
-            raise ValueError(
-                "`teacher_mode='online'` runs the teachers in the training process: set `dataloader_num_workers=0`, or "
-                "use `teacher_mode='cache'`."
-            )
+            raise ValueError("`teacher_mode='online'` needs `dataloader_num_workers=0`. Set it, or use 'cache'.")

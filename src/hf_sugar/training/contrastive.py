@@ -90,10 +90,7 @@ class ContrastiveLoss(nn.Module):
         shape = (len(queries), len(candidates))
         for name, mask in (("positives", positives), ("ignored", ignored)):
             if mask is not None and mask.shape != shape:
-                raise ValueError(
-                    f"`{name}` must have shape {shape}, a row for each query and a column for each candidate, got "
-                    f"{tuple(mask.shape)}."
-                )
+                raise ValueError(f"`{name}` must have shape {shape} (queries, candidates), got {tuple(mask.shape)}.")
         with torch.autocast(queries.device.type, enabled=False):
             if queries.dtype != torch.float64:
                 queries, candidates = queries.float(), candidates.float()

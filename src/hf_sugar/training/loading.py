@@ -31,8 +31,7 @@ def require_vision(model: Any, revision: str | None = None) -> None:
         base = model.get_base_model()
         if not isinstance(base, SugarForConditionalGeneration):
             raise TypeError(
-                f"The adapters are on a {type(base).__name__}, which has no retrieval projector. Wrap the backbone with "
-                "`SugarForConditionalGeneration.from_vlm` before adding adapters, or pass it with `peft_config`."
+                f"The {type(base).__name__} below the adapters has no retrieval projector. Pass it alone, with `peft_config`."
             )
     elif isinstance(model, str):
         stored, _ = SugarConfig.get_config_dict(model, revision=revision)
@@ -42,10 +41,7 @@ def require_vision(model: Any, revision: str | None = None) -> None:
     elif not isinstance(model, SugarForConditionalGeneration):
         known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(getattr(model, "config", None)), ())
         if not isinstance(model, known):
-            raise TypeError(
-                f"`model` is a {type(model).__name__}, not an image-text-to-text model such as "
-                "LlavaForConditionalGeneration, nor its Hub id or directory."
-            )
+            raise TypeError(f"`model` is a {type(model).__name__}, not an image-text-to-text model such as LLaVA.")
 
 
 def load_model(
@@ -81,10 +77,7 @@ def load_processor(
             raise ValueError("The model has no name to load a processor by: pass it as `processing_class`.")
         processor = SugarProcessor.from_pretrained(name, revision=revision)
     elif not isinstance(processor, ProcessorMixin):
-        raise TypeError(
-            f"`processing_class` is a {type(processor).__name__}, which reads no images. Pass the processor of the model, "
-            "as `AutoProcessor.from_pretrained` gives it."
-        )
+        raise TypeError(f"`processing_class` is a {type(processor).__name__}. Pass the processor of the model.")
     processor = SugarProcessor.from_processor(copy.deepcopy(processor))
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
@@ -93,10 +86,7 @@ def load_processor(
             raise ValueError("The tokenizer has neither a padding nor an end-of-sequence token: set its `pad_token`.")
         logger.info("The tokenizer has no padding token; %r is used and saved as such.", tokenizer.pad_token)
     if "patch_size" in vars(processor) and processor.patch_size is None:
-        raise ValueError(
-            "The processor has no `patch_size`, without which the tokens of an image cannot be counted: set it to that of "
-            "the vision tower (`model.config.vision_config.patch_size`)."
-        )
+        raise ValueError("The processor has no `patch_size`: set it to `model.config.vision_config.patch_size`.")
     return processor
 
 
@@ -115,10 +105,7 @@ def enter(
     if isinstance(model, PeftModel):
         base = model.get_base_model()
         if peft_config is not None:
-            raise ValueError(
-                "`model` has an adapter: pass `model.get_base_model().merge_and_unload()`, or leave out `peft_config` to train "
-                "it on."
-            )
+            raise ValueError("`model` has an adapter: merge it (`merge_and_unload`), or leave out `peft_config`.")
     else:
         if not isinstance(model, SugarForConditionalGeneration):
             model = SugarForConditionalGeneration.from_vlm(model, **projector_settings(args))
@@ -130,28 +117,20 @@ def enter(
         elif base._active_adapter() is not None:
             backbone = Path(args.output_dir, "backbone").absolute()
             if Path(base.backbone_source()[0]).absolute() == backbone:
-                raise ValueError(
-                    f"`output_dir`: {backbone} is the backbone of the adapter that would be merged, and would be replaced. "
-                    "Choose another directory."
-                )
+                raise ValueError(f"`output_dir`: {backbone} is the adapter's own backbone. Choose another directory.")
             base.merge_and_unload()
             logger.info("The adapter of the model is merged into it, because `peft_config` adds a new one.")
 
     if peft_config is None and isinstance(model, PeftModel):
         check_peft_config(model.peft_config[base._active_adapter()])
         if not isinstance(base.retrieval_projector, ModulesToSaveWrapper):
-            raise ValueError(
-                "The adapter leaves out the retrieval projector. Add it to its configuration "
-                "(`modules_to_save=['retrieval_projector']`), or pass the model without adapter, and `peft_config`."
-            )
+            raise ValueError("The adapter lacks the projector: add `modules_to_save=['retrieval_projector']`.")
     elif peft_config is None and is_quantized(base):
         raise ValueError("The weights are quantized, and cannot be trained: pass `peft_config` to train an adapter.")
     if args.freeze_vision_tower:
         freeze_vision_tower(base)
     if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "No weight of `model` can be trained (`requires_grad`); load its adapter with `is_trainable`."
-        )
+        raise ValueError("No weight of `model` requires_grad: load its adapter with `is_trainable`.")
 
     for module in (model, base, base.vlm):
         forget_preparation(module)
@@ -188,8 +167,7 @@ def require_loadable(base: SugarForConditionalGeneration) -> None:
     """Refuse, with a `ValueError`, an adapter whose backbone nobody could load, before it is trained."""
     if not base.backbone_source()[0]:
         raise ValueError(
-            "The weights below the adapter lie nowhere, so what is saved could not be loaded. Save the model without adapter and "
-            "load it from there, and leave `init_lora_weights` at one that does not change them."
+            "The weights below the adapter lie nowhere: save the model without it, and leave `init_lora_weights` plain."
         )
     if isinstance(base.get_output_embeddings(), TrainableTokensWrapper):
         # TRL 1.16's fused head reads the bias of a linear layer
@@ -201,8 +179,7 @@ def freeze_vision_tower(base: SugarForConditionalGeneration) -> None:
     tower = base.vlm.get_encoder(modality="image")
     if any(module is tower for module in (base.vlm, base.base_model)):
         raise ValueError(
-            f"`freeze_vision_tower`: which module of {type(base.vlm).__name__} that is, is not known. Freeze it yourself "
-            "(`requires_grad_(False)`) and pass the model."
+            f"`freeze_vision_tower`: that of {type(base.vlm).__name__} is not known. Freeze it yourself, and pass the model."
         )
     tower.requires_grad_(False)
 

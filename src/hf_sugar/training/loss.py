@@ -96,10 +96,7 @@ class StructureLoss(nn.Module):
             raise ValueError(f"`embeddings` must have shape (n, dim), got {tuple(embeddings.shape)}.")
         n = len(embeddings)
         if labels.shape != (n, n):
-            raise ValueError(
-                f"`labels` must have shape {(n, n)} for {n} embeddings, got {tuple(labels.shape)}: one row and one "
-                "column for each of them, in the same order."
-            )
+            raise ValueError(f"`labels` must have shape {(n, n)} for {n} embeddings, got {tuple(labels.shape)}.")
         with torch.autocast(embeddings.device.type, enabled=False):
             if embeddings.dtype != torch.float64:
                 embeddings = embeddings.float()

@@ -75,12 +75,6 @@ def require_pairs(args: SugarTrainingConfig, columns: list[str]) -> None:
     """Refuse columns that have no effect, and a contrastive loss without pairs."""
     beside = [name for name in ("positives", "negatives") if name in columns]
     if beside and args.discriminative_loss == "structure":
-        raise ValueError(
-            f"`train_dataset` has `{beside[0]}`, which are for the contrastive loss, and `discriminative_loss` is 'structure': "
-            "remove the column, or set it to 'both'."
-        )
+        raise ValueError(f"`{beside[0]}` are for the contrastive loss: remove them, or set `discriminative_loss`.")
     if args.discriminative_loss != "structure" and not args.singles_per_sample and "positives" not in beside:
-        raise ValueError(
-            "The contrastive loss has no pairs: set `singles_per_sample` to at least 1, give the rows `positives`, or set "
-            "`discriminative_loss='structure'`."
-        )
+        raise ValueError("The contrastive loss has no pairs: set `singles_per_sample`, or give the rows `positives`.")

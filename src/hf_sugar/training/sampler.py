@@ -49,8 +49,7 @@ class TokenBatches(BatchRebalanceSampler):
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > max_batch_tokens:
             raise ValueError(
-                f"`max_batch_tokens` is {max_batch_tokens}, and train_dataset[{longest}] alone has {lengths[longest]} tokens. "
-                "Raise it, or shorten or drop the row."
+                f"`max_batch_tokens` is {max_batch_tokens}, and train_dataset[{longest}] alone has {lengths[longest]} tokens."
             )
         # rounded up to five bits: rows of about the same length take each other's place in other epochs
         steps = [1 << max(0, length.bit_length() - 5) for length in lengths]

@@ -84,8 +84,7 @@ _REFUSED = {
 def _require_what_can_work(args: SugarTrainingConfig, train_dataset: Dataset | IterableDataset | None) -> None:
     if args.push_to_hub and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
         raise ValueError(
-            f"`hub_strategy={args.hub_strategy.value!r}` publishes optimizer states and training_args.bin, a pickle with the "
-            "paths and tokens of this machine. Set it to 'every_save' or 'end'."
+            f"`hub_strategy={args.hub_strategy.value!r}` publishes optimizer states and paths. Set it to 'every_save' or 'end'."
         )
     if args.max_batch_tokens and isinstance(train_dataset, IterableDataset):
         raise ValueError("`max_batch_tokens` has to know all rows: turn `streaming` off, or leave it out.")
@@ -187,10 +186,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         # Args
         model = str(model) if isinstance(model, Path) else model
         if args is not None and not isinstance(args, SugarTrainingConfig):
-            raise TypeError(
-                f"`args` is a {type(args).__name__}. Pass a `SugarTrainingConfig`, which has all settings of `SFTConfig` and "
-                "those of the discriminative loss."
-            )
+            raise TypeError(f"`args` is a {type(args).__name__}. Pass a `SugarTrainingConfig`.")
         revision = ((args and args.model_init_kwargs) or {}).get("revision")
         require_vision(model, revision)
         if args is None:
@@ -223,10 +219,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             loaded = load_model(model, args, quantization_config)
             args.model_init_kwargs = None
         elif quantization_config is not None or args.load_in_4bit:
-            raise ValueError(
-                "`quantization_config` and `load_in_4bit` apply while a model is loaded, and this one is. Pass its Hub id or "
-                "directory, or pass the quantization to its `from_pretrained`."
-            )
+            raise ValueError("`quantization_config` and `load_in_4bit` need the Hub id or directory of a model.")
         else:
             loaded = model
             processing_class = load_processor(processing_class, loaded.config.name_or_path, args)
@@ -240,8 +233,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             source, _ = base.backbone_source()
             if args.push_to_hub and not is_hub_id(source):
                 raise ValueError(
-                    f"`push_to_hub`: the backbone {source} is not on the Hub, so nobody else could load an adapter of it. Name "
-                    "the backbone by its Hub id, or push after training: `hf-sugar push` with `--base_model`."
+                    f"`push_to_hub`: the backbone {source} is not on the Hub. Name it by its id, or push later with `--base_model`."
                 )
             if not source and peft_config is not None and not is_quantized(base):
                 save_backbone(base, Path(args.output_dir, "backbone").absolute(), args.process_index == 0)
@@ -276,10 +268,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             require_loadable(base)
         if self.is_fsdp_enabled:
             if not self.accelerator.is_fsdp2:
-                raise ValueError(
-                    "FSDP of version 1 does not divide the losses of this trainer rightly: set `fsdp_version: 2`, as "
-                    "examples/accelerate/fsdp2.yaml does."
-                )
+                raise ValueError("FSDP 1 does not divide the losses of this trainer rightly: set `fsdp_version: 2`.")
             # accelerate 1.15 refuses names of layers that a backbone lists and does not have (CLIP's of texts)
             base._no_split_modules = {type(module).__name__ for module in base.modules()} & {*base._no_split_modules}
         if is_quantized(base):
