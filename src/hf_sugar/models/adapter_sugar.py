@@ -110,13 +110,13 @@ class SugarAdapterMixin:
     def disable_adapters(self) -> None:
         """Switch to the model without adapters; its retrieval projector is not a trained one then."""
         self.active_adapters()
-        for module in self._adapter_modules():
+        for _, module in self._adapter_modules():
             module.enable_adapters(False)
 
     def enable_adapters(self) -> None:
         """Undo `disable_adapters`."""
         [adapter] = self.active_adapters()
-        for module in self._adapter_modules():
+        for _, module in self._adapter_modules():
             module.enable_adapters(True)
         self.set_adapter(adapter)  # frozen or not as before
 
@@ -136,7 +136,7 @@ class SugarAdapterMixin:
             # PEFT (0.21) would add what an adapter changes in one of them to both of them, or twice
             outputs.weight = nn.Parameter(outputs.weight.detach().clone())
         inside = ()
-        for name, module in self._adapter_modules(names=True):
+        for name, module in self._adapter_modules():
             if name.startswith(inside):
                 continue
             if hasattr(module, "unload_and_optionally_merge_module"):
@@ -173,8 +173,7 @@ class SugarAdapterMixin:
         peft = _peft()
         peft_config = copy.copy(self.peft_config[adapter])
         # by their full names: a pattern was written for the names of this class
-        modules = self._adapter_modules(names=True)
-        modules = {name.removeprefix("vlm."): module for name, module in modules if name.startswith("vlm.")}
+        modules = {n.removeprefix("vlm."): m for n, m in self._adapter_modules() if n.startswith("vlm.")}
         wrappers = [n for n, module in modules.items() if isinstance(module, peft.utils.AuxiliaryTrainingWrapper)]
         inside = tuple(f"{name}." for name in wrappers)
         peft_config.target_modules = {n for n in modules if n not in wrappers and not n.startswith(inside)}
@@ -184,23 +183,20 @@ class SugarAdapterMixin:
         peft_config.ensure_weight_tying = False  # each of the two by its own name and weights
         weights = self._adapter_weights(adapter).items()
         weights = {key.removeprefix("vlm."): value for key, value in weights if key.startswith("vlm.")}
-        source = self.config.backbone_name_or_path or self.config.name_or_path
-        revision = self.config.backbone_revision or self.config._commit_hash
         with whole_directory(save_directory) as directory:
-            _save_adapter(directory, peft_config, weights, source, revision)
+            _save_adapter(directory, peft_config, weights, *self.backbone_source())
 
-    def _adapter_modules(self, names: bool = False) -> list:
-        """Modules of PEFT, or with `names` pairs of name and module."""
+    def _adapter_modules(self) -> list[tuple[str, nn.Module]]:
+        """Names and modules of what PEFT has put into the model."""
         peft = _peft()
         kinds = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.AuxiliaryTrainingWrapper)
-        found = [(name, module) for name, module in self.named_modules() if isinstance(module, kinds)]
-        return found if names else [module for _, module in found]
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, kinds)]
 
     def _active_adapter(self) -> str | None:
         """Name of the adapter that is on, whoever put it there: this class, transformers or a `PeftModel` around it."""
         if not is_peft_available():
             return None
-        names = {name for module in self._adapter_modules() for name in module.active_adapters}
+        names = {name for _, module in self._adapter_modules() for name in module.active_adapters}
         if len(names) > 1:
             raise ValueError(f"Several adapters are active ({', '.join(sorted(names))}): choose with `set_adapter`.")
         return names.pop() if names else None

@@ -29,7 +29,7 @@ def fingerprint(model: nn.Module, adapters: bool = False) -> str:
     """
     weights = dict(_weights(model))
     if adapters and (adapter := model._active_adapter()) is not None:
-        if not any(module.disable_adapters for module in model._adapter_modules()):
+        if not any(module.disable_adapters for _, module in model._adapter_modules()):
             # with the trained projector in the place of the one that it was made from
             weights |= model._adapter_weights(adapter)
     names, samples, seen = [], [], set()

@@ -172,12 +172,6 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
     def base_model(self) -> PreTrainedModel:
         return self.vlm.base_model
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vlm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.vlm.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
         return self.vlm.get_output_embeddings()
 
@@ -328,14 +322,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
 
     @classmethod
     def from_backbone(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "SugarForConditionalGeneration":
-        """
-        Wrap a plain backbone checkpoint with a fresh retrieval projector. The same as `from_pretrained` on it.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`): Hub id or directory of any image-text-to-text checkpoint.
-            kwargs:
-                Arguments of `from_pretrained` and fields of [`SugarConfig`], `retrieval_dim` for example.
-        """
+        """Wrap a plain backbone checkpoint with a fresh retrieval projector: another name of `from_pretrained`."""
         return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

@@ -171,7 +171,7 @@ class SugarProcessor(ProcessorMixin):
         return {**super().to_dict(), "auto_map": AUTO_MAP, "backbone_processor_class": backbone_class}
 
     def __reduce__(self):
-        return _restore_processor, (type(self).__mro__[2], self.__dict__.copy())
+        return _new, (type(self).__mro__[2],), self.__dict__.copy()
 
     def _keeps_order(self) -> bool:
         if self.chat_template is None:
@@ -336,18 +336,17 @@ class SugarProcessor(ProcessorMixin):
     def _render(self, messages: list[dict[str, Any]], name: str) -> tuple[str, list[tuple]]:
         """The text of a conversation and, for each slice in order: is it an image, where its text starts and ends,
         where its loss ends, and the kinds of loss that cover it."""
-        texts, slices, marked, unmarked, ends_turn = [], [], [], [], set()
+        texts, slices, marked, ends_turn = [], [], [], set()
         image_tokens = self.tokenizer.convert_ids_to_tokens(self._feature_token_ids)
         special = _special_tokens(self.tokenizer, len(self.tokenizer), self.image_token, *image_tokens)
         for message in messages:
-            role, parts, plain = message["role"], [], []
+            role, parts = message["role"], []
             kinds = {"text", "answers"} if role == "assistant" and message.get("learn", True) else {"text"}
             for part in message["content"]:
                 if part["type"] == "image":
                     kinds = kinds | {"captions"}
                     slices.append((None, kinds))
                     parts.append({"type": "image"})
-                    plain.append({"type": "image"})
                     continue
                 if typed := special.search(part["text"]):
                     raise ValueError(
@@ -356,12 +355,10 @@ class SugarProcessor(ProcessorMixin):
                 if role != "system":
                     slices.append((len(texts), kinds))
                 parts.append({"type": "text", "text": _MARK.format(len(texts))})
-                plain.append({"type": "text", "text": part["text"]})
                 texts.append(part["text"])
             if role == "assistant" and parts and parts[-1]["type"] == "text":
                 ends_turn.add(len(texts) - 1)
             marked.append({"role": role, "content": parts})
-            unmarked.append({"role": role, "content": plain})
         try:
             rendered = self.apply_chat_template(marked, tokenize=False)
         except TemplateError as error:
@@ -396,7 +393,7 @@ class SugarProcessor(ProcessorMixin):
             raise ValueError(
                 f"{name}: the chat template drops or reorders parts of the conversation. Set another `processor.chat_template`."
             )
-        if self.apply_chat_template(unmarked, tokenize=False) != text:
+        if self.apply_chat_template(messages, tokenize=False) != text:
             raise ValueError(
                 f"{name}: the chat template changes a text (most trim it). Remove white space at the ends of the texts."
             )
@@ -408,10 +405,8 @@ def _with_slices(processor: ProcessorMixin) -> SugarProcessor:
     return processor
 
 
-def _restore_processor(backbone_class: type, state: dict[str, Any]) -> SugarProcessor:
-    processor = backbone_class.__new__(backbone_class)
-    processor.__dict__.update(state)
-    return _with_slices(processor)
+def _new(backbone_class: type) -> SugarProcessor:
+    return _with_slices(backbone_class.__new__(backbone_class))
 
 
 __all__ = ["SugarProcessor"]

@@ -110,7 +110,7 @@ def enter(
         if not isinstance(model, SugarForConditionalGeneration):
             model = SugarForConditionalGeneration.from_vlm(model, **projector_settings(args))
         base = model
-        if any(module.disable_adapters for module in base._adapter_modules()):
+        if any(module.disable_adapters for _, module in base._adapter_modules()):
             raise ValueError("The adapter of `model` is switched off: call its `enable_adapters` first.")
         if base._active_adapter() is not None and peft_config is None:
             model = _go_on(base)
