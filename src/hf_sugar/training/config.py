@@ -30,16 +30,12 @@ _RANGES = {
     "contrastive_mask_above": (-1, math.inf),
     "delta": (0, 1e6),
     "singles_per_sample": (0, math.inf),
-    "matrix_batch_size": (1, math.inf),
-    "positions_per_sample": (1, math.inf),
-    "retrieval_dim": (1, math.inf),
-    "retrieval_hidden_size": (1, math.inf),
     "eval_retrieval_rows": (0, math.inf),
-    "max_length": (1, math.inf),
-    "max_batch_tokens": (1, math.inf),
-    "per_device_train_batch_size": (1, math.inf),
-    "per_device_eval_batch_size": (1, math.inf),
-    "gradient_accumulation_steps": (1, math.inf),
+    **dict.fromkeys(
+        """matrix_batch_size positions_per_sample retrieval_dim retrieval_hidden_size max_length max_batch_tokens
+        per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps""".split(),
+        (1, math.inf),
+    ),
 }
 
 

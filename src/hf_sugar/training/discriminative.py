@@ -32,15 +32,9 @@ PADDING = (0, 0, -1, 0, NOTHING)
 def draw_positions(
     modality: torch.Tensor, count: int, spread: bool = False, wanted: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Sample and slice of positions, each the end of a slice, of every sample.
-
-    Args:
-        modality (`torch.LongTensor` of shape `(samples, slices)`): -1 where a sample has fewer slices.
-        count (`int`): How many of each sample; one with fewer slices gives all.
-        spread (`bool`): Whether they are spread evenly, the last slice among them, rather than drawn at random.
-        wanted (`torch.BoolTensor` of shape `(samples, slices)`): Slices that come first: they have a partner in the batch.
-    """
+    """Sample and slice of `count` positions of every sample, each the end of a slice, or of all that it has: at random, or
+    `spread` evenly with the last slice among them. `modality` is of shape `(samples, slices)`, -1 where a sample has fewer;
+    the slices `wanted`, of the same shape, come first, because they have a partner in the batch."""
     present = modality >= 0
     if spread:
         slices = present.sum(dim=1, keepdim=True)

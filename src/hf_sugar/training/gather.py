@@ -20,17 +20,9 @@ class _AllGather(torch.autograd.Function):
 
 def gather_rows(rows: torch.Tensor, padding: float = 0) -> torch.Tensor:
     """
-    The rows of all processes, in the order of ranks; each process may have another number of them, and another width.
-    Gradients go back to the process that a row came from. A process that is alone gets its own rows.
-
-    Args:
-        rows (`torch.Tensor` of shape `(n, width, ...)`):
-            Rows of this process.
-        padding (`float`, *optional*, defaults to `0`):
-            What fills up the width.
-
-    Returns:
-        `torch.Tensor` of shape `(total, widest, ...)`.
+    The rows `(n, width, ...)` of all processes, in the order of ranks: `(total, widest, ...)`. Each process may have another
+    number of them, and another width, which is filled up with `padding`. Gradients go back to the process that a row came
+    from. A process that is alone gets its own rows.
     """
     if not dist.is_initialized():
         return rows

@@ -6,15 +6,36 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch.distributed.fsdp import FSDPModule
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import logging
 
 from hf_sugar.hub.card import run_facts, write_card
 from hf_sugar.hub.push import push_checkpoint
 from hf_sugar.models import SugarForConditionalGeneration
 from hf_sugar.models.adapter_sugar import ADAPTER_SUBFOLDER
 
-from .checkpoints import to_resume_from
+
+logger = logging.get_logger(__name__)
+
+
+def is_whole(checkpoint: str) -> bool:
+    """Whether a checkpoint was written to its end: the state of the trainer is the last that is written."""
+    try:
+        return bool(TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def last_whole_checkpoint(directory: str) -> str | None:
+    """The newest checkpoint of a run that was written to its end; a log line says if a newer one was not."""
+    steps = {path.name.rpartition("-")[2]: path for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    for step in sorted(filter(str.isdigit, steps), key=int, reverse=True):
+        if is_whole(str(steps[step])):
+            return str(steps[step])
+        logger.warning("%s was not written to its end, and is passed over.", steps[step])
+    return None
 
 
 class SavingMixin:
@@ -22,8 +43,14 @@ class SavingMixin:
     [`SugarForConditionalGeneration.from_pretrained`] loads in one line."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        resume_from_checkpoint = to_resume_from(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        checkpoint, directory = resume_from_checkpoint, self.args.output_dir
+        if checkpoint is True and (checkpoint := last_whole_checkpoint(directory)) is None:
+            raise ValueError(f"No checkpoint in {directory} is whole: start without `resume_from_checkpoint`.")
+        if checkpoint and not is_whole(checkpoint):
+            raise ValueError(
+                f"{checkpoint} is no whole checkpoint. The last one is {last_whole_checkpoint(directory)}."
+            )
+        return super().train(checkpoint or None, *args, **kwargs)
 
     # Upstream restores nothing into a LLaVA resumed from full weights, because the names of the parameters in the file
     # are those of the older layout (huggingface/transformers#43701): load through the class, which converts them.

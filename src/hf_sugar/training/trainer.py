@@ -23,25 +23,13 @@ from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id
 from hf_sugar.inference import SugarEmbedder
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings, check_same_teachers, teachers_of
 
+from . import loading
 from .cached import compare_ahead
 from .collator import SugarCollator
 from .config import SugarTrainingConfig
 from .discriminative import ROW_COLUMNS, DiscriminativeLoss, discriminative_rows, measure_labels
 from .eval_losses import EvalLosses, retrieval_of_rows
 from .heads import add_structure_head, lays_rows
-from .loading import (
-    enter,
-    for_language_model,
-    forget_preparation,
-    is_quantized,
-    load_model,
-    load_processor,
-    matryoshka_dims,
-    require_loadable,
-    require_vision,
-    save_backbone,
-    train_through_4bit,
-)
 from .rows import RowFilter, each, readable, require_pairs
 from .sampler import train_sampler
 from .saving import SavingMixin
@@ -89,14 +77,10 @@ def _require_what_can_work(args: SugarTrainingConfig, train_dataset: Dataset | I
     if args.max_batch_tokens and isinstance(train_dataset, IterableDataset):
         raise ValueError("`max_batch_tokens` has to know all rows: turn `streaming` off, or leave it out.")
     gathered = args.gather_across_devices and args.world_size > 1
-    if (
-        args.structure_weight > 0
-        and (args.matrix_batch_size or args.max_batch_tokens or args.per_device_train_batch_size) == 1
-        and not gathered
-    ):
+    rows = args.matrix_batch_size or args.max_batch_tokens or args.per_device_train_batch_size
+    if args.structure_weight > 0 and rows == 1 and not gathered:
         problem = (
-            "Every label matrix holds the positions of one sample: they are all alike, and the embeddings collapse. Raise "
-            "`per_device_train_batch_size` or `matrix_batch_size` (accumulation does not enlarge the matrix)"
+            "Every label matrix holds one sample alone: raise `per_device_train_batch_size` or `matrix_batch_size`"
         )
         if not args.allow_single_sample:
             raise ValueError(f"{problem}, or set `structure_weight=0` or `allow_single_sample=True`.")
@@ -188,7 +172,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         if args is not None and not isinstance(args, SugarTrainingConfig):
             raise TypeError(f"`args` is a {type(args).__name__}. Pass a `SugarTrainingConfig`.")
         revision = ((args and args.model_init_kwargs) or {}).get("revision")
-        require_vision(model, revision)
+        loading.require_vision(model, revision)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SugarTrainingConfig(f"{name.split('/')[-1]}-Sugar")
@@ -215,28 +199,28 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         # Model and processor
         set_seed(args.seed)  # of a new retrieval projector
         if isinstance(model, str):
-            processing_class = load_processor(processing_class, model, args, revision)
-            loaded = load_model(model, args, quantization_config)
+            processing_class = loading.load_processor(processing_class, model, args, revision)
+            loaded = loading.load_model(model, args, quantization_config)
             args.model_init_kwargs = None
         elif quantization_config is not None or args.load_in_4bit:
             raise ValueError("`quantization_config` and `load_in_4bit` need the Hub id or directory of a model.")
         else:
             loaded = model
-            processing_class = load_processor(processing_class, loaded.config.name_or_path, args)
-        model = enter(loaded, args, peft_config)
+            processing_class = loading.load_processor(processing_class, loaded.config.name_or_path, args)
+        model = loading.enter(loaded, args, peft_config)
         base = model.get_base_model() if is_peft_model(model) else model
         if self._structure:
-            args.matryoshka_dims = base.config.matryoshka_dims = matryoshka_dims(args, base.config)
+            args.matryoshka_dims = base.config.matryoshka_dims = loading.matryoshka_dims(args, base.config)
         if peft_config is not None:
-            peft_config = for_language_model(peft_config, base)
+            peft_config = loading.for_language_model(peft_config, base)
         if peft_config is not None or is_peft_model(model):
             source, _ = base.backbone_source()
             if args.push_to_hub and not is_hub_id(source):
                 raise ValueError(
                     f"`push_to_hub`: the backbone {source} is not on the Hub. Name it by its id, or push later with `--base_model`."
                 )
-            if not source and peft_config is not None and not is_quantized(base):
-                save_backbone(base, Path(args.output_dir, "backbone").absolute(), args.process_index == 0)
+            if not source and peft_config is not None and not loading.is_quantized(base):
+                loading.save_backbone(base, Path(args.output_dir, "backbone").absolute(), args.process_index == 0)
 
         # SFTTrainer would cut at `max_length`; the collator refuses longer rows instead.
         max_length = args.max_length or base.config.get_text_config().max_position_embeddings
@@ -249,7 +233,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
 
         # SFTTrainer
         projector = base.retrieval_projector
-        exact = copy.deepcopy([projector.linear_1, projector.linear_2]) if is_quantized(base) else []
+        exact = copy.deepcopy([projector.linear_1, projector.linear_2]) if loading.is_quantized(base) else []
         padding_free, args.padding_free = args.padding_free, False  # TRL 1.16 refuses it for images
         with warnings.catch_warnings():
             # PEFT 0.21 reads it by the name that transformers 5.23 warns of
@@ -265,17 +249,17 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             )
         args.max_length, args.padding_free = max_length, padding_free
         if is_peft_model(self.model):
-            require_loadable(base)
+            loading.require_loadable(base)
         if self.is_fsdp_enabled:
             if not self.accelerator.is_fsdp2:
                 raise ValueError("FSDP 1 does not divide the losses of this trainer rightly: set `fsdp_version: 2`.")
             # accelerate 1.15 refuses names of layers that a backbone lists and does not have (CLIP's of texts)
             base._no_split_modules = {type(module).__name__ for module in base.modules()} & {*base._no_split_modules}
-        if is_quantized(base):
+        if loading.is_quantized(base):
             # TRL casts all that QLoRA trains to bfloat16; the projector stays as exact as it was
             for layer, kept in zip([base.retrieval_projector.linear_1, base.retrieval_projector.linear_2], exact):
                 layer.to(kept.weight.dtype).load_state_dict(kept.state_dict())
-            train_through_4bit(base)
+            loading.train_through_4bit(base)
         if is_peft_model(self.model) and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             # Upstream lets gradients start at every embedding, so that the frozen vision tower would be kept and run
             # backwards for nothing. Those of the tokens are enough, unless checkpointing is reentrant.
@@ -306,7 +290,7 @@ class SugarTrainer(SavingMixin, SFTTrainer):
     def _prepare_for_training(self, *args, **kwargs):
         # An evaluation before the training has prepared the bare model. What DDP, FSDP or DeepSpeed have wrapped stays so.
         if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            forget_preparation(self.model)
+            loading.forget_preparation(self.model)
             self.accelerator._models.clear()
         return super()._prepare_for_training(*args, **kwargs)
 
