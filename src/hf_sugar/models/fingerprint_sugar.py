@@ -17,15 +17,9 @@ SAMPLED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def fingerprint(model: nn.Module, adapters: bool = False) -> str:
     """
-    What tells models apart: a few numbers of every weight, each beside a checksum of the weight's name. Quantized weights
-    and those that are not whole on this process (sharded, offloaded) are left out. To be compared by [`same_fingerprint`].
-
-    Args:
-        model (`torch.nn.Module`): the whole model, or its backbone (`model.vlm`).
-        adapters (`bool`, *optional*, defaults to `False`): whether the active adapter counts too.
-
-    Returns:
-        `str`: 16 characters for each weight.
+    What tells models (or backbones) apart, to be compared by [`same_fingerprint`]: a few numbers of every weight, each beside
+    a checksum of the weight's name, as 16 characters; with `adapters` those of the active adapter too. Quantized weights and
+    those that are not whole on this process (sharded, offloaded) are left out.
     """
     weights = dict(_weights(model))
     if adapters and (adapter := model._active_adapter()) is not None:

@@ -57,16 +57,9 @@ def why_padded(vlm: PreTrainedModel) -> str | None:
 
 
 def lay_rows(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """
-    Inputs of a batch with its rows laid end to end.
-
-    Args:
-        model ([`SugarForConditionalGeneration`]): Where its `padding_free` is `False`, or its backbone cannot, they stay padded.
-        inputs (`dict`): `input_ids` and `attention_mask` `(batch, length)`, and whatever else the backbone takes.
-
-    Returns:
-        `tuple[dict, torch.Tensor | None]`: the inputs, with tokens `(1, tokens)`, and the mask that [`unlay_rows`] takes.
-    """
+    """The inputs of a batch (tokens and mask `(batch, length)`, and whatever else the backbone takes) with its rows laid end to end,
+    tokens `(1, tokens)`, and the mask that [`unlay_rows`] takes. Where the model's `padding_free` is `False`, or its backbone
+    cannot, they stay as they are, and there is no mask."""
     tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not model.padding_free or tokens is None or mask is None or mask.shape != tokens.shape or why_padded(model.vlm):
         return inputs, None

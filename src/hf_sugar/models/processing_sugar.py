@@ -48,17 +48,8 @@ _MARK_RE = "\ue000(?P<text>[0-9]+)\ue001"
 
 
 def image_of(value: Any, where: str) -> Image.Image:
-    """
-    The image that a row or content part holds, as [`to_rgb`] gives it.
-
-    Args:
-        value (`PIL.Image.Image`, `Path` or `str`):
-            The image, or its file, web address (downloaded unless `HF_HUB_OFFLINE` is set) or `data:` address.
-        where (`str`): what the error calls it.
-
-    Raises:
-        `ValueError`: if there is none that can be read.
-    """
+    """The image that a row or content part holds, as [`to_rgb`] gives it: itself, its file, web address (downloaded unless
+    `HF_HUB_OFFLINE` is set) or `data:` address. A `ValueError`, which calls it `where`, if there is none that can be read."""
     if not isinstance(value, Image.Image | str | Path):
         raise ValueError(f"{where}: an image is of type {type(value).__name__}. Give a PIL image, a path or a URL.")
     image = value

@@ -86,7 +86,7 @@ class SugarCollator:
             images = [load_image(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])]
             messages = fill_images(row["messages"], images)
             loss = row["loss_on"]
-            flipped.append(self.flip_captions and is_image_caption(messages, loss) and self._flips(messages))
+            flipped.append(self._flips(messages, loss))
             if flipped[-1]:
                 messages = [{**messages[0], "content": messages[0]["content"][::-1]}]
                 # the caption may now come before its image, where nothing says what it should be
@@ -127,9 +127,7 @@ class SugarCollator:
         for example, messages, loss, use, name in zip(examples, conversations, loss_on, structure, names):
             parts = list(iter_slices(messages))
             later = list(range(1, len(parts)))
-            if (
-                loss == "answers"
-            ):  # of a conversation the further images: an answer such as "yes" says little of what it is about
+            if loss == "answers":  # the further images alone: an answer such as "yes" says little of what it is about
                 later = [n for n, part in enumerate(parts) if part["type"] == "image"][1:]
             later = later if use else []
             if len(later) > self.singles:
@@ -204,15 +202,11 @@ class SugarCollator:
                 )
         return torch.cat([F.normalize(half, dim=1) for half in halves], dim=1)  # they were rounded to float16
 
-    def _flips(self, messages: list[dict[str, Any]]) -> bool:
-        [text] = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
+    def _flips(self, messages: list[dict[str, Any]], loss_on: str) -> bool:
+        """Whether a row is one image with its caption, and put into the other order."""
+        parts = {part["type"]: part for part in messages[0]["content"]}
+        pair = loss_on == "captions" and len(messages) == 1 and len(messages[0]["content"]) == len(parts) == 2
+        if not (self.flip_captions and pair):
+            return False
+        text = parts["text"]["text"]
         return hashlib.blake2b(f"{self.seed} {int(self.epoch)} {text}".encode(), digest_size=1).digest()[0] % 2 == 1
-
-
-def is_image_caption(messages: list[dict[str, Any]], loss_on: str) -> bool:
-    """Whether a row is a document of one image and one text (in either order)."""
-    return (
-        loss_on == "captions"
-        and len(messages) == 1
-        and sorted(part["type"] for part in messages[0]["content"]) == ["image", "text"]
-    )

@@ -56,15 +56,10 @@ def span_labels(
     split: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """
-    What the teachers say of positions.
-
-    Args:
-        spans (`torch.LongTensor` of shape `(n, 3)`):
-            Sample of each position, its first slice and the one after its last: `(sample, 0, length)` for the prefix that
-            leads up to a position, `(sample, slice, slice + 1)` for a slice that stands alone.
-        teacher_embeddings (`torch.Tensor` of shape `(samples, slices, dim)`), modality (`torch.LongTensor` of shape `(samples, slices)`):
-            Of the slices; -1 where a sample has fewer. A sample may have none, and then no position.
-        args ([`SugarTrainingConfig`]), split (`int`): Kernel, bandwidth and normalisation, as in [`~alignment.label_matrix`].
+    What the teachers say of positions, from their embeddings `(samples, slices, dim)` of slices and the `modality` of these
+    `(samples, slices)`, -1 where a sample has fewer; kernel, bandwidth, normalisation and `split` as in
+    [`~alignment.label_matrix`]. `spans` `(n, 3)` are the sample of each position, its first slice and the one after its last:
+    `(sample, 0, length)` for a prefix, `(sample, slice, slice + 1)` for a slice that stands alone.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, float]`: labels `(n, n)`, in which a sequence is 1 to its own prefixes but not yet

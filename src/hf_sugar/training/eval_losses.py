@@ -15,16 +15,8 @@ from .gather import gather_rows
 class EvalLosses:
     """
     Losses of the rows of an evaluation, the same however they are batched and divided among processes: the generative loss
-    is a mean over tokens, and label matrices are of rows that follow one another.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Knows which rows of a last batch are new.
-        size (`int`):
-            How many rows are compared with one another.
-        discriminative_loss (`Callable`, *optional*):
-            Takes what [`~training.discriminative.discriminative_rows`] gives, of so many rows, and gives their loss and a
-            `dict` of what is to be known of it.
+    is a mean over tokens, and label matrices are of `size` rows that follow one another. `discriminative_loss` takes what
+    [`~training.discriminative.discriminative_rows`] gives of them, and gives their loss and a `dict` of what is logged.
     """
 
     def __init__(self, accelerator: Accelerator, size: int, discriminative_loss: Callable | None = None):

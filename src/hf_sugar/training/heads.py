@@ -36,14 +36,9 @@ def add_structure_head(model: SugarForConditionalGeneration, padding_free: bool 
     with `singles`, inputs of [`SugarForConditionalGeneration.embed`], those of other sequences. `image_index` among these
     says which of the `images` of the batch each of their images is; the vision tower sees it once, in families whose
     `get_image_features` gives a list of images. With `blank_image` nothing of the image is used, with `without_head` no loss
-    is computed, as in [`embed_rows`]. A copy of the model computes with its own weights.
-
-    Args:
-        model ([`SugarForConditionalGeneration`]):
-            Model patched by [`~trl.trainer.utils.add_fused_lm_head`].
-        padding_free (`bool`, *optional*, defaults to `False`):
-            Whether the rows of a batch are laid end to end, see [`~models.packing_sugar.lay_rows`]. What the fused head gives
-            a token has the shape `(1, tokens - 1)` then.
+    is computed, as in [`embed_rows`]. With `padding_free` the rows of a batch are laid end to end, see
+    [`~models.packing_sugar.lay_rows`], and what the fused head gives a token has the shape `(1, tokens - 1)`. A copy of the model
+    computes with its own weights.
     """
     model.padding_free = padding_free
     # For anything but the fused head TRL's function goes on to the forward that this very object had, which a copy would

@@ -93,13 +93,9 @@ def load_processor(
 def enter(
     model: PreTrainedModel | PeftModel, args: SugarTrainingConfig, peft_config: PeftConfig | None = None
 ) -> PreTrainedModel | PeftModel:
-    """
-    A model, as it was loaded or is given, made ready for the trainer: a plain backbone is wrapped; an adapter that came with a
-    Sugar model is gone on with, or merged if a `peft_config` is going to be added.
-
-    Raises:
-        `TypeError`, `ValueError`: if it cannot be trained, or what would be saved could not be loaded.
-    """
+    """A model, as it was loaded or is given, made ready for the trainer: a plain backbone is wrapped; an adapter that came with a
+    Sugar model is gone on with, or merged if a `peft_config` is going to be added. A `TypeError` or `ValueError` if it cannot be
+    trained, or what would be saved could not be loaded."""
     if peft_config is not None:
         check_peft_config(peft_config)
     if isinstance(model, PeftModel):

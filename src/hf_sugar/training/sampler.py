@@ -32,13 +32,9 @@ class TokenBatches(BatchRebalanceSampler):
     """
     Batches of one process that hold at most so many tokens. All batches of an epoch hold nearly as many as one another, so
     that no process waits; each epoch has every row once, in other batches, and as many of them. (Upstream's own sampler keeps
-    to a number of rows, and the trainer takes one of its class for a sampler that knows its process.)
-
-    Args:
-        lengths (`list[int]`): Tokens of each row.
-        epoch (`torch.Tensor`):
-            Number of the epoch. Upstream's `set_epoch` does not reach a run that several processes resume (transformers 5.24).
-        max_batch_tokens, seed, rank, world_size (`int`): Most tokens of a batch, and what the training has.
+    to a number of rows, and the trainer takes one of its class for a sampler that knows its process.) `lengths` are the tokens
+    of each row, and `epoch` a tensor that holds the number of the epoch, because upstream's `set_epoch` does not reach a run
+    that several processes resume (transformers 5.24).
     """
 
     drop_last = True  # there is no rest: the number of batches is a multiple of that of processes
