@@ -114,7 +114,7 @@ def test_bad_items_are_named(pair, tmp_path):
             embed(single)
     with pytest.raises(ValueError, match="no items"):
         embed([])
-    with pytest.raises(TypeError, match="item 1 is or holds a float"):
+    with pytest.raises(TypeError, match="item 1 is or holds float"):
         embed(["a", 1.5])
     (tmp_path / "damaged.png").write_bytes(b"no image")
     bad = {

@@ -306,7 +306,7 @@ class TestProcessor:
             (Path("nowhere.jpg"), r"items\[1\]: the file 'nowhere.jpg' does not exist"),
             (Path(__file__), r"items\[1\], images\[0\]: the image '.*test_models.py' cannot be read"),
             ({"type": "image"}, r"items\[1\] is or holds a part with the keys type; give a text"),
-            (3, r"items\[1\] is or holds a int; give a text"),
+            (3, r"items\[1\] is or holds int; give a text"),
             ({"type": "video", "video": "a.mp4"}, r"is or holds a part with the keys type, video; give a text"),
             ("an <image> here", r"items\[1\]: the text 'an <image> here' contains '<image>', a special token"),
             (["a", "b</s>"], r"items\[1\]: the text 'b</s>' contains '</s>', a special token"),

@@ -88,7 +88,7 @@ def test_what_is_refused(tmp_path):
     }.items():
         with pytest.raises(TypeError, match=error):
             call()
-    with pytest.raises(FileNotFoundError, match="SugarIndex.save"):
+    with pytest.raises(FileNotFoundError, match="hf-sugar index"):
         SugarIndex.load(tmp_path / "nothing")
 
 

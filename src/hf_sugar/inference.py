@@ -69,18 +69,12 @@ class SugarEmbedder:
         if pooling == "mean" and model.config.image_pooling != "mean":
             raise ValueError("`pooling='mean'` needs a model with `image_pooling='mean'`.")
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.project, self.pooling, self.progress, self.truncate_dim = project, pooling, progress, None
-        if truncate_dim is not None and not 0 < truncate_dim <= self.dim:
-            raise ValueError(f"`truncate_dim` is {truncate_dim}; it must be from 1 to {self.dim}.")
-        self.truncate_dim = truncate_dim
-        self.max_batch_tokens = max_batch_tokens
-
-    @property
-    def dim(self) -> int:
-        """`int`: dimension of the embeddings."""
-        config = self.model.config
-        whole = config.retrieval_dim if self.project else config.get_text_config().hidden_size
-        return self.truncate_dim or whole
+        self.project, self.pooling, self.progress = project, pooling, progress
+        whole = model.config.retrieval_dim if project else model.config.get_text_config().hidden_size
+        if truncate_dim is not None and not 0 < truncate_dim <= whole:
+            raise ValueError(f"`truncate_dim` is {truncate_dim}; it must be from 1 to {whole}.")
+        self.truncate_dim, self.max_batch_tokens = truncate_dim, max_batch_tokens
+        self.dim: int = truncate_dim or whole  # of the embeddings
 
     @cached_property
     def fingerprint(self) -> str:
@@ -190,11 +184,7 @@ class SugarEmbedder:
             inputs["slice_ids"] = inputs["attention_mask"].long() - 1
         embeddings, mask = self.model.embed_slices(**inputs, project=self.project, truncate_dim=self.truncate_dim)
         embeddings = embeddings.float().cpu().numpy()
-        for name, row in zip(names, embeddings, strict=True):
-            if not np.isfinite(row).all():
-                raise ValueError(
-                    f"The embedding of {name} is not finite in {self.model.dtype}. Load the model in bfloat16 or float32."
-                )
+        _require_finite("embedding", embeddings, names, self.model.dtype)
         return [row[:count] for row, count in zip(embeddings, mask.sum(dim=1).tolist(), strict=True)]
 
 
@@ -310,11 +300,7 @@ class SugarGenerator:
                     column = at
                 logits = self.model(**inputs, use_cache=False).logits[torch.arange(len(at)), column].float()
                 margins[list(rows)] = (logits[:, tokens[0]] - logits[:, tokens[1]]).cpu().numpy()
-        for name, margin in zip(names, margins, strict=True):
-            if not np.isfinite(margin):
-                raise ValueError(
-                    f"The score of {name} is not finite in {self.model.dtype}. Load the model in bfloat16 or float32."
-                )
+        _require_finite("score", margins, names, self.model.dtype)
         return torch.from_numpy(margins).sigmoid().numpy()
 
     def _answered(self, conversations: Sequence[dict[str, Any]], answer: str, names: Sequence[str]) -> BatchFeature:
@@ -361,6 +347,12 @@ def _filled(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
     images = row.get("images") or []
     check_row(row, len(images), name, loss=False)
     return fill_images(row["messages"], [load_image(image, f"{name}, images[{n}]") for n, image in enumerate(images)])
+
+
+def _require_finite(what: str, values: np.ndarray, names: Sequence[str], dtype: torch.dtype) -> None:
+    for name, value in zip(names, values, strict=True):
+        if not np.isfinite(value).all():
+            raise ValueError(f"The {what} of {name} is not finite in {dtype}. Load the model in bfloat16 or float32.")
 
 
 @contextmanager

@@ -127,7 +127,7 @@ class SugarProcessor(ProcessorMixin):
                     f"The processor of {pretrained_model_name_or_path} needs torchvision. Run `pip install torchvision`."
                 ) from error
             raise OSError(
-                f"The processor of {pretrained_model_name_or_path} cannot be loaded; a file is missing or damaged: {error}"
+                f"{pretrained_model_name_or_path}: processor_config.json, tokenizer.json or the like is missing or damaged: {error}"
             ) from error
         if "backbone_processor_class" in stored:  # its template is the one that it was trained with
             return _with_slices(processor)

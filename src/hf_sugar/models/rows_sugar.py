@@ -83,7 +83,7 @@ def as_row(item: Any, where: str = "item") -> dict[str, Any]:
                 raise ValueError(f"{where} is empty or holds an empty text; there is nothing to embed.")
             content.append({"type": "text", "text": part.strip()})
             continue
-        image, found = part, f"a {type(part).__name__}"
+        image, found = part, type(part).__name__
         if isinstance(part, dict):
             found = f"a part with the keys {', '.join(map(str, part))}"
             keys = ("image", "url", "path") if part.get("type") == "image" else ()
