@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +96,10 @@ class DemoArguments:
         "What Sugar is measured on besides, as in `hf-sugar evaluate`. On the world, the gain of retrieval on its facts.",
         None,
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "Repeat all runs with each seed; figures are then means over the seeds."},
+    seeds: list[int] | None = setting(
+        "Seeds to repeat all runs with, 0 by default; figures are means over them.", None
     )
-    ablations: bool = field(
-        default=False,
-        metadata={"help": "Train with the paper's loss and labels, and with each of the two losses alone, too."},
-    )
+    ablations: bool = setting("Train with the paper's loss and labels, and each of the two losses alone, too.", False)
     title: str = setting("Heading of the report.", "Sugar on the rendered world")
     note: str | None = setting("A paragraph for the report.", None)
 
@@ -115,7 +111,7 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
     output_dir = Path(args.output_dir)
     if (output_dir / "report.md").exists():
         print(f"the report in {output_dir} will be replaced")
-    settings = {**WORLD_TRAINING, **(args.training or {})}
+    settings, seeds = {**WORLD_TRAINING, **(args.training or {})}, args.seeds or [0]
     lora = {**WORLD_LORA, **(args.lora or {})}
     model_path = args.model_name_or_path or str(checkpoint("llava"))
     teachers = args.teachers or world_teachers()
@@ -132,12 +128,9 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
 
     print("2/4 chance, the labels and the untouched checkpoint")
     encoder = TripleEncoder.from_teachers(teachers, device=device)
-    tasks, fields = load_tasks(evaluation), SugarTrainingConfig.__dataclass_fields__
-    delta, kernel, normalize = (
-        settings.get(name, fields[name].default) for name in ("delta", "label_kernel", "label_normalization")
-    )
-    normalize = None if normalize == "none" else normalize
-    labels = label_ceilings(tasks, encoder, delta=delta, normalize=normalize, label_kernel=kernel)
+    tasks, config = load_tasks(evaluation), SugarTrainingConfig(str(output_dir), **settings)
+    normalize = None if config.label_normalization == "none" else config.label_normalization
+    labels = label_ceilings(tasks, encoder, delta=config.delta, normalize=normalize, label_kernel=config.label_kernel)
     columns: dict[str, list[dict[str, Any]]] = {"chance": [chance(tasks)], "labels": [labels]}
     model = SugarForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32).to(device)
     columns |= {f"untouched ({name})": [results] for name, results in _untrained(model, processor, evaluation).items()}
@@ -147,23 +140,16 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
         alone = {"Sugar, paper": PAPER}
         alone |= {f"Sugar, {loss}": {"discriminative_loss": loss} for loss in ("structure", "contrastive")}
         compared = {"SFT": compared["SFT"], **alone, "Sugar": {}}  # what is shown in pictures is trained last
-    logs, found, several = {}, {}, len(args.seeds) > 1
-    for seed in args.seeds:
+    logs, found, several = {}, {}, len(seeds) > 1
+    for seed in seeds:
         for run, changes in compared.items():
             print(f"3/4 training {run}" + (f", seed {seed}" if several else ""))
             directory = run.lower().replace(", ", "-") + (f"-{seed}" if several else "")
+            wanted = {"teacher_cache_dir": str(output_dir / "teacher_cache"), **settings, **changes}
+            wanted |= {"teachers": teachers, "seed": seed}
             trainer = SugarTrainer(
                 model=model_path,
-                args=SugarTrainingConfig(
-                    output_dir=str(output_dir / directory),
-                    **{
-                        "teacher_cache_dir": str(output_dir / "teacher_cache"),
-                        **settings,
-                        **changes,
-                        "teachers": teachers,
-                        "seed": seed,
-                    },
-                ),
+                args=SugarTrainingConfig(str(output_dir / directory), **wanted),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 peft_config=LoraConfig(**lora),
@@ -201,31 +187,19 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
         "index": str(output_dir / "index"),
         "query": found["Sugar"][0]["query"] if found["Sugar"] else "what to look for",
     }
-    table = write_report(
-        output_dir,
-        args.title,
-        runs,
-        {
-            "model": model_path,
-            "teachers": teachers,
-            "training": settings,
-            "lora": lora,
-            "seeds": args.seeds,
-            "train_rows": len(train_dataset),
-            "seconds": seconds,
-        },
-        [args.note] if args.note else [],
-        pictures,
-        INTRODUCTION.format(
-            rows=len(train_dataset),
-            steps=trainer.state.global_step,
-            seeds=", ".join(map(str, args.seeds)) + " (means, with the value of each)" * several,
-            minutes=seconds / 60,
-            device=device,
-            model=Path(model_path).name,
-        ),
-        NEXT.format(**{name: shlex.quote(value) for name, value in made.items()}),
+    used = {"model": model_path, "teachers": teachers, "training": settings, "lora": lora, "seeds": seeds}
+    used |= {"train_rows": len(train_dataset), "seconds": seconds}
+    introduction = INTRODUCTION.format(
+        rows=len(train_dataset),
+        steps=trainer.state.global_step,
+        seeds=", ".join(map(str, seeds)) + " (means, with the value of each)" * several,
+        minutes=seconds / 60,
+        device=device,
+        model=Path(model_path).name,
     )
+    after = NEXT.format(**{name: shlex.quote(value) for name, value in made.items()})
+    notes = [args.note] if args.note else []
+    table = write_report(output_dir, args.title, runs, used, notes, pictures, introduction, after)
     print(f"\n{table}\n\n{seconds} s. Report, plots and checkpoints: {output_dir / 'report.md'}")
     return runs
 

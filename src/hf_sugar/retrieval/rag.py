@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -81,10 +82,7 @@ def find_examples(
 def _asks(row: dict[str, Any], query: list[str | Image.Image]) -> bool:
     """Whether a row asks the same, in texts and pixels."""
     found = question_slices(row, "document")
-    return len(found) == len(query) and all(
-        a == b if isinstance(a, str) or isinstance(b, str) else a.size == b.size and a.tobytes() == b.tobytes()
-        for a, b in zip(found, query, strict=True)
-    )
+    return len(found) == len(query) and all(map(np.array_equal, found, query))
 
 
 def rag_generator(
