@@ -70,7 +70,7 @@ class TestAdapter:
         with pytest.raises(ValueError, match="the name 'other' is attached"):
             model.load_sugar_adapter(saved / "other", "other")
         for name in ("third", ["default", "other"]):
-            with pytest.raises(ValueError, match="no adapter .*. Name one of these: default, other"):
+            with pytest.raises(ValueError, match="no adapter .*, only default, other"):
                 model.set_adapter(name)
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -219,7 +219,7 @@ class TestWrongAdapter:
         key = "language_model.model.layers.1.mlp.up_proj.weight"
         other = changed(saved, "llava", tmp_path, "model.safetensors", lambda weights: weights[key].mul_(1.1))
         model = load(other, retrieval_dim=16)
-        message = r"another backbone.*the weights are not.*trained on '.*llava'.*this is '.*llava'"
+        message = r"trained on '.*llava'.*another backbone, '.*llava'.*the weights are not"
         with pytest.raises(ValueError, match=message):
             model.load_sugar_adapter(saved / "adapter")
         assert not hasattr(model, "peft_config")

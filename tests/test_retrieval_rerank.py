@@ -91,7 +91,7 @@ def test_the_prompt_is_in_the_checkpoint(model, config, tmp_path):
     model[0].save_pretrained(tmp_path)
     loaded = SugarForConditionalGeneration.from_pretrained(tmp_path, query_instruction="find it").config
     assert (loaded.rerank_prompt, loaded.query_instruction) == ("{query} {document} Well?", "find it")
-    with pytest.raises(ValueError, match="needs {query} and {document}, each once"):
+    with pytest.raises(ValueError, match="needs {query} and {document}, once each"):
         SugarConfig(rerank_prompt="Well, {query}?")
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_reranked(model, embed, tmp_path):
             at.search(queries, 2, **settings)
     assert every.search([], 2, late=True, rerank=2) == []
     long = SugarIndex.build(["word " * 95], embed)
-    with pytest.raises(ValueError, match="^document 0 of the index has .* lower `rerank` .* smaller documents"):
+    with pytest.raises(ValueError, match="^document 0 of the index has .* lower `rerank`.* smaller documents"):
         long.search(["word " * 20], 1, rerank=1)
 
 
