@@ -15,10 +15,10 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from hf_sugar import SugarForConditionalGeneration, SugarProcessor, world
+from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarProcessor, world
 from hf_sugar.cli.app import AppArguments
 from hf_sugar.cli.main import main
-from hf_sugar.retrieval import SugarEmbedder, SugarIndex
+from hf_sugar.retrieval import SugarIndex
 
 
 pytestmark = pytest.mark.extras

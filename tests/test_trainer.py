@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_sugar import SugarProcessor, SugarTrainer, SugarTrainingConfig
 from hf_sugar.alignment import IMAGE, TEXT, label_matrix
-from hf_sugar.cli.train import EstimatedTrainingConfig
+from hf_sugar.cli.train import TrainArguments
 from hf_sugar.data import row_slices
 from hf_sugar.models.rows_sugar import fill_images
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings
@@ -251,5 +251,5 @@ def test_defaults_of_a_machine_without_gpu(tmp_path, caplog, monkeypatch):
     assert args.gradient_checkpointing
     assert SugarTrainingConfig(str(tmp_path), bf16=True).bf16
     # the machine that asks what a run needs need not be the one that trains
-    assert EstimatedTrainingConfig(str(tmp_path)).bf16
-    assert not EstimatedTrainingConfig(str(tmp_path), bf16=False).bf16
+    assert TrainArguments(str(tmp_path), estimate_memory=True).bf16
+    assert not TrainArguments(str(tmp_path), estimate_memory=True, bf16=False).bf16

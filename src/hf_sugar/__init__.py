@@ -13,21 +13,15 @@ __version__ = "0.1.0.dev0"
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 logging.getLogger("kernels.hf_hub").addFilter(lambda record: "quantization-bitsandbytes" not in record.getMessage())
 
-_MODULE_OF = {
-    "SugarConfig": "models",
-    "SugarForConditionalGeneration": "models",
-    "SugarOutput": "models",
-    "SugarProcessor": "models",
-    "SugarTrainer": "training",
-    "SugarTrainingConfig": "training",
-    "StructureLoss": "training",
-    "global_alignment_kernel": "alignment",
-    "TripleEncoder": "teachers",
-    "SugarEmbedder": "inference",
-    "SugarGenerator": "inference",
-    "SugarIndex": "retrieval",
-    "SugarRAG": "retrieval",
+_NAMES = {
+    "models": "SugarConfig SugarForConditionalGeneration SugarOutput SugarProcessor",
+    "training": "SugarTrainer SugarTrainingConfig StructureLoss",
+    "alignment": "global_alignment_kernel",
+    "teachers": "TripleEncoder",
+    "inference": "SugarEmbedder SugarGenerator",
+    "retrieval": "SugarIndex SugarRAG",
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = ["__version__", *_MODULE_OF]
 

@@ -1,7 +1,6 @@
 """Train Sugar on a LLaVA checkpoint: supervised fine-tuning with the structure loss."""
 
 import copy
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +43,6 @@ class TrainArguments(SugarTrainingConfig):
             self.use_cpu = True
             self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         super().__post_init__(*args)
-
-
-EstimatedTrainingConfig = functools.partial(TrainArguments, estimate_memory=True)
 
 
 def quantization_config(model: ModelConfig) -> BitsAndBytesConfig | None:
@@ -103,12 +99,8 @@ def train(
     if args.teachers is not None and args.structure_weight > 0:
         TripleEncoder.from_teachers(args.teachers, device="cpu")  # reads no weights, and tells a wrong name at once
     args = copy.copy(args)
-    loading = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
-    args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
+    loading = {name: getattr(model, name) for name in ("attn_implementation", "dtype")}
+    args.model_init_kwargs = {**loading, "revision": model.model_revision, **(args.model_init_kwargs or {})}
     args.on_bad_row = data.on_bad_row
     reading = {"seed": args.seed, "on_bad_row": data.on_bad_row, "image_root": data.image_root}
     eval_dataset = load_data(data.eval_data, "validation", **reading) if data.eval_data else None

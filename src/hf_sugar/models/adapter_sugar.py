@@ -214,11 +214,10 @@ class SugarAdapterMixin:
         check_peft_config(self.peft_config[adapter])
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
-        config.backbone_name_or_path, config.backbone_revision = self.backbone_source()
+        source = config.backbone_name_or_path, config.backbone_revision = self.backbone_source()
         if not config.backbone_name_or_path:
             logger.warning(
-                "The weights of this backbone lie nowhere: they were not loaded, or have changed since. So the adapter's "
-                "config.json cannot say where they are. Save the backbone and load the adapter with `backbone_name_or_path`."
+                "The weights of this backbone lie nowhere. Save it, and load the adapter with `backbone_name_or_path`."
             )
         # the one taken while loading where weights are sharded now
         config.backbone_fingerprint = max(fingerprint(self.vlm), self._loaded_from[1], key=len)
@@ -226,13 +225,8 @@ class SugarAdapterMixin:
         vars(config).pop("quantization_config", None)
         config.save_pretrained(directory)
         custom_object_save(self, directory)
-        _save_adapter(
-            directory / ADAPTER_SUBFOLDER,
-            copy.copy(self.peft_config[adapter]),
-            self._adapter_weights(adapter, state_dict),
-            config.backbone_name_or_path,
-            config.backbone_revision,
-        )
+        weights = self._adapter_weights(adapter, state_dict)
+        _save_adapter(directory / ADAPTER_SUBFOLDER, copy.copy(self.peft_config[adapter]), weights, *source)
 
 
 def _peft():

@@ -11,7 +11,6 @@ _MODULE_OF = {
     "Hit": ".base",
     "Index": ".base",
     "LanceIndex": ".lance",
-    "SugarEmbedder": "..inference",  # its former place
     "SugarIndex": ".index",
     "find_files": ".documents",
     "mine_negatives": ".mine",
@@ -22,7 +21,6 @@ _MODULE_OF = {
 __all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:  # the same for type checkers
-    from ..inference import SugarEmbedder as SugarEmbedder
     from .base import *
     from .documents import *
     from .index import *

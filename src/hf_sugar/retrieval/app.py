@@ -29,16 +29,9 @@ CSS = """
 
 
 def build_page(rag: SugarRAG, title: str, k: int, plot_alignment: Callable) -> gr.Blocks:
-    """
-    The page over a model and its index, to be launched by [`launch`]. What the user uploads stays in the folder of
-    temporary files of Gradio; found images are sent in the page itself, so no file of the index is served.
-
-    Args:
-        rag ([`SugarRAG`]): Answers with `rag.k` examples, unless the user sets another number; its index is searched.
-        title (`str`): Heading.
-        k (`int`): Documents that a search shows, unless the user sets another number.
-        plot_alignment (`Callable`): [`~evaluation.plots.plot_alignment`], of the slices of the query and of a document.
-    """
+    """The page over a model and its index, to be launched by [`launch`]: `k` documents of a search, and answers with `rag.k` examples,
+    unless the user sets other numbers. What the user uploads stays in the folder of temporary files of Gradio; found images
+    are sent in the page itself, so no file of the index is served. `plot_alignment` is that of [`~evaluation.plots`]."""
     index = rag.index
 
     def query(text: str | None, image: str | None, needed: bool = True) -> list[str | Image.Image]:

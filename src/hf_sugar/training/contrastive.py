@@ -77,16 +77,7 @@ class ContrastiveLoss(nn.Module):
         positives: torch.Tensor,
         ignored: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
-        Args:
-            queries (`torch.Tensor` of shape `(n, dim)`), candidates (`torch.Tensor` of shape `(m, dim)`):
-                Embeddings, of any scale.
-            positives (`torch.BoolTensor` of shape `(n, m)`), ignored (same, *optional*):
-                What each pair is; negative where neither says so.
-
-        Returns:
-            `torch.Tensor`: the loss, a scalar.
-        """
+        """The loss, a scalar, of the inputs that the table of the class describes."""
         shape = (len(queries), len(candidates))
         for name, mask in (("positives", positives), ("ignored", ignored)):
             if mask is not None and mask.shape != shape:

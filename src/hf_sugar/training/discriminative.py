@@ -122,15 +122,9 @@ class DiscriminativeLoss(nn.Module):
     from each row, and the sequences that stand beside the rows. It is L_d of Eq. 1 of
     [Sugar](https://huggingface.co/papers/2411.00304), whose Eq. 3 is the structure loss; the rest belongs to this library.
     With `matryoshka_dims` both are means over embeddings cut to each of these lengths and whole
-    ([Matryoshka](https://huggingface.co/papers/2205.13147), where they are sums).
-
-    Args:
-        args ([`SugarTrainingConfig`]):
-            Its settings.
-        split (`int`, *optional*):
-            As in [`~hf_sugar.alignment.label_matrix`].
-        statistics (`torch.Tensor` of shape `(5, 2)`, *optional*):
-            From [`measure_labels`]. It may be missing where the labels stay as they are and nothing is contrasted.
+    ([Matryoshka](https://huggingface.co/papers/2205.13147), where they are sums). `split` is that of
+    [`~hf_sugar.alignment.label_matrix`]; the `statistics` `(5, 2)` are from [`measure_labels`], and may be missing where the
+    labels stay as they are and nothing is contrasted.
     """
 
     def __init__(self, args: SugarTrainingConfig, split: int | None = None, statistics: torch.Tensor | None = None):
@@ -142,22 +136,10 @@ class DiscriminativeLoss(nn.Module):
             self.contrastive = ContrastiveLoss(args.contrastive_temperature)
 
     def forward(self, embeddings, teacher_embeddings, modality, singles, single_slices, training=False, gather=False):
-        """
-        Args:
-            embeddings (`torch.Tensor` of shape `(samples, slices, dim)`):
-                What the model says at the ends of slices.
-            teacher_embeddings (`torch.Tensor` of shape `(samples, slices, teacher_dim)`), modality (`torch.LongTensor` of shape `(samples, slices)`):
-                From [`SugarCollator`].
-            singles (`torch.Tensor` of shape `(samples, singles, dim)`), single_slices (`torch.LongTensor` of shape `(samples, singles)`):
-                Embeddings of the sequences beside each row, and which slice each is; from the same.
-            training (`bool`, *optional*, defaults to `False`):
-                Whether positions are drawn at random.
-            gather (`bool`, *optional*, defaults to `False`):
-                Whether the samples are those of all processes.
-
-        Returns:
-            `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the loss, and what is logged.
-        """
+        """The loss, and a `dict` of what is logged, from what [`discriminative_rows`] gives: embeddings `(samples, slices, dim)` of
+        the model at the ends of slices, teacher embeddings and modality of these, and embeddings `(samples, singles, dim)` of
+        the sequences beside each row and which slice each is. In training positions are drawn at random; with `gather` the
+        samples are those of all processes."""
         spans, embeddings = self._draw(embeddings, modality, singles, single_slices, training)
         if gather:
             samples = gather_rows(spans.new_tensor([[len(modality)]]))  # of each process

@@ -82,16 +82,7 @@ class StructureLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            embeddings (`torch.Tensor` of shape `(n, dim)`):
-                Embeddings of the positions, of any scale.
-            labels (`torch.Tensor` of shape `(n, n)`):
-                Target similarities.
-
-        Returns:
-            `torch.Tensor`: the loss, a scalar.
-        """
+        """The loss, a scalar, of the inputs that the table of the class describes."""
         if embeddings.ndim != 2:
             raise ValueError(f"`embeddings` must have shape (n, dim), got {tuple(embeddings.shape)}.")
         n = len(embeddings)
