@@ -17,7 +17,7 @@ from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreame
 from .data import load_image
 from .data.images import image_size
 from .models.fingerprint_sugar import fingerprint
-from .models.rows_sugar import as_row, check_row, fill_images, instructed, row_name
+from .models.rows_sugar import as_row, check_row, fill_images, instructed, row_name, row_text
 
 
 class SugarEmbedder:
@@ -379,7 +379,7 @@ def _batches(
             window = range(start, min(start + 16 * user.batch_size, total))
             rows = {n: row for n in window if (row := read(n)) is not None}
             bar.update(len(window) - len(rows))
-            texts = [_text(row) for row in rows.values()]
+            texts = [row_text(row) for row in rows.values()]
             sizes = [list(map(image_size, row.get("images") or [])) for row in rows.values()]
             lengths = dict(zip(rows, user.processor.count_tokens(texts, sizes) if rows else []))
             order = sorted(rows, key=lengths.__getitem__, reverse=True)  # running out of memory shows early
@@ -392,8 +392,3 @@ def _batches(
                 batch, order = order[:count], order[count:]
                 yield {n: rows[n] for n in batch}
                 bar.update(len(batch))
-
-
-def _text(row: dict[str, Any]) -> str:
-    contents = [message["content"] for message in row["messages"]]
-    return "".join(c if isinstance(c, str) else "".join(part.get("text") or "" for part in c) for c in contents)

@@ -104,6 +104,12 @@ def row_name(row: dict[str, Any], index: int) -> str:
     return f"row {index} ({row['id']})" if row.get("id") else f"row {index}"
 
 
+def row_text(row: dict[str, Any]) -> str:
+    """All that a row says, to count its tokens."""
+    contents = [message["content"] for message in row["messages"]]
+    return "".join(c if isinstance(c, str) else "".join(part.get("text") or "" for part in c) for c in contents)
+
+
 def row_problems(row: dict[str, Any], num_images: int, loss: bool = True) -> list[tuple[str, str, str]]:
     """
     What is wrong with a row in the conversational vision format to which `num_images` images belong. They are not looked at.

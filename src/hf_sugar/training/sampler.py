@@ -11,7 +11,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from hf_sugar.data.checks import text_rows
 from hf_sugar.data.images import image_size, undecoded
 from hf_sugar.models import SugarProcessor
-from hf_sugar.models.rows_sugar import fill_images
+from hf_sugar.models.rows_sugar import row_text
 
 from .config import SugarTrainingConfig
 
@@ -101,8 +101,7 @@ def row_lengths(dataset: Dataset, processor: SugarProcessor) -> list[int]:
     texts, sizes, lengths = [], [], []
     rows = tqdm(text_rows(dataset), desc="counting tokens", unit=" rows", total=len(dataset), delay=5)
     for index, (row, images) in enumerate(rows):
-        parts = [part for message in fill_images(row["messages"], [None] * images, "") for part in message["content"]]
-        texts.append("".join(part["text"] for part in parts if part["type"] == "text"))
+        texts.append(row_text(row))
         found = pictures[index][column] if pictures is not None and images else [None] * images
         found = found if isinstance(found, list) else [found]
         sizes.append([(336, 336) if image is None else image_size(image) for image in found])
