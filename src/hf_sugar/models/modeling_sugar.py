@@ -103,7 +103,25 @@ class RetrievalProjector(nn.Module):
             return self.linear_2(self.act(self.linear_1(hidden_states.to(self.linear_1.weight.dtype))))
 
 
-class SugarPreTrainedModel(PreTrainedModel):
+class SugarForConditionalGeneration(SugarCheckpointMixin, PreTrainedModel, GenerationMixin):
+    """
+    Any image-text-to-text backbone (`AutoModelForImageTextToText`) with a retrieval projector: it generates what the
+    backbone generates, and embeds every prefix of an interleaved image-text sample in one forward pass.
+
+    Method: [Sugar](https://huggingface.co/papers/2411.00304).
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from hf_sugar import SugarForConditionalGeneration, SugarProcessor
+
+    >>> model = SugarForConditionalGeneration.from_backbone("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
+    >>> processor = SugarProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf")
+    >>> embeddings = model.embed(**processor.embed_inputs(["a red circle", [Path("photo.jpg"), "What is this?"]]))
+    ```
+    """
+
     _auto_class = "AutoModel"  # saved with its code
     config_class = SugarConfig
     config: SugarConfig
@@ -119,36 +137,6 @@ class SugarPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # In custom code, transformers takes modules without weights of their own for initialised, and so leaves out what
-        # a backbone does there to those of their children (CLIP's attention). Nothing in this class needs that.
-        return False
-
-
-class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, GenerationMixin):
-    """
-    Any image-text-to-text backbone (`AutoModelForImageTextToText`) with a retrieval projector: it generates what the
-    backbone generates, and embeds every prefix of an interleaved image-text sample in one forward pass.
-
-    Method: [Sugar](https://huggingface.co/papers/2411.00304).
-
-    Args:
-        config ([`SugarConfig`]):
-            Configuration of the model.
-
-    Example:
-
-    ```python
-    >>> from hf_sugar import SugarForConditionalGeneration, SugarProcessor
-
-    >>> model = SugarForConditionalGeneration.from_backbone("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
-    >>> processor = SugarProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf")
-    >>> embeddings = model.embed(**processor.embed_inputs(["a red circle", ["photo.jpg", "What is this?"]]))
-    ```
-    """
-
     # PEFT looks for tied weights of the parts only where the whole has a mapping
     _tied_weights_keys = {}
     _loaded_from = "", ""  # name of the checkpoint, and fingerprint of the backbone as it was there
@@ -165,6 +153,12 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, SugarPreTrainedModel, 
             # the projector comes with the adapter, after the backbone, or is new on a plain backbone
             self._keys_to_ignore_on_load_missing = ["retrieval_projector"]
         self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # In custom code, transformers takes modules without weights of their own for initialised, and so leaves out what
+        # a backbone does there to those of their children (CLIP's attention). Nothing in this class needs that.
+        return False
 
     # The part below the LM head. `base_model_prefix` names the whole backbone, because that is where a raw
     # checkpoint's weights go; what callers of `base_model` want is the module that returns `last_hidden_state`.

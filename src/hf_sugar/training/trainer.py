@@ -1,7 +1,7 @@
 import copy
 import json
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -54,11 +54,9 @@ class _TellCollator(TrainerCallback):
             logger.warning("%d rows were skipped because of `on_bad_row='skip'`.", self.rows.skipped)
 
 
-@contextmanager
 def _random_numbers_kept(device: torch.device):
     """The training draws the same random numbers whether it is evaluated in between or not: a data loader draws one."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 _REFUSED = {
@@ -79,9 +77,7 @@ def _require_what_can_work(args: SugarTrainingConfig, train_dataset: Dataset | I
     gathered = args.gather_across_devices and args.world_size > 1
     rows = args.matrix_batch_size or args.max_batch_tokens or args.per_device_train_batch_size
     if args.structure_weight > 0 and rows == 1 and not gathered:
-        problem = (
-            "Every label matrix holds one sample alone: raise `per_device_train_batch_size` or `matrix_batch_size`"
-        )
+        problem = "Every label matrix holds one sample alone: raise `per_device_train_batch_size`"
         if not args.allow_single_sample:
             raise ValueError(f"{problem}, or set `structure_weight=0` or `allow_single_sample=True`.")
         logger.warning("%s.", problem)
