@@ -232,8 +232,8 @@ class SugarTrainingConfig(SFTConfig):
                 self.gradient_accumulation_steps = batches
             if rest or self.gradient_accumulation_steps % batches:
                 raise ValueError(
-                    f"`matrix_batch_size` ({self.matrix_batch_size}) must be a multiple of `per_device_train_batch_size` "
-                    f"({self.per_device_train_batch_size}), and `gradient_accumulation_steps` 1 or a multiple of {batches}."
+                    f"`matrix_batch_size` is {self.matrix_batch_size}: it must be a multiple of `per_device_train_batch_size` and "
+                    f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) 1 or a multiple of their quotient."
                 )
         _check_delta(self.delta)
         for name, setting in self.__dataclass_fields__.items():
