@@ -192,7 +192,7 @@ def test_parts_of_an_index(tmp_path):
     more = SugarIndex.load(tmp_path / "more", "m")
     assert (more.factory, more.search_options, more.rescore_multiplier) == ("HNSW4", "efSearch=8", 9)
     assert (len(more), SugarIndex.merge([tmp_path / "more"], tmp_path / "flat", "Flat").search_options) == (15, None)
-    with pytest.raises(ValueError, match="nothing is embedded: leave out `files`, `by`, `truncate_dim`"):
+    with pytest.raises(ValueError, match="nothing is embedded: leave out files, by, truncate_dim"):
         main([*command, "--files", "a", "--by", "texts", "--truncate_dim", "2"])
     SugarIndex.build(TEXTS, letters, fingerprint="n", directory=tmp_path / "odd")
     with pytest.raises(ValueError, match="odd.* was built with another model"):
