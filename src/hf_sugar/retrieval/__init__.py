@@ -5,18 +5,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 
-_RERANK = "SugarReranker rerank_row rerank_rows".split()
-_RAG = "RAGPrompt SugarRAG find_examples question_slices rag_generator rag_messages split_answer".split()
-_MODULE_OF = {
-    "Hit": ".base",
-    "Index": ".base",
-    "LanceIndex": ".lance",
-    "SugarIndex": ".index",
-    "find_files": ".documents",
-    "mine_negatives": ".mine",
-    **dict.fromkeys(_RAG, ".rag"),
-    **dict.fromkeys(_RERANK, ".rerank"),
+_NAMES = {
+    ".base": "Hit Index",
+    ".documents": "find_files",
+    ".index": "SugarIndex",
+    ".lance": "LanceIndex",
+    ".mine": "mine_negatives",
+    ".rag": "RAGPrompt SugarRAG find_examples question_slices rag_generator rag_messages split_answer",
+    ".rerank": "SugarReranker rerank_row rerank_rows",
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = list(_MODULE_OF)
 
