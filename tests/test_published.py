@@ -306,7 +306,12 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(published, tmp_path):
 def test_malformed_files(published, tmp_path):
     story = [{"story_id": "1", "photo_flickr_id": "2", "worker_arranged_photo_order": 0, "text": "a"}]
     for name, file, content, message in (
-        ("vist", "sis.json", [story, [{"story_id": "1"}]], r"annotations\[1\] is not a list of one step"),
+        (
+            "vist",
+            "sis.json",
+            [story, [{"story_id": "1"}]],
+            r"annotations\[1\] is not as published \(KeyError: 'worker",
+        ),
         ("vist", "sis.json", [], "has no `annotations`"),
         ("vist", "sis.json", [story], "of none of the 1 stories all photographs"),
         ("mmvp", "Questions.csv", "ID,Type,Statement\n1,Color,a\n", "line 2: .* no image"),
@@ -329,7 +334,7 @@ def test_malformed_files(published, tmp_path):
     with pytest.raises(ValueError, match="image 30000013 would be line 13, but `imgs.lineidx` has 3"):
         BENCHMARKS["webqa"](tmp_path)
     (tmp_path / "WebQA_train_val.json").write_text(json.dumps({"d5": {"split": "val", "Qcate": "YesNo"}}))
-    with pytest.raises(ValueError, match="question d5 has no 'img_posFacts'"):
+    with pytest.raises(ValueError, match="question d5 is not as published .KeyError: 'img_posFacts'"):
         BENCHMARKS["webqa"](tmp_path)
 
 

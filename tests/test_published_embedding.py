@@ -97,9 +97,9 @@ def test_what_is_missing_is_named(tmp_path):
     for name, line, message in (
         ("qrels", {"qid": "q9", "did": 1}, "queries.jsonl has no qid 'q9', which .*qrels.jsonl names"),
         ("qrels", {"qid": "q0", "did": 9}, "documents.jsonl has no id 9"),
-        ("queries", {"id": 1, "data": []}, "queries.jsonl, line 4 has no qid, but id, data"),
+        ("queries", {"id": 1, "data": []}, "queries.jsonl, line 4 is not as published .KeyError: 'qid'"),
         ("documents", {"id": 0, "data": ["9.png"]}, "No such file or directory: .*9.png"),
-        ("documents", "{", "documents.jsonl, line 7 is no JSON"),
+        ("documents", "{", "documents.jsonl, line 7 is not as published .JSON"),
     ):
         file, content = Path(settings[name]), Path(settings[name]).read_text()
         file.write_text(content + (line if isinstance(line, str) else json.dumps(line)))

@@ -38,9 +38,7 @@ def load_benchmarks(settings: dict[str, dict[str, Any]], tasks: list[str] | None
         if name not in BENCHMARKS:
             raise ValueError(f"There is no benchmark {name!r}. Use some of {', '.join(BENCHMARKS)}.")
         if name not in settings:
-            raise ValueError(
-                f"`tasks` names {name!r}, but `benchmarks.{name}` is not set. Say there where its data are."
-            )
+            raise ValueError(f"`tasks` names {name!r}, but `benchmarks.{name}` is not set: where are its data?")
         try:
             benchmarks[name] = BENCHMARKS[name](**settings[name])
         except (TypeError, ValueError, OSError) as error:

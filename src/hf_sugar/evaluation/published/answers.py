@@ -17,7 +17,7 @@ from ...retrieval.index import SugarIndex
 from ...retrieval.rag import rag_generator
 from ..metrics import Estimate
 from ..tasks import EmbedFunction, GenerateFunction, exact_match, winoground
-from .base import Benchmark
+from .base import Benchmark, as_published
 
 
 QUESTION = "Which statement describes the image?\nA. {}\nB. {}\nAnswer with the option's letter from the given choices directly."
@@ -48,10 +48,8 @@ class MMVP(Benchmark):
             _, *lines = csv.reader(stream)
         for number, line in enumerate(lines, 2):
             if len(line) != 3 or line[0] not in images:
-                raise ValueError(
-                    f"{file}, line {number}: {line} is not a number, a pattern and a statement, or there is no image "
-                    f"<number>.jpg below {path}."
-                )
+                what = "a number, a pattern and a statement, or there is no image <number>.jpg"
+                raise ValueError(f"{file}, line {number}: {line} is not {what} below {path}.")
         if not lines or len(lines) % 2:
             raise ValueError(f"{file} has {len(lines)} statements. Two lines in a row are a pair; restore the file.")
         self.patterns = np.array([pattern for _, pattern, _ in lines[::2]])
@@ -104,7 +102,7 @@ class WebQA(Benchmark, Sequence):
         self.questions: list[tuple[str, bool, list[tuple[int, str]]]] = []
         self.left_out = 0
         for name, record in json.loads(file.read_text(encoding="utf-8")).items():
-            try:
+            with as_published(f"{file}: question {name}"):
                 if record["split"] != split or record["Qcate"] != "YesNo" or not record["img_posFacts"]:
                     continue
                 answer = _YES_OR_NO.match(record["A"][0])
@@ -114,21 +112,14 @@ class WebQA(Benchmark, Sequence):
                     self.questions.append((record["Q"].strip('"'), answer[1].lower() == "yes", facts))
                 else:
                     self.left_out += 1
-            except (KeyError, TypeError, IndexError) as error:
-                remedy = "Use the file as it is published; the one of the test split has no answers."
-                raise ValueError(f"{file}: question {name} has no {error}. {remedy}") from error
         if not self.questions:
-            raise ValueError(
-                f"{file}: no yes-or-no question of the split {split!r} has one useful and {pairs - 1} other images. "
-                "Correct `split` (train or val), or lower `pairs`."
-            )
+            missing = f"no yes-or-no question of the split {split!r} has one useful and {pairs - 1} other images"
+            raise ValueError(f"{file}: {missing}. Correct `split` (train or val), or lower `pairs`.")
         used = [image_id for *_, facts in self.questions for image_id, _ in facts]
         last = max(used, key=self._line)
         if self._line(last) >= len(self.offsets):
-            raise ValueError(
-                f"{self.images}: image {last} would be line {self._line(last)}, but `imgs.lineidx` has "
-                f"{len(self.offsets)}. Join all parts of the archive."
-            )
+            problem = f"image {last} would be line {self._line(last)}, but `imgs.lineidx` has {len(self.offsets)}"
+            raise ValueError(f"{self.images}: {problem}. Join all parts of the archive.")
 
     @staticmethod
     def _line(image_id: int) -> int:
@@ -139,8 +130,8 @@ class WebQA(Benchmark, Sequence):
             file.seek(self.offsets[self._line(image_id)])
             found, _, content = file.readline().partition(b"\t")
         if found != str(image_id).encode():
-            where = f"{self.images}: where image {image_id} should be is {found[:20]!r}"
-            raise ValueError(f"{where}. Use the `imgs.lineidx` that belongs to it.")
+            problem = f"where image {image_id} should be is {found[:20]!r}. Use the `imgs.lineidx` that belongs to it."
+            raise ValueError(f"{self.images}: {problem}")
         return base64.b64decode(content)
 
     def __len__(self) -> int:
@@ -181,9 +172,7 @@ class RagGain(Benchmark):
         self.questions, self.knowledge, self.k = load_data(questions, split), load_data(knowledge, split), k
         for n, row in enumerate(self.questions.remove_columns("images")):
             if not row["messages"] or row["messages"][-1]["role"] != "assistant":
-                raise ValueError(
-                    f"{row_name(row, n)} of `questions` does not end with an answer. Drop it, or add one."
-                )
+                raise ValueError(f"{row_name(row, n)} of `questions` does not end with an answer. Drop it.")
 
     def run(self, embed: EmbedFunction, generate: GenerateFunction) -> dict[str, Estimate | int]:
         index = SugarIndex.build(self.knowledge, embed, by="question", progress=True)

@@ -1,9 +1,21 @@
 """What every published benchmark has."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from ..metrics import Estimate
 from ..tasks import EmbedFunction, GenerateFunction
+
+
+@contextmanager
+def as_published(where: str) -> Iterator[None]:
+    """Names the record of a file that is not of the published form."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where} is not as published ({reason}). Use the original file.") from error
 
 
 class Benchmark:

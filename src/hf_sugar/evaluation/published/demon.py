@@ -11,7 +11,7 @@ import numpy as np
 
 from ..metrics import Estimate
 from ..tasks import EmbedFunction, GenerateFunction
-from .base import Benchmark
+from .base import Benchmark, as_published
 
 
 # The tasks and their datasets, by the names of the folders.
@@ -92,15 +92,12 @@ class Demon(Benchmark):
             file = Path(path, dataset, "core", "core.json")
             content = json.loads(file.read_text(encoding="utf-8")) if file.parent.is_dir() else {"data": []}
             for n, sample in enumerate(content["data"]):
-                try:
+                with as_published(f"{file}: data[{n}]"):
                     row = _prompt(sample, content["metadata"]["task_instruction"], file.parent / "images")
                     truth, options = plain(str(sample["response"])), []
                     if task.endswith("accuracy") and dataset not in PICTURES:
                         options = [plain(str(option)) for option in sample["task_instance"]["choice_list"]]
                         options.index(truth)
-                except (KeyError, IndexError, TypeError, ValueError) as error:
-                    reason = f"{type(error).__name__}: {error}"
-                    raise ValueError(f"{file}: data[{n}] is not as published ({reason}). Unpack it again.") from error
                 if max_images is None or len(row["images"]) <= max_images:
                     self.prompts.append({**row, "id": f"{dataset}/{n}"})
                     self.truths.append((dataset, truth, options))

@@ -13,7 +13,7 @@ from ...data import load_table
 from ...inference import in_role
 from ..metrics import Estimate, ranks
 from ..tasks import EmbedFunction, GenerateFunction, Item, Search, recall
-from .base import Benchmark
+from .base import Benchmark, as_published
 
 
 # Names of the data, and of the groups that the leaderboard averages.
@@ -41,12 +41,7 @@ class MMEB(Benchmark):
         tasks (`list[str]`, *optional*): Some of the tasks.
     """
 
-    def __init__(
-        self,
-        image_root: str | os.PathLike,
-        path: str | os.PathLike = "ziyjiang/MMEB_Test_Instruct",
-        tasks: list[str] | None = None,
-    ):
+    def __init__(self, image_root, path="ziyjiang/MMEB_Test_Instruct", tasks: list[str] | None = None):
         self.image_root = Path(image_root).resolve(strict=True)  # raises where it is missing
         if unknown := sorted(set(tasks or []) - set(GROUP_OF)):
             raise ValueError(f"There is no task {', '.join(unknown)}. Use some of {', '.join(GROUP_OF)}.")
@@ -139,13 +134,9 @@ class WikiHowTIIR(Benchmark):
 def _lines(path: str | os.PathLike, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            try:
+            with as_published(f"{path}, line {number}"):
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is no JSON: {error}. Download the file again.") from error
-            if missing := [key for key in keys if key not in row]:
-                raise ValueError(f"{path}, line {number} has no {' and no '.join(missing)}, but {', '.join(row)}.")
-            yield row
+                yield {key: row[key] for key in keys}
 
 
 def _interleaved(data: list[str], root: Path) -> Item:
