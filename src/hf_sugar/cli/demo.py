@@ -172,9 +172,7 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
 
     print("4/4 the report")
     found["Sugar"] = best_hits(embed, evaluation)
-    pictures = write_pictures(
-        *(output_dir, evaluation, embed, encoder.encode, encoder.split, logs, found), delta=trainer.args.delta
-    )
+    pictures = write_pictures(output_dir, evaluation, embed, encoder, logs, found, delta=trainer.args.delta)
     if any("@" in name for name in results):
         curves = {name: results[-1] for name, results in columns.items() if not name.endswith("(mean)")}
         plot_curves(curves, output_dir / "recall.png")

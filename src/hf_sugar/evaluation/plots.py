@@ -3,7 +3,7 @@
 import itertools
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..data import load_data, row_slices
 from ..files import replacing
 from ..inference import SugarEmbedder, in_role
 from ..models.rows_sugar import row_name
+from ..teachers import TripleEncoder
 from .metrics import Estimate
 from .report import in_words
 from .tasks import EvaluationData, image_text_pairs, named_sources
@@ -160,12 +161,7 @@ def plot_alignment(
     cell = min(1.0, 12 / max(n, m))
     width, height = cell * m + 2.6, cell * n + 1.7
     figure = Figure(figsize=(width, height))
-    margins = {"left": 0.04, "right": 1 - 0.6 / width, "top": 1 - 0.5 / height, "bottom": 0.1 / height}
-    widths, heights = [1.4, *[cell] * m, 0.15], [*[cell] * n, 1.0]
-    grid = figure.add_gridspec(
-        n + 1, m + 2, width_ratios=widths, height_ratios=heights, wspace=0.1, hspace=0.1, **margins
-    )
-    ax = figure.add_subplot(grid[:n, 1 : m + 1])
+    ax = figure.add_axes((1.55 / width, 1.15 / height, cell * m / width, cell * n / height))
     picture = ax.imshow(expected, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
     ax.set_xticks(np.arange(m - 1) + 0.5, [])
     ax.set_yticks(np.arange(n - 1) + 0.5, [])
@@ -176,13 +172,14 @@ def plot_alignment(
     for i, j in np.ndindex(n, m) if cell > 0.4 else ():
         color = "white" if expected[i, j] > 0.55 else "#333333"
         ax.text(j, i, f"{expected[i, j]:.2f}", ha="center", va="center", fontsize=8, color=color)
-    colorbar = figure.colorbar(picture, cax=figure.add_subplot(grid[:n, m + 1]))
+    x, y = 1 / (cell * m), 1 / (cell * n)  # an inch, as a share of the heat map
+    colorbar = figure.colorbar(picture, cax=ax.inset_axes((1 + 0.1 * x, 0, 0.15 * x, 1)))
     colorbar.set_label("probability of a visit", fontsize=8)
     colorbar.ax.tick_params(labelsize=7)
     for i, part in zip(range(n), row_slices, strict=True):
-        _draw(figure.add_subplot(grid[i, 0]), part)
+        _draw(ax.inset_axes((-1.45 * x, 1 - (i + 0.95) / n, 1.4 * x, 0.9 / n)), part)
     for j, part in zip(range(m), column_slices, strict=True):
-        _draw(figure.add_subplot(grid[n, j + 1]), part)
+        _draw(ax.inset_axes(((j + 0.05) / m, -1.05 * y, 0.9 / m, y)), part)
     _write(figure, path)
 
 
@@ -267,34 +264,28 @@ def write_pictures(
     directory: str | os.PathLike,
     data: EvaluationData,
     embed: SugarEmbedder,
-    embed_teachers: Callable[[list[Any]], torch.Tensor],
-    teacher_split: int | None,
+    encoder: TripleEncoder,
     logs: dict[str, list[dict[str, float]]],
     found: dict[str, list[dict[str, Any]]],
     delta: float = 1.0,
-    normalize: str | None = "self+count",
-    split: str = "test",
 ) -> list[tuple[str, str]]:
-    """The plots of a report, as far as there are data for them: of the trained model (`embed`), of its teachers
-    (`encode` and `split` of [`TripleEncoder`]), of the log of each run, and of what each model found ([`best_hits`]).
-    Returns file names and captions."""
+    """The plots of a report, as far as there are data for them: of the trained model (`embed`), of its teachers, of the log of
+    each run, and of what each model found ([`best_hits`]). Returns file names and captions."""
     directory = Path(directory)
     plot_losses(logs, directory / "losses.png")
-    pictures = [
-        ("losses.png", "The losses over the steps: pale as they are logged, and averaged over a tenth of the run.")
-    ]
+    pictures = [("losses.png", "The losses over the steps: pale as logged, and averaged over a tenth of the run.")]
     for source in list(named_sources(data.interleaved_data).values())[:1]:
-        rows = load_data(source, split)
+        rows = load_data(source, "test")
         documents = [row_slices(rows[index], row_name(rows[index], index)) for index in range(min(32, len(rows)))]
-        lengths = [len(document) for document in documents]
-        slices = [item for document in documents for item in document]
-        teachers = embed_teachers(slices)
+        lengths = list(map(len, documents))
+        slices = sum(documents, [])
+        teachers = encoder.encode(slices)
         modality = torch.tensor([int(not isinstance(item, str)) for item in slices])
         offsets = torch.tensor([0, *np.cumsum(lengths)])
-        triple = {} if teacher_split is None else {"modality": modality, "split": teacher_split}
+        triple = {} if encoder.split is None else {"modality": modality, "split": encoder.split}
         prefixes = [(d, length) for d, n in enumerate(lengths[:8]) for length in range(1, n + 1)]
         every = torch.tensor([*prefixes, *enumerate(lengths)])
-        matrix = label_matrix(teachers, offsets, every, delta=delta, normalize=normalize, **triple)[0].numpy()
+        matrix = label_matrix(teachers, offsets, every, delta=delta, **triple)[0].numpy()
         labels, alike = matrix[: len(prefixes), : len(prefixes)], matrix[len(prefixes) :, len(prefixes) :]
         predicted = np.concatenate(embed.every_slice(documents[:8]))
         plot_similarities(labels, predicted @ predicted.T, directory / "similarities.png")
@@ -305,12 +296,10 @@ def write_pictures(
         x, y = (teachers.split(lengths)[n] for n in (first, second))
         if triple:
             modality_x, modality_y = (modality.split(lengths)[n] for n in (first, second))
-            triple = {"modality_x": modality_x, "modality_y": modality_y, "split": teacher_split}
+            triple = {"modality_x": modality_x, "modality_y": modality_y, "split": encoder.split}
         expected = expected_alignment(x, y, delta=delta, **triple)
         plot_alignment(expected.numpy(), documents[first], documents[second], directory / "alignment.png")
-        pictures.append(
-            ("alignment.png", "Expected alignment, by the teachers, of the two documents that are most alike.")
-        )
+        pictures.append(("alignment.png", "Expected alignment, by the teachers, of the two documents most alike."))
 
     rows = [
         {**same[0], **{key: sum((row[key] for row in same), []) for key in ("hits", "correct")}}
