@@ -5,9 +5,10 @@ import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, Value
 from tqdm.auto import tqdm
 
+from .. import data
 from ..data import stored_image
 from ..files import replacing
 from .scenes import COLORS, SPLITS, Scene, render, scenes, story
@@ -16,16 +17,7 @@ from .scenes import COLORS, SPLITS, Scene, render, scenes, story
 DESCRIBE = "Describe the image."
 FACT = "What color is the back of the picture?"
 
-ROW_FEATURES = Features(
-    {
-        "messages": List(
-            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
-        ),
-        "images": List(Image()),
-        "loss_on": Value("string"),
-        "id": Value("string"),
-    }
-)
+ROW_FEATURES = Features({name: data.ROW_FEATURES[name] for name in ("messages", "images", "loss_on", "id")})
 WINOGROUND_FEATURES = Features(
     {f"image_{i}": Image() for i in (0, 1)} | {name: Value("string") for name in ("caption_0", "caption_1", "id")}
 )
@@ -40,7 +32,7 @@ def load_world(
 
     Args:
         kind (`str`):
-            - `"captions"`: documents of an image and its caption (`loss_on="captions"`), each once while there are any.
+            - `"captions"`: an image and its caption (`loss_on="captions"`), each once while there are any.
             - `"conversations"`: half of the rows ask to describe the image and answer with the caption, the others ask
               one to three questions about it (`loss_on="answers"`).
             - `"stories"`: documents of three to six sentences, each followed by its image (`loss_on="text"`).
@@ -102,8 +94,9 @@ def write_world(
     return written
 
 
-def document(parts: list[dict], images: list, loss_on: str) -> dict:
-    return {"messages": [{"role": "user", "content": parts}], "images": images, "loss_on": loss_on}
+def _row(turns: list[tuple[str, list[dict]]], images: list, loss_on: str) -> dict:
+    messages = [{"role": role, "content": parts} for role, parts in turns]
+    return {"messages": messages, "images": list(map(stored_image, images)), "loss_on": loss_on}
 
 
 def _text(text: str) -> dict:
@@ -118,39 +111,32 @@ def _shuffled(split: str, rng: random.Random) -> Iterator[Scene]:
 
 def _captions(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
     for scene in _shuffled(split, rng):
-        yield document([_IMAGE, _text(scene.caption)], [stored_image(scene.render(rng, image_size))], "captions")
+        yield _row([("user", [_IMAGE, _text(scene.caption)])], [scene.render(rng, image_size)], "captions")
 
 
 def _conversations(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
     for scene in _shuffled(split, rng):
-        if rng.random() < 0.5:
-            turns = [(DESCRIBE, scene.caption)]
-        else:
-            turns = list(dict(scene.question(rng) for _ in range(rng.randint(1, 3))).items())
-        messages = []
-        for question, answer in turns:
-            messages.append({"role": "user", "content": [_text(question)]})
-            messages.append({"role": "assistant", "content": [_text(answer)]})
-        messages[0]["content"].insert(0, _IMAGE)
-        yield {"messages": messages, "images": [stored_image(scene.render(rng, image_size))], "loss_on": "answers"}
+        answers = {DESCRIBE: scene.caption}
+        if rng.random() >= 0.5:
+            answers = dict(scene.question(rng) for _ in range(rng.randint(1, 3)))
+        turns = []
+        for question, answer in answers.items():
+            turns += [("user", [_text(question)]), ("assistant", [_text(answer)])]
+        turns[0][1].insert(0, _IMAGE)
+        yield _row(turns, [scene.render(rng, image_size)], "answers")
 
 
 def _stories(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
     while True:
         steps = story(split, rng)
         parts = [part for sentence, _ in steps for part in (_text(sentence), _IMAGE)]
-        yield document(parts, [stored_image(render(placed, rng, image_size)) for _, placed in steps], "text")
+        yield _row([("user", parts)], [render(placed, rng, image_size) for _, placed in steps], "text")
 
 
 def _facts(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
     for scene in _shuffled(split, rng):
-        color = rng.choice(list(COLORS))
-        turns = [
-            {"role": "user", "content": [_IMAGE, _text(FACT)]},
-            {"role": "assistant", "content": [_text(color)]},
-        ]
-        images = [stored_image(scene.render(rng, image_size)) for _ in range(2)]
-        yield {"messages": turns * 2, "images": images, "loss_on": "answers"}
+        turns = [("user", [_IMAGE, _text(FACT)]), ("assistant", [_text(rng.choice(list(COLORS)))])]
+        yield _row(turns * 2, [scene.render(rng, image_size) for _ in range(2)], "answers")
 
 
 def _winoground(split: str, image_size: int, rng: random.Random) -> Iterator[dict]:
@@ -159,19 +145,12 @@ def _winoground(split: str, image_size: int, rng: random.Random) -> Iterator[dic
             continue
         # in a scene of groups a shape is a plural in one place and a singular in the other
         attributes = ["thing", "color", "size", "shape"] if scene.relation else ["color", "size"]
-        swaps = [scene.swapped(attribute) for attribute in attributes]
-        swaps = [
-            other for other in swaps if other != scene and other.split == split and other.things[0] != other.things[1]
-        ]
-        swaps = [other for other in swaps if sorted(other.caption.split()) == sorted(scene.caption.split())]
+        swaps = [other for other in map(scene.swapped, attributes) if other != scene and other.split == split]
+        swaps = [other for other in swaps if other.things[0] != other.things[1] and other.words == scene.words]
         if swaps:
-            other = rng.choice(swaps)
-            yield {
-                "image_0": stored_image(scene.render(rng, image_size)),
-                "image_1": stored_image(other.render(rng, image_size)),
-                "caption_0": scene.caption,
-                "caption_1": other.caption,
-            }
+            both = {"0": scene, "1": rng.choice(swaps)}
+            images = {f"image_{n}": stored_image(each.render(rng, image_size)) for n, each in both.items()}
+            yield {**images, **{f"caption_{n}": each.caption for n, each in both.items()}}
 
 
 KINDS = {

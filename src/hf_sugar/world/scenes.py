@@ -33,12 +33,8 @@ SPLITS = ("train", "validation", "test", "test_unseen")
 UNSEEN_PAIRS = frozenset((color, SHAPES[5 * i % 6]) for i, color in enumerate(COLORS))
 """Combinations of a colour and a shape that no training, validation or test scene shows: every colour lacks one shape."""
 
-CORNERS = {  # row, column
-    "top left": (0, 0),
-    "top right": (0, 1),
-    "bottom left": (1, 0),
-    "bottom right": (1, 1),
-}
+# row, column
+CORNERS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
 
 
 @dataclass(frozen=True)
@@ -93,12 +89,14 @@ class Scene:
         groups = zip(self.things, self.counts, strict=True)
         return " and ".join(f"{NUMBERS[n]} {plural(str(thing), n)}" for thing, n in groups)
 
+    @property
+    def words(self) -> list[str]:
+        return sorted(self.caption.split())
+
     @cached_property
     def split(self) -> str:
         """Where the scene belongs, by the bag of words of its caption, which no other split shares."""
-        if any(thing.unseen for thing in self.things):
-            return "test_unseen"
-        return partition(" ".join(sorted(self.caption.split())))
+        return "test_unseen" if any(thing.unseen for thing in self.things) else partition(" ".join(self.words))
 
     def swapped(self, attribute: str) -> "Scene":
         """The scene whose two objects have exchanged `"size"`, `"color"`, `"shape"`, or (`"thing"`) places."""
@@ -124,8 +122,7 @@ class Scene:
 
     def question(self, rng: random.Random) -> tuple[str, str]:
         """A question about the scene and its answer."""
-        ask = rng.choice(_RELATION_QUESTIONS if self.relation else _COUNT_QUESTIONS)
-        return ask(self, rng)
+        return rng.choice(_RELATION_QUESTIONS if self.relation else _COUNT_QUESTIONS)(self, rng)
 
 
 def in_corner(thing: Thing, corner: tuple[int, int], rng: random.Random) -> tuple[Thing, float, float]:
@@ -292,13 +289,8 @@ _POLYGONS = {
     "triangle": [(0, -0.95), (1, 0.8), (-1, 0.8)],
     "star": [(max(-1, min(1, x)), max(-1, min(1, y))) for x, y in _STAR],
     "cross": [
-        (x, y)
-        for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))
-        for x, y in (
-            ((a, b * 0.35), (a * 0.35, b * 0.35), (a * 0.35, b))
-            if a * b > 0
-            else ((a * 0.35, b), (a * 0.35, b * 0.35), (a, b * 0.35))
-        )
+        *((-1, -0.35), (-0.35, -0.35), (-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35)),
+        *((1, 0.35), (0.35, 0.35), (0.35, 1), (-0.35, 1), (-0.35, 0.35), (-1, 0.35)),
     ],
 }
 _OVERSAMPLING = 4
