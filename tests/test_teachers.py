@@ -353,7 +353,7 @@ def test_construction_errors(checkpoints, tmp_path):
         ({"cross": None}, "Give all three"),
         ("openai/clip", r"'openai/clip'. Use one of default, tiny, or .*{'cross': 'openai/clip'}"),
         (["clip"], "mapping of image, text and cross"),
-        ({"vision": "x"}, r"Unknown keys in `teachers`: \['vision'\].*image, text and cross"),
+        ({"vision": "x"}, r"Unknown keys in `teachers`: \['vision'\].*image, text, cross"),
         ({"cross": clip, "long_text": "drop"}, "`long_text`"),
         ({"cross": clip, "batch_size": 0}, "`batch_size` must be at least 1"),
         ({"cross": clip, "dtype": "half-ish"}, "`dtype` is 'half-ish'"),

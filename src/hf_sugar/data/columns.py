@@ -31,37 +31,26 @@ def add_column(
     columns: list[str],
     fingerprint: str,
     description: str,
-    remedy: str = "Compute it first.",
-    rows_per_shard: int = 512,
+    remedy: str,
+    rows_per_shard: int,
 ) -> Dataset | IterableDataset:
     """
-    Add a column that is slow to compute.
+    Add the columns of a table that is slow to compute: `function` makes it of rows (with undecoded images) and their names,
+    a line for each. Without `function` a row that has no values yet is an error, for a stream when it is met, and `remedy`
+    says what to do.
 
     The values of a block of rows are an Arrow stream `shard-<digest>.arrow` in `cache_dir`, with a key for each row; shards
     are mapped into memory and become the column as they are. An interrupted run goes on where it was, and computes again
     at most one shard in each process; the processes of a distributed run divide the blocks and have to share `cache_dir`.
+    A stream is read through once, if there is a function.
 
-    Rows are known by their content: what is in any shard is not computed again, whatever the order, the mixture or the
-    selection of the rows. Blocks are of the rows as they lie in their table, below any shuffling, and end at rows chosen
-    by their content; so the shards of a source are found again where other sources or rows come before it.
-
-    Args:
-        dataset: Rows, the same in every process. A stream is read through once, unless there is no function.
-        name: What is computed, for messages and the file `<name>.json`, which says what made the values.
-        function:
-            Gives the values of rows (with undecoded images), a table of one line a row; it gets the names of the rows too.
-            Without it nothing is computed, and a row without a value is an error, for a stream when it is met.
-        columns: What the values depend on; the function gets those that there are, and `id`.
-        fingerprint, description: Of everything else that the values depend on, and the same in words.
-        remedy: What an error advises where a value is missing and there is no function.
-        rows_per_shard: Most rows in a shard; the mean is about half of it.
-
-    Returns:
-        The dataset, in its order, with the columns of the function's table.
+    Rows are known by the content of `columns`: what is in any shard is not computed again, whatever the order, the mixture
+    or the selection of the rows. Blocks, of at most `rows_per_shard` rows, are of the rows as they lie in their table, below
+    any shuffling, and end at rows chosen by their content; so the shards of a source are found again where other sources or
+    rows come before it. `<name>.json` has the `fingerprint` and `description` of all else that the values depend on.
 
     Raises:
-        `ValueError`: if `cache_dir` holds values of another fingerprint, a shard is damaged, or a row has no value and
-            there is no function.
+        `ValueError`: if `cache_dir` holds values of another fingerprint, or a shard is damaged.
     """
     if rows_per_shard < 1:
         raise ValueError(f"`rows_per_shard` must be at least 1, got {rows_per_shard}.")
@@ -136,10 +125,8 @@ def _add_to_stream(dataset: IterableDataset, shards: "_Shards", columns: list[st
         state.wait_for_everyone()
         shards = replace(shards)  # with what has been written
     if not shards.names:
-        raise ValueError(
-            f"{shards.directory} holds no {shards.name}, and a streaming dataset is not read before it is used. "
-            f"{shards.remedy}"
-        )
+        reason = "and a streaming dataset is not read before it is used."
+        raise ValueError(f"{shards.directory} holds no {shards.name}, {reason} {shards.remedy}")
 
     def add(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [dict(zip(columns, values)) for values in zip(*(batch[column] for column in columns))]
@@ -173,15 +160,12 @@ class _Shards:
             there = json.loads(self.header.read_text(encoding="utf-8"))
             same, by = there["fingerprint"] == self.made["fingerprint"], there["description"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.header}, which says what made the {self.name} there, cannot be read ({type(error).__name__}: "
-                f"{error}). Use another directory or delete this one."
-            ) from error
+            reason = f"cannot be read ({type(error).__name__}: {error}). Use another directory or delete this one."
+            raise ValueError(f"{self.header}, which says what made the {self.name} there, {reason}") from error
         if not same:
-            raise ValueError(
-                f"{self.directory} holds {self.name} of other settings.\n  there:     {by}\n  asked for: "
-                f"{self.made['description']}\nUse another directory, or delete this one to compute them anew."
-            )
+            both = f"  there:     {by}\n  asked for: {self.made['description']}"
+            remedy = "Use another directory, or delete this one to compute them anew."
+            raise ValueError(f"{self.directory} holds {self.name} of other settings.\n{both}\n{remedy}")
 
     def write(self, name: str, keys: list[bytes | None], fresh_rows: Callable[[list[int]], tuple[list, list]]) -> None:
         """Write a shard of rows with these keys (`None` and null for one that is not used). What is in no other shard is
@@ -203,20 +187,16 @@ class _Shards:
         if not self.header.exists():
             with replacing(self.header) as path:
                 path.write_text(json.dumps(self.made, indent=2), encoding="utf-8")
-        with (
-            replacing(self.directory / name) as path,
-            pa.OSFile(str(path), "wb") as file,
-            pa.ipc.new_stream(file, values.schema) as stream,
-        ):
-            stream.write_table(values)
+        with replacing(self.directory / name) as path, pa.OSFile(str(path), "wb") as file:
+            with pa.ipc.new_stream(file, values.schema) as stream:
+                stream.write_table(values)
 
     def read(self, name: str) -> Dataset:
         try:
             return Dataset.from_file(str(self.directory / name))
         except FileNotFoundError as error:
-            raise ValueError(
-                f"{self.directory / name} is not there: `cache_dir` must be a directory that all processes share."
-            ) from error
+            shared = "`cache_dir` must be a directory that all processes share"
+            raise ValueError(f"{self.directory / name} is not there: {shared}.") from error
         except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
             raise self.damaged(name, str(error)) from error
 
@@ -224,9 +204,8 @@ class _Shards:
         return ValueError(f"{row} has no {self.name} in {self.directory}. {self.remedy}")
 
     def damaged(self, name: str, reason: str) -> ValueError:
-        return ValueError(
-            f"The file {self.directory / name} is damaged: {reason}. Delete it; what it holds is then computed again."
-        )
+        remedy = "Delete it; what it holds is then computed again."
+        return ValueError(f"The file {self.directory / name} is damaged: {reason}. {remedy}")
 
     @cached_property
     def _all(self) -> Dataset:

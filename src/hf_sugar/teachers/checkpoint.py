@@ -107,18 +107,15 @@ class Teacher:
         # A pooler that was never trained is ignored for `image` (see `images`) and not used for `text`.
         missing = [key for key in info["missing_keys"] if self.dual or not key.startswith("pooler.")]
         if missing:
-            raise ValueError(
-                f"cannot load {self.name}: it lacks {len(missing)} weights, such as {sorted(missing)[:3]}, which would be "
-                "random. Use a complete checkpoint of an architecture `AutoModel` knows."
-            )
+            lacking = f"{len(missing)} weights, such as {sorted(missing)[:3]}, which would be random"
+            raise ValueError(f"cannot load {self.name}: it lacks {lacking}. Use a complete checkpoint.")
         self.untrained_pooler = any(key.startswith("pooler.") for key in info["missing_keys"])
         kinds = {model.input_modalities} if isinstance(model.input_modalities, str) else set(model.input_modalities)
         only_input, advice = _KINDS[self.role]
         single = model.main_input_name == only_input and len(kinds) == 1 and not model.config.is_encoder_decoder
         if not self.dual and not single:
-            raise ValueError(
-                f"{self.name} is a {type(model).__name__}, which does not embed what this teacher has to. Use {advice}."
-            )
+            kind = type(model).__name__
+            raise ValueError(f"{self.name} is a {kind}, which does not embed what this teacher has to. Use {advice}.")
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -129,17 +126,14 @@ class Teacher:
         if self.role == "image":
             first, second = (self.images([Image.linear_gradient("L").convert("RGB")]) for _ in range(2))
             if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
-                raise ValueError(
-                    f"{self.name}, a {kind}, gives another embedding each time (does it mask patches at random?). Use a "
-                    "model that does not."
-                )
+                problem = "gives another embedding each time (does it mask patches at random?)"
+                raise ValueError(f"{self.name}, a {kind}, {problem}. Use a model that does not.")
             return first.shape[1]
         first, second = self.texts(["a"]), self.texts(["a a"])
         if self.pooling == "cls" and not self.dual and torch.allclose(first, second, rtol=1e-4, atol=1e-5):
-            raise ValueError(
-                f"{self.name}, a {kind}, is pooled by its first token, which does not see the text after it. Use a text "
-                "encoder such as BGE, or a model whose 1_Pooling/config.json says how it pools."
-            )
+            problem = "is pooled by its first token, which does not see the text after it"
+            remedy = "Use a text encoder such as BGE, or a model whose 1_Pooling/config.json says how it pools."
+            raise ValueError(f"{self.name}, a {kind}, {problem}. {remedy}")
         return first.shape[1]
 
     @cached_property
@@ -171,21 +165,18 @@ class Teacher:
         return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
     def _read_pooling(self) -> str:
-        modules = {
-            module["type"].rsplit(".", 1)[-1]: module["path"] for module in self._read_json("modules.json") or []
-        }
-        file = f"{modules.get('Pooling', '1_Pooling')}/config.json"
+        modules = self._read_json("modules.json") or []
+        paths = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
+        file = f"{paths.get('Pooling', '1_Pooling')}/config.json"
         config = self._read_json(file)
-        config = {"pooling_mode": "cls"} if config is None else config
-        modes = config.get("pooling_mode") or [
-            key for key, value in config.items() if key.startswith("pooling_mode_") and value is True
-        ]
+        if config is None:
+            config = {"pooling_mode": "cls"}
+        modes = config.get("pooling_mode") or [key for key in config if config[key] is True and "pooling_mode_" in key]
         modes = [_POOLING_FLAGS.get(mode, mode) for mode in ([modes] if isinstance(modes, str) else modes)]
-        if modes not in (["cls"], ["mean"], ["lasttoken"]) or modules.keys() - {"Transformer", "Pooling", "Normalize"}:
-            raise ValueError(
-                f"{self.name} pools by {modes} ({file}) and has the sentence-transformers modules {list(modules)}. Use a "
-                "model that pools by one of cls, mean and lasttoken, made of Transformer, Pooling and Normalize."
-            )
+        if modes not in (["cls"], ["mean"], ["lasttoken"]) or paths.keys() - {"Transformer", "Pooling", "Normalize"}:
+            has = f"pools by {modes} ({file}) and has the sentence-transformers modules {list(paths)}"
+            wanted = "pools by one of cls, mean and lasttoken, made of Transformer, Pooling and Normalize"
+            raise ValueError(f"{self.name} {has}. Use a model that {wanted}.")
         return modes[0]
 
     def images(self, images: list[Image.Image]) -> torch.Tensor:
@@ -197,10 +188,8 @@ class Teacher:
         if outputs.get("pooler_output") is not None and not self.untrained_pooler:
             return outputs.pooler_output.flatten(1).float()  # convolutional models keep (n, dim, 1, 1)
         if outputs.last_hidden_state.ndim != 3:
-            raise ValueError(
-                f"{self.name}, a {type(model).__name__}, has neither a pooled output nor a first token. Use a vision model "
-                "with one of them, such as DINOv2."
-            )
+            lacking = "has neither a pooled output nor a first token. Use a vision model with one, such as DINOv2."
+            raise ValueError(f"{self.name}, a {type(model).__name__}, {lacking}")
         return outputs.last_hidden_state[:, 0].float()
 
     def texts(self, texts: list[str]) -> torch.Tensor:
@@ -208,17 +197,15 @@ class Teacher:
             lower = self._sentence_transformers.get("do_lower_case")
             texts = [text.strip().lower() if lower else text.strip() for text in texts]
         windows = [[text] for text in texts]
-        long = [i for i, length in enumerate(self._lengths(texts)) if length > self.max_length]
-        if long and self.long_text == "windows":
-            for i in long:
+        for i, length in enumerate(self._lengths(texts)):
+            if length <= self.max_length:
+                continue
+            if self.long_text == "windows":
                 windows[i] = self._windows(texts[i])
-        if long and not self.has_met_long_text:
-            self.has_met_long_text = True
-            done = {
-                "windows": "split into windows, whose embeddings are averaged",
-                "truncate": "cut, and what is cut has no influence on their embeddings",
-            }[self.long_text]
-            logger.warning("Texts longer than the %d tokens of %s are %s.", self.max_length, self.name, done)
+            if not self.has_met_long_text:
+                self.has_met_long_text = True
+                done = "split into windows, whose embeddings are averaged" if windows[i][1:] else "cut at their ends"
+                logger.warning("Texts longer than the %d tokens of %s are %s.", self.max_length, self.name, done)
         flat = [window for parts in windows for window in parts]
         features = [
             F.normalize(self._features(flat[start : start + self.batch_size]), dim=-1)
@@ -244,9 +231,8 @@ class Teacher:
         # SigLIP saw every text padded to its full length, without a mask.
         siglip = self.config.model_type in ("siglip", "siglip2")
         padding = "max_length" if siglip else True
-        inputs = self.tokenizer(
-            texts, padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(self.device)
+        lengths = {"padding": padding, "truncation": True, "max_length": self.max_length}
+        inputs = self.tokenizer(texts, return_tensors="pt", **lengths).to(self.device)
         if self.dual:
             inputs = {"input_ids": inputs["input_ids"]} if siglip else inputs
             return self.model.get_text_features(**inputs).pooler_output.float()

@@ -24,18 +24,14 @@ class TripleEncoder:
 
     A slice's embedding is `concat(a1, a2)`, each half of length one. `a2` comes from a dual encoder such as CLIP and
     compares an image with a text. `a1` compares slices of one modality with each other, and comes from a model that does
-    this better than CLIP: a self-supervised vision model for images, a sentence encoder for texts. Where these two differ
-    in width, the narrower one is padded with zeros, which leaves its inner products alone.
+    this better than CLIP: a self-supervised vision model for images, a sentence encoder for texts, the narrower padded with
+    zeros. One encoder may do everything (`image=None, text=None` leaves the dual encoder; a slice of a kind that it does not
+    take is an error): `split` is then `None`, and an embedding is that encoder's vector.
 
-    One encoder may do everything: `image=None, text=None` leaves the dual encoder; a vision model alone embeds images,
-    a sentence encoder alone texts, and a slice of the other kind is then an error. `split` is `None` and an embedding is
-    that encoder's vector.
-
-    Every checkpoint may be a Hub id or a local directory, with weights in safetensors; remote code is never run. The
-    weights are read when something is first embedded. Images go through each checkpoint's own processor with Pillow as the
-    backend. The vision model gives its pooled output, or the first token's state where it has no trained pooler; the
-    sentence encoder pools as its sentence-transformers configuration says (cls, mean or lasttoken), else by the first token.
-    No instruction is put before a text.
+    Checkpoints are Hub ids or local directories with safetensors, whose weights are read when something is first embedded;
+    remote code is never run. Images go through each checkpoint's own processor, on Pillow. The vision model gives its pooled
+    output, or the first token's state where it has no trained pooler; the sentence encoder pools as its sentence-transformers
+    configuration says (cls, mean or lasttoken), else by the first token. No instruction is put before a text.
 
     Args:
         image (`str`, *optional*, defaults to `"facebook/dinov2-base"`):
@@ -52,8 +48,8 @@ class TripleEncoder:
         batch_size (`int`, *optional*, defaults to `64`): Images or texts in one forward pass.
         long_text (`str`, *optional*, defaults to `"windows"`):
             What happens to a text with more tokens than an encoder takes (CLIP: 77, BGE: 512). `"windows"` halves it at
-            the space nearest the middle until every part fits; its embedding is the mean of the parts' embeddings,
-            normalised. `"truncate"` drops what is too much. Either way the first such text brings a warning.
+            the space nearest the middle until every part fits; its embedding is the normalised mean of theirs.
+            `"truncate"` drops what is too much. Either way the first such text brings a warning.
 
     Attributes:
         split (`int` or `None`): width of `a1`.
@@ -97,9 +93,7 @@ class TripleEncoder:
     ):
         paths = {"image": image, "text": text, "cross": cross}
         if sum(path is not None for path in paths.values()) not in (1, 3):
-            raise ValueError(
-                f"The teachers are {paths}. Give all three (triple kernel), or one that does everything, such as `cross`."
-            )
+            raise ValueError(f"The teachers are {paths}. Give all three, or one for everything, such as `cross`.")
         revisions = revisions or {}
         if unknown := revisions.keys() - paths:
             raise ValueError(f"Unknown teachers in `revisions`: {sorted(unknown)}. Valid are image, text and cross.")
@@ -133,28 +127,20 @@ class TripleEncoder:
             kwargs:
                 Passed on to the constructor.
         """
-        roles = {"image", "text", "cross"}
-        if isinstance(teachers, str):
+        if teachers == "tiny":
             from hf_sugar.world import world_teachers
 
-            sets = {"default": {}, "tiny": world_teachers()}
-            if teachers not in sets:
-                raise ValueError(
-                    f"`teachers` is {teachers!r}. Use one of {', '.join(sets)}, or a mapping of image, text and cross to "
-                    f"checkpoints; {{'cross': {teachers!r}}} uses this one for everything."
-                )
-            teachers = sets[teachers]
-        elif not isinstance(teachers, dict | None):
-            raise ValueError(f"`teachers` is {teachers!r}. Give a mapping of image, text and cross to checkpoints.")
-        teachers = dict(teachers or {})
-        if unknown := teachers.keys() - roles - {"revisions", "dtype", "long_text", "batch_size"}:
-            raise ValueError(
-                f"Unknown keys in `teachers`: {sorted(unknown)}. Valid are image, text and cross, and revisions, dtype, "
-                "long_text and batch_size."
-            )
-        if teachers.keys() & roles:
-            teachers = {**dict.fromkeys(roles), **teachers}
-        return cls(**teachers, **kwargs)
+            teachers = world_teachers()
+        settings = {} if teachers in (None, "default") else teachers
+        if not isinstance(settings, dict):
+            mapping = f"a mapping of image, text and cross to checkpoints, as {{'cross': {teachers!r}}}"
+            raise ValueError(f"`teachers` is {teachers!r}. Use one of default, tiny, or {mapping}.")
+        roles, others = ("image", "text", "cross"), ("revisions", "dtype", "long_text", "batch_size")
+        if unknown := settings.keys() - {*roles, *others}:
+            raise ValueError(f"Unknown keys in `teachers`: {sorted(unknown)}. Valid are {', '.join(roles + others)}.")
+        if settings.keys() & {*roles}:
+            settings = {**dict.fromkeys(roles), **settings}
+        return cls(**settings, **kwargs)
 
     @property
     def _teachers(self) -> list[Teacher]:
@@ -222,10 +208,8 @@ class TripleEncoder:
             if is_text and not item.strip():
                 raise ValueError(f"{name} is an empty text. Leave it out.")
             if self._cross is None and is_text != (self._image is None):
-                raise ValueError(
-                    f"{name} is {'a text' if is_text else 'an image'}, which the only teacher, {self._teachers[0]}, does not "
-                    "take. Name all three teachers, or a dual encoder as `cross`."
-                )
+                refused = f"is {'a text' if is_text else 'an image'}, which the only teacher, {self._teachers[0]}"
+                raise ValueError(f"{name} {refused}, does not take. Name all three, or a dual encoder as `cross`.")
             (texts if is_text else images).append(i)
         texts.sort(key=lambda i: len(slices[i]))  # texts of like length share a batch: less padding
         embeddings = torch.zeros(len(slices), self.dim)
@@ -255,12 +239,10 @@ class TripleEncoder:
             norms = half.norm(dim=-1)
             # what is not finite has become nan, and nothing has a length of one but a vector with a direction
             for i in (~((norms - 1).abs() < 0.01)).nonzero().flatten()[:1].tolist():
-                found = "zero" if norms[i] == 0 else "not finite"
-                advice = "" if teacher.dtype == torch.float32 else " Use dtype float32 or bfloat16, or"
-                raise ValueError(
-                    f"{names[i]}: {teacher.name} gives an embedding that is {found} in {teacher.dtype}."
-                    f"{advice or ' Use'} another model, or leave this slice out."
-                )
+                found = f"{'zero' if norms[i] == 0 else 'not finite'} in {teacher.dtype}"
+                advice = "" if teacher.dtype == torch.float32 else "dtype float32 or bfloat16, or "
+                remedy = f"Use {advice}another model, or leave this slice out."
+                raise ValueError(f"{names[i]}: {teacher.name} gives an embedding that is {found}. {remedy}")
         if self.split is not None:
             halves[0] = F.pad(halves[0], (0, self.split - halves[0].shape[1]))
         return torch.cat(halves, dim=1)
