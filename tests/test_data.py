@@ -386,7 +386,7 @@ class TestSources:
         path = str(write(root / "a.json", [llava()]))
         for sources, message in [
             ([], "is empty"),
-            ([{"image_root": path}], "source 1 names no `path`, but image_root"),
+            ([{"image_root": path}], "source 1 has no `path`"),
             ([path, {"path": path, "wieght": 1}], "a.json: a source has no key `wieght`. Did you mean `weight`"),
             ({"path": path, "file": 1}, "a.json: a source has no key `file`. There are path, image_root"),
             ([{"path": path, "weight": 1}, path], "every source a `weight`"),

@@ -128,10 +128,8 @@ def text_rows(dataset: Dataset, name: str = "the dataset") -> Iterator[tuple[dic
     dataset = undecoded(dataset, name)
     columns = dataset.column_names
     if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(
-            f"{name} has no `messages` column (it has {', '.join(columns)}). Bring it into the conversational vision "
-            "format, for example with `hf_sugar.data.load_data`."
-        )
+        there = f"it has {', '.join(columns)}"
+        raise ValueError(f"{name} has no `messages` column ({there}). Bring it into the format of docs/data.md.")
     counts = [0] * len(dataset)
     images = next((column for column in ("images", "image") if column in columns), None)
     if images is not None:

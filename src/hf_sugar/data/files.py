@@ -120,9 +120,7 @@ def locate(source: dict[str, Any], split: str) -> tuple[str, list[str]]:
 
 def _known_split(split: str, splits: Iterable[str], path: str) -> str:
     if split not in splits:
-        raise ValueError(
-            f"{path}: there is no split {split!r}, but {', '.join(map(str, splits))}. Set `split` to one of them."
-        )
+        raise ValueError(f"{path}: there is no split {split!r}, but {', '.join(map(str, splits))}. Set `split`.")
     return split
 
 
@@ -216,11 +214,10 @@ def json_records(files: list[str]) -> Iterator[dict[str, Any]]:
     """All records of JSON files; a bad one is an error that names file and row."""
     for path in files:
         for name, number, record in file_records(path):
+            if isinstance(record, BadRow):
+                raise ValueError(f"{path}: {name}, row {number} {record.problem}")
             if not isinstance(record, dict):
-                is_what = (
-                    record.problem if isinstance(record, BadRow) else f"is a {type(record).__name__}, not an object."
-                )
-                raise ValueError(f"{path}: {name}, row {number} {is_what}")
+                raise ValueError(f"{path}: {name}, row {number} is a {type(record).__name__}, not an object.")
             yield record
 
 

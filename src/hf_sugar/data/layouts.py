@@ -48,10 +48,8 @@ def layout_of(fields: set[str], where: str) -> str:
             return name
     hint = "Download the images that `url` names first, for example with img2dataset. " if "url" in fields else ""
     known = "; ".join(f"{name}: {', '.join(sorted(layout.marks[0]))}" for name, layout in LAYOUTS.items())
-    raise ValueError(
-        f"{where}: no layout is known with the fields {', '.join(sorted(fields))}. {hint}Use `rename`, or bring the data into "
-        f"one of these (docs/data.md shows a record of each): {known}."
-    )
+    remedy = f"{hint}Use `rename`, or bring the data into one of these (docs/data.md shows a record of each): {known}."
+    raise ValueError(f"{where}: no layout is known with the fields {', '.join(sorted(fields))}. {remedy}")
 
 
 def _text(value: Any, field: str) -> str:

@@ -37,6 +37,7 @@ ROW_FEATURES = Features(
 
 # what the contrastive loss puts beside a row
 BESIDE = ("positives", "negatives")
+IMAGES_BESIDE = "Images can stand there in a table with `messages` alone."
 
 _AS_JSON = json.JSONEncoder(ensure_ascii=False, default=lambda _: None)
 # keys of a source, and the values of those that have a few
@@ -115,9 +116,7 @@ def load_data(
             if value is not None and _SOURCE_KEYS[key] and value not in _SOURCE_KEYS[key]:
                 raise ValueError(f"{name}: `{key}` is {value!r}. Use one of {', '.join(map(str, _SOURCE_KEYS[key]))}.")
         if "path" not in source:
-            raise ValueError(
-                f"{name} names no `path`, but {', '.join(key for key in source if source[key] is not None)}."
-            )
+            raise ValueError(f"{name} has no `path`.")
         if not isinstance(source.get("rename") or {}, dict):
             raise ValueError(f"{name}: `rename` is {source['rename']!r}. Write it as {{name: new name}}.")
     weights = [source["weight"] for source in sources if source.get("weight") is not None]
@@ -158,19 +157,15 @@ def _load_source(
     added = {"teacher_embeddings", *BESIDE} & set(table.column_names or ())
     if added and "messages" in table.column_names:  # of `hf-sugar prepare` or `mine`: rows already
         if changed := {"rename", "loss_on", "structure"} & source.keys():
-            raise ValueError(
-                f"{path} holds rows with `{min(added)}`, which are taken as they are: `{min(changed)}` comes too late. Set "
-                "it where they are made."
-            )
+            reason = f"which are taken as they are: `{min(changed)}` comes too late. Set it where they are made."
+            raise ValueError(f"{path} holds rows with `{min(added)}`, {reason}")
         return table
     table = undecoded(table, path)
     features = _renamed(table.features, source)
     reading.layout = layout_of(set(features), path) if layout == "auto" else layout
     for name in BESIDE:
         if name in features and features[name] != List(Value("string")):
-            raise ValueError(
-                f"{path}: `{name}` is no list of texts. Images can stand there in a table with `messages` alone."
-            )
+            raise ValueError(f"{path}: `{name}` is no list of texts. {IMAGES_BESIDE}")
     reading.keep_beside(set(features))
     if reading.root is None:
         reading.root = path if os.path.isdir(path) else os.path.dirname(path)
@@ -279,13 +274,9 @@ class _Reading:
         beside = {name: record.get(name) for name in BESIDE if name in self.features or record.get(name)}
         for name, texts in beside.items():
             if name not in self.features:
-                raise BadRow(
-                    name, "is not in the first record of its source. Write it there too, `[]` if there is nothing."
-                )
+                raise BadRow(name, "is not in the first record of its source. Write it there too, if only as `[]`.")
             if texts and not (isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)):
-                raise BadRow(
-                    name, f"is {texts!r}, not a list of texts. Images can stand in a table with `messages` alone."
-                )
+                raise BadRow(name, f"is {texts!r}, not a list of texts. {IMAGES_BESIDE}")
         given = {**record, **{name: value for name, value in self.source.items() if value is not None}}
         rows = LAYOUTS[self.layout].rows(record)
         for row in rows:
