@@ -21,8 +21,8 @@ def load_image(image: Image.Image | str | Path | bytes | dict[str, Any], where: 
 
     Args:
         image (`PIL.Image.Image` or `str` or `pathlib.Path` or `bytes` or `dict`):
-            Decoded image, path or content of an image file, or the `{"bytes": ..., "path": ...}` of an undecoded
-            [`datasets.Image`] column. An image that is upright RGB already is returned as it is.
+            Decoded image, which is returned as it is if it is upright RGB already, path or content of an image file, or
+            the `{"bytes": ..., "path": ...}` of an undecoded [`datasets.Image`] column.
         where (`str`, *optional*, defaults to `"image"`): What error messages name: the row and the position in it.
 
     Raises:
@@ -54,9 +54,7 @@ def load_image(image: Image.Image | str | Path | bytes | dict[str, Any], where: 
         if isinstance(error, FileNotFoundError):
             problem = "does not exist. Correct the path, or the root directory that paths are relative to."
         elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-            problem = (
-                f"is too large: {error} Scale the file down, or set `PIL.Image.MAX_IMAGE_PIXELS` if you trust it."
-            )
+            problem = f"is too large: {error} Scale it down, or set `PIL.Image.MAX_IMAGE_PIXELS` if you trust it."
         raise ValueError(f"{where}: {name} {problem}") from error
 
 
@@ -118,10 +116,8 @@ def undecoded(
     if streamed:
         dataset = dataset if dataset.features else dataset._resolve_features()
     elif dataset.format["type"] == "custom":
-        raise ValueError(
-            f"{name} has a transform (`with_transform` or `set_transform`): rows are checked, embedded and collated apart, "
-            "and would differ each time. Apply it with `map`, or take it off with `with_format(None)`."
-        )
+        remedy = "Apply it with `map`, or take it off with `with_format(None)`."
+        raise ValueError(f"{name} has a transform (`with_transform`): rows would differ at each reading. {remedy}")
     # `decode(False)` of a stream would leave JSON columns undecoded too, and `cast_column` would rewrite the whole table
     # where images are in lists
     features = copy.deepcopy(dataset.features)
@@ -155,16 +151,21 @@ def row_slices(row: dict[str, Any], where: str = "row") -> list[str | Image.Imag
     ]
 
 
-def answer_to_image(row: dict[str, Any]) -> str | None:
-    """The text that goes with the image of a row: its only answer, or its caption; `None` if the row does not have exactly
-    one image and one such text."""
+def answers_to_image(row: dict[str, Any]) -> list[str]:
+    """The texts that go with the only image of a row: its caption, or the answers of a conversation that begins with it.
+    None, if the row has no such image, or several captions."""
     row = conversation_row(row)
     if len(row["images"]) != 1 or row["loss_on"] == "text":
-        return None
-    role = "user" if row["loss_on"] == "captions" else "assistant"
+        return []
     messages = fill_images(row["messages"], row["images"])
-    texts = [p["text"] for m in messages if m["role"] == role for p in m["content"] if p["type"] == "text"]
-    return texts[0] if len(texts) == 1 else None
+    asked = next((message["content"] for message in messages if message["role"] == "user"), [])
+    if all(part["type"] != "image" for part in asked):
+        return []
+    role = "user" if row["loss_on"] == "captions" else "assistant"
+    texts = [[p["text"] for p in m["content"] if p["type"] == "text"] for m in messages if m["role"] == role]
+    if row["loss_on"] == "captions":
+        return sum(texts, []) if sum(map(len, texts)) == 1 else []
+    return [" ".join(answer) for answer in texts if answer]
 
 
 def captions_by_image(dataset: datasets.Dataset) -> tuple[list[Image.Image | Path], list[list[str]]]:
@@ -179,21 +180,17 @@ def captions_by_image(dataset: datasets.Dataset) -> tuple[list[Image.Image | Pat
 
     Returns:
         `tuple[list[PIL.Image.Image | pathlib.Path], list[list[str]]]`: images (paths where the dataset has paths) and
-        their captions, in the order in which the images first appear.
+        their captions, in the order of the images' first rows.
     """
-    images: dict[str | bytes, Image.Image | Path] = {}
-    captions: dict[str | bytes, list[str]] = {}
+    found: dict[str | bytes, tuple[Image.Image | Path, list[str]]] = {}
     for index, row in enumerate(undecoded(dataset)):
-        text = answer_to_image(row)
-        if text is None:
+        texts = answers_to_image(row)
+        if len(texts) != 1:
             continue
-        image = conversation_row(row)["images"][0]
-        if image["bytes"] is None:
-            key = image["path"]
-            images[key] = Path(key)
-        else:
-            key = hashlib.blake2b(image["bytes"]).digest()
-            if key not in images:
-                images[key] = load_image(image, f"{row_name(row, index)}, images[0]")
-        captions.setdefault(key, []).append(text)
-    return list(images.values()), list(captions.values())
+        [image] = conversation_row(row)["images"]
+        stored = image["bytes"] is not None
+        key = hashlib.blake2b(image["bytes"]).digest() if stored else image["path"]
+        if key not in found:
+            found[key] = load_image(image, f"{row_name(row, index)}, images[0]") if stored else Path(key), []
+        found[key][1].extend(texts)
+    return [image for image, _ in found.values()], [captions for _, captions in found.values()]

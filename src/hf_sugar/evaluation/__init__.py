@@ -6,20 +6,15 @@ from typing import TYPE_CHECKING
 
 
 _NAMES = {
-    "metrics": ("Estimate", "bootstrap_interval", "ranks", "recall_at_k"),
-    "tasks": (
-        *("WINOGROUND_CHANCE", "EvaluationData", "evaluate_tasks", "exact_match", "image_text_pairs"),
-        *("image_text_retrieval", "interleaved_retrieval", "load_tasks", "winoground"),
-    ),
-    "ceilings": ("chance", "label_ceilings"),
-    "report": ("report_table", "terminal_table", "to_dict", "write_report"),
-    "plots": (
-        *("best_hits", "plot_alignment", "plot_curves", "plot_gallery", "plot_losses", "plot_similarities"),
-        "write_pictures",
-    ),
-    "published": ("BENCHMARKS", "load_benchmarks"),
+    "metrics": "Estimate bootstrap_interval ranks recall_at_k",
+    "tasks": "WINOGROUND_CHANCE EvaluationData evaluate_tasks exact_match image_text_pairs image_text_retrieval "
+    "interleaved_retrieval load_tasks winoground",
+    "ceilings": "chance label_ceilings",
+    "report": "report_table terminal_table to_dict write_report",
+    "plots": "best_hits plot_alignment plot_curves plot_gallery plot_losses plot_similarities write_pictures",
+    "published": "BENCHMARKS load_benchmarks",
 }
-_MODULE_OF = {name: f"hf_sugar.evaluation.{module}" for module, names in _NAMES.items() for name in names}
+_MODULE_OF = {name: f"hf_sugar.evaluation.{module}" for module, names in _NAMES.items() for name in names.split()}
 __all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:  # the same for type checkers

@@ -1,6 +1,7 @@
 """What bounds the results of a model: the labels it was trained with, and chance."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,13 +73,13 @@ def chance(tasks: Sequence[Task]) -> dict[str, Any]:
     return {**run_tasks(tasks, None, None), "notes": notes}
 
 
+@dataclass
 class LabelledItems:
     """Teacher embeddings and modalities of the slices of items, in the place of embeddings: `a @ b.T` holds labels."""
 
-    def __init__(
-        self, sequences: list[tuple[torch.Tensor, torch.Tensor]], split: int | None, settings: dict[str, Any]
-    ):
-        self.sequences, self.split, self.settings = sequences, split, settings
+    sequences: list[tuple[torch.Tensor, torch.Tensor]]
+    split: int | None
+    settings: dict[str, Any]
 
     @property
     def T(self) -> "LabelledItems":

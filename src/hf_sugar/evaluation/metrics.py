@@ -54,19 +54,15 @@ def ranks(scores: np.ndarray, relevant: Relevant) -> np.ndarray:
     """
     scores = np.asarray(scores)
     if scores.ndim != 2 or len(scores) != len(relevant):
-        raise ValueError(
-            f"`scores` has shape {scores.shape} and `relevant` {len(relevant)} entries; expected scores of shape "
-            f"({len(relevant)}, candidates)."
-        )
+        raise ValueError(f"`scores` has shape {scores.shape}; expected ({len(relevant)}, candidates).")
     result = np.empty(len(scores), dtype=np.int64)
     for q, (row, answers) in enumerate(zip(scores, relevant, strict=True)):
         if np.isnan(row).any():
             raise ValueError(f"`scores` of query {q} hold NaN: the embeddings overflowed. Use bfloat16 or float32.")
         answers = np.unique(list(answers) if isinstance(answers, set | frozenset | list | tuple) else [answers])
         if len(answers) == 0 or answers[0] < 0 or answers[-1] >= len(row):
-            raise ValueError(
-                f"`relevant[{q}]` is {answers.tolist()}; each query needs at least one index from 0 to {len(row) - 1}."
-            )
+            needed = f"each query needs at least one index from 0 to {len(row) - 1}"
+            raise ValueError(f"`relevant[{q}]` is {answers.tolist()}; {needed}.")
         best = row[answers].max()
         result[q] = 1 + np.count_nonzero(row >= best) - np.count_nonzero(row[answers] >= best)
     return result

@@ -39,16 +39,13 @@ def in_words(metric: str) -> str:
 
 def _cells(runs: dict[str, dict[str, Any]]) -> list[list[str]]:
     """What stands in the lines of a table of results, names first."""
-    shown = {
-        run: {
-            metric: f"{value:.1f}" if isinstance(value, float) else str(value)
-            for metric, value in results.items()
-            if isinstance(value, Estimate | int | float | str)
+    shown: dict[str, dict[str, str]] = {}
+    for run, results in runs.items():
+        numbers = {
+            metric: value for metric, value in results.items() if isinstance(value, Estimate | int | float | str)
         }
-        for run, results in runs.items()
-    }
-    longest_first = sorted(shown.values(), key=len, reverse=True)
-    metrics = dict.fromkeys(metric for results in longest_first for metric in results)
+        shown[run] = {metric: f"{v:.1f}" if isinstance(v, float) else str(v) for metric, v in numbers.items()}
+    metrics = dict.fromkeys(itertools.chain(*sorted(shown.values(), key=len, reverse=True)))
     lines = [[in_words(metric), *(results.get(metric, "") for results in shown.values())] for metric in metrics]
     return [["metric", *shown], *lines]
 
@@ -115,7 +112,7 @@ def write_report(
 
     Args:
         runs (`dict[str, dict[str, Any]]`): As in [`report_table`]. Their `"notes"` are put under the table, each once.
-        settings (`dict[str, Any]`): What made the figures: anything that JSON can hold.
+        settings (`dict[str, Any]`): What made the figures, for JSON.
         notes (`Sequence[str]`, *optional*): Further paragraphs under the table.
         pictures (`Sequence[tuple[str, str]]`, *optional*): File names in `directory` and their captions.
         introduction, closing (`str`, *optional*): What `report.md` says before the table and at its end, in Markdown.

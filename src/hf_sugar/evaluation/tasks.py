@@ -5,7 +5,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ from datasets import Dataset
 from PIL import Image
 
 from ..data import load_data, load_table
-from ..data.images import load_image, row_slices, undecoded
+from ..data.images import answers_to_image, load_image, row_slices, undecoded
 from ..inference import in_role
-from ..models.rows_sugar import conversation_row, fill_images, row_name
+from ..models.rows_sugar import conversation_row, row_name
 from ..retrieval.rag import split_answer
 from .metrics import Estimate, recall_at_k
 
@@ -57,7 +57,7 @@ class EvaluationData:
     )
 
     def any(self) -> bool:
-        return any(getattr(self, each.name) for each in fields(self))
+        return any(vars(self).values())
 
 
 class Task(NamedTuple):
@@ -158,34 +158,23 @@ class _Images(Sequence):
 
 
 def image_text_pairs(rows: Dataset, notes: list[str] | None = None) -> tuple[Sequence[Image.Image], list[str]]:
-    """Images, decoded when they are asked for, and the texts that belong to them: the caption of a document of one image, or
+    """Images, decoded when they are asked for, and the text that belongs to each: the caption of a document of one image, or
     the first answer of a conversation that begins with its only image. `notes` gets what is to be said of rows that have no
-    such pair, or more texts; a `ValueError` if none has one."""
+    such pair, or more answers; a `ValueError` if none has one."""
     rows = undecoded(rows)
     indices, pairs, several = [], [], 0
     for index, row in enumerate(rows):
-        row = conversation_row(row)
-        captions = row["loss_on"] == "captions"
-        role = "user" if captions else "assistant"
-        messages = fill_images(row["messages"], row["images"])
-        asked = next((message["content"] for message in messages if message["role"] == "user"), [])
-        texts = [[p["text"] for p in m["content"] if p["type"] == "text"] for m in messages if m["role"] == role]
-        texts = sum(texts, []) if captions else [" ".join(each) for each in texts if each]
-        begins = len(row["images"]) == 1 and any(part["type"] == "image" for part in asked)
-        if begins and row["loss_on"] != "text" and texts and not (captions and texts[1:]):
+        if texts := answers_to_image(row):
             several += len(texts) > 1
             indices.append(index)
             pairs.append(texts[0])
     if not indices:
-        raise ValueError(
-            f"None of the {len(rows)} rows has one image at its beginning and an answer or caption: nothing to retrieve."
-        )
-    for count, what in (
-        (several, "have more than one answer; the first one is taken."),
-        (len(rows) - len(indices), "do not have one image with an answer or a caption and are left out."),
-    ):
-        if count and notes is not None:
-            notes.append(f"{count} of {len(rows)} rows {what}")
+        raise ValueError(f"None of the {len(rows)} rows has one image at its beginning and an answer or caption.")
+    left_out, of_all = len(rows) - len(indices), f"of {len(rows)} rows"
+    if several and notes is not None:
+        notes.append(f"{several} {of_all} have more than one answer; the first one is taken.")
+    if left_out and notes is not None:
+        notes.append(f"{left_out} {of_all} do not have one image with an answer or a caption and are left out.")
     return _Images(rows, indices), pairs
 
 
@@ -232,9 +221,8 @@ def load_pairs(source: Any, split: str = "test") -> Dataset:
         [source] = source
     rows = load_table(source, split)
     if missing := {"image_0", "image_1", "caption_0", "caption_1"} - set(rows.column_names):
-        raise ValueError(
-            f"The dataset has no column {', '.join(sorted(missing))}, but {', '.join(rows.column_names)}. Rename them."
-        )
+        there = ", ".join(rows.column_names)
+        raise ValueError(f"The dataset has no column {', '.join(sorted(missing))}, but {there}. Rename them.")
     return rows
 
 
@@ -365,9 +353,7 @@ def interleaved_retrieval(
                     sentences.append((sentence, {target}, s))
             seen = seen | {target}
     if not contexts:
-        raise ValueError(
-            f"No image of the {len(stories)} stories has two slices before it. Check that the stories hold images."
-        )
+        raise ValueError(f"No image of the {len(stories)} stories has two slices before it. Do they hold images?")
     queries, targets, groups, seen = zip(*contexts, strict=True)
     searches = {"context": Search(queries, images, targets, groups)}
     searches["context_unseen"] = searches["context"]._replace(excluded=seen)

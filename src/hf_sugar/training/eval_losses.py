@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 import torch
 from accelerate import Accelerator
 
-from hf_sugar.data.images import answer_to_image, load_image
+from hf_sugar.data.images import answers_to_image, load_image
 from hf_sugar.evaluation.tasks import image_text_retrieval
 from hf_sugar.models.rows_sugar import conversation_row, row_name
 
@@ -62,10 +62,10 @@ def retrieval_of_rows(dataset: Iterable[dict], embed: Callable, count: int) -> d
     """Recall@1 between the images and the answers (or captions) of the first rows, at most so many, that have one of each."""
     images, texts = [], []
     for index, row in enumerate(map(conversation_row, dataset)):
-        text = answer_to_image(row)
-        if text is not None:
+        answers = answers_to_image(row)
+        if len(answers) == 1:
             images.append(load_image(row["images"][0], row_name(row, index)))
-            texts.append(text)
+            texts += answers
         if len(images) == count:
             break
     if len(images) < 2:
