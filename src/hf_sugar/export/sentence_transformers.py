@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -21,85 +22,8 @@ logger = logging.get_logger(__name__)
 # the end of the turn) would be what "last token" pooling takes. So this template renders a conversation with the
 # checkpoint's own and cuts it where the last slice ends: after its image token, or before what follows its text. Servers
 # (vLLM 0.33) add no special tokens to a conversation, so the token that the tokenizer begins with is part of it.
-SLICE_END_TEMPLATE = (
-    "{% macro sugar_conversation(messages) %}\nCHAT_TEMPLATE{% endmacro %}"
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('the role ' + message['role'] + ' is unknown; give images and texts that belong together as one "
-    'message: [{"role": "user", "content": [{"type": "text", "text": ...}, {"type": "image", "image": ...}]}]\') }}'
-    "{% endif %}"
-    "{% for part in message['content'] if message['content'] is not string and part['type'] not in ['text', 'image'] %}"
-    "{{ raise_exception('a part has the type ' + part['type'] + '; use text or image, and do not mix messages with other "
-    "inputs in one call') }}"
-    "{% endfor %}{% endfor %}"
-    "{% set sugar_text = sugar_conversation(messages) %}"
-    "{% if not sugar_text.startswith('FIRST_TOKEN') %}{% set sugar_text = 'FIRST_TOKEN' + sugar_text %}{% endif %}"
-    "{% set sugar_last = messages[-1]['content'] %}"
-    "{% if sugar_last is not string and sugar_last[-1]['type'] == 'image' %}"
-    "{{ sugar_text.rsplit('IMAGE_TOKEN', 1)[0] + 'IMAGE_TOKEN' }}"
-    "{% else %}"
-    "{% set sugar_mark = '\ue000' if sugar_last is string else sugar_last[:-1] + [{'type': 'text', 'text': '\ue000'}] %}"
-    "{% set sugar_marked = sugar_conversation(messages[:-1] + [dict(messages[-1], content=sugar_mark)]) %}"
-    "{% set sugar_tail = sugar_marked.rsplit('\ue000', 1)[1] %}"
-    "{{ sugar_text[:sugar_text | length - sugar_tail | length].rstrip() }}"
-    "{% endif %}"
-)
-
-README = """---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- sugar
-- feature-extraction
-- multimodal
----
-
-# A Sugar model for sentence-transformers
-
-Embeds texts, images, and messages that interleave them, in one space
-([method](https://huggingface.co/papers/2411.00304)).
-
-```python
-from PIL import Image
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("PATH_OR_ID"TRUST)
-image = Image.open("photo.jpg")
-message = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image", "image": image}]}]
-documents = model.encode(["a red circle", image])
-print(model.similarity(model.encode([message]), documents))
-```
-
-- Images and texts that belong together are one message, as above. A list or tuple of two would be a pair of a query
-  and a document, and is refused.
-- A call takes messages, or texts and images, but not both: sentence-transformers cannot batch them together.
-- A prompt becomes a system message. Of `{"text": ..., "image": ...}` the order of the keys is the order in the message.
-- sentence-transformers (6.2) takes a text for an image where it is the name of an image file that exists, a `data:image/`
-  string, or the address of an image (`https://...` with a path that ends in `.jpg`, `.png` and so on), which it **fetches from the
-  network**. `hf_sugar` itself takes every `str` for a text and fetches nothing. Texts of unknown origin are safe as
-  messages: `[{"role": "user", "content": [{"type": "text", "text": text}]}]` is always a text.
-- `SentenceTransformer("PATH_OR_ID"TRUST, truncate_dim=...)` cuts embeddings after they are normalised: give its `encode`
-  `normalize_embeddings=True` where inner products are to be cosines.
-NOTES"""
-
-VLLM_NOTES = """
-`config.json` says under `sugar_embedding` what an embedding is made of. By its source (not run), vLLM 0.33.0 serves this
-directory with `vllm serve PATH_OR_ID`PLUGIN. Send every input as `messages`: what `/v1/embeddings` gets as `input` is
-embedded without the chat template, which gives another embedding.
-"""
-VLLM_PLUGIN = ", and the plugin in `examples/vllm` of hf_sugar, without which it refuses the model"
-
-STOCK_NOTES = """- White space at the end of a text is removed: some tokenizers join it with what follows.
-- Turn images upright and convert them to 8-bit RGB yourself. The stock processor ignores the EXIF orientation of a PIL
-  image, drops the transparency of an image file (Sugar's own lays it over white), and clips 16-bit values.
-- A text longer than `model.max_seq_length` is cut at its end.
-"""
-
-CUSTOM_NOTES = """- An input longer than `model.max_seq_length` is an error.
-- `trust_remote_code=True` is needed for `sugar_transformer.py`, `processing_sugar.py` and `rows_sugar.py` in this directory,
-  which find the tokens of the last image or text. Read them, and pin a `revision` when you load from the Hub.
-"""
+SLICE_END_TEMPLATE = Path(__file__).with_name("slice_end.jinja")
+MODEL_CARD = Path(__file__).with_name("model_card.md")
 
 
 def slice_end_template(processor: SugarProcessor) -> str:
@@ -107,8 +31,11 @@ def slice_end_template(processor: SugarProcessor) -> str:
     tokenizer, first = processor.tokenizer, processor.tokenizer.bos_token or ""
     if tokenizer("a")["input_ids"] != tokenizer(f"{first}a", add_special_tokens=False)["input_ids"]:
         first = ""
-    template = SLICE_END_TEMPLATE.replace("IMAGE_TOKEN", processor.image_token).replace("FIRST_TOKEN", first)
-    return template.replace("CHAT_TEMPLATE", processor.chat_template)
+    template = SLICE_END_TEMPLATE.read_text(encoding="utf-8").rstrip()
+    names = {"IMAGE_TOKEN": processor.image_token, "FIRST_TOKEN": first, "MARK": "\ue000"}
+    for name, text in {**names, "CHAT_TEMPLATE": processor.chat_template}.items():
+        template = template.replace(name, text)
+    return template
 
 
 def find_inexact_input(processor: SugarProcessor, template: str) -> str | None:
@@ -222,20 +149,19 @@ def export_sentence_transformers(
         },
         "4_Normalize/config.json": {"module_input_name": "sentence_embedding"},
     }
-    dense = (
-        ("2_Dense", projector.linear_1, projector.act, projector.linear_1.out_features),
-        ("3_Dense", projector.linear_2, nn.Identity(), dim),
-    )
-    for path, linear, activation, size in dense:
+    dense = {
+        "2_Dense": (projector.linear_1, projector.act, projector.linear_1.out_features),
+        "3_Dense": (projector.linear_2, nn.Identity(), dim),
+    }
+    for path, (linear, activation, size) in dense.items():
         files[f"{path}/config.json"] = {
             "in_features": linear.in_features,
             "out_features": size,
             "bias": linear.bias is not None,
             "activation_function": f"{type(activation).__module__}.{type(activation).__name__}",
         }
-    readme = README.replace("TRUST", "" if stock else ", trust_remote_code=True")
-    readme = readme.replace("NOTES", (STOCK_NOTES if stock else CUSTOM_NOTES) + VLLM_NOTES)
-    readme = readme.replace("PLUGIN", "" if stock else VLLM_PLUGIN)
+    card = Template(MODEL_CARD.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)
+    readme = card.render(stock=stock, trust="" if stock else ", trust_remote_code=True")
     with whole_directory(directory) as directory:
         model.export_backbone(directory, merge=True)
         stored = processor.to_backbone()
@@ -248,18 +174,18 @@ def export_sentence_transformers(
             "chat_template": "chat_template.jinja",  # ends where the last slice does
             "text_pooling": "last",
             "image_pooling": model.config.image_pooling,
-            "head": [path for path, *_ in dense],
+            "head": list(dense),
             "normalize": True,
-            "dimensions": files["3_Dense/config.json"]["out_features"],
+            "dimensions": dim,
             **{f"{role}_instruction": text for role, text in said.items()},
         }
         if dims := model.config.matryoshka_dims:  # vLLM cuts to these alone
-            config["matryoshka_dimensions"] = [dim for dim in dims if dim <= config["sugar_embedding"]["dimensions"]]
+            config["matryoshka_dimensions"] = [short for short in dims if short <= dim]
         files["config.json"] = config
         for path, content in files.items():
             (directory / path).parent.mkdir(exist_ok=True)
             (directory / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for path, linear, _, size in dense:
+        for path, (linear, _, size) in dense.items():
             weights = {f"linear.{key}": value[:size].contiguous() for key, value in linear.state_dict().items()}
             save_file(weights, directory / path / "model.safetensors", metadata={"format": "pt"})
         if not stock:
