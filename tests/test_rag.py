@@ -63,7 +63,7 @@ def test_an_index_opens_only_with_its_model(checkpoint, embed, tmp_path):
     SugarIndex.build(["a"], embed, directory=tmp_path)
     other = SugarForConditionalGeneration.from_pretrained(path / "full", dtype="bfloat16")
     assert len(SugarIndex.load(tmp_path, embed=SugarEmbedder(other, processor))) == 1
-    with pytest.raises(ValueError, match="was built with another model"):
+    with pytest.raises(ValueError, match="was built with the defaults, not `pooling=slice`, `project=False`"):
         SugarIndex.load(tmp_path, embed=SugarEmbedder(other, processor, project=False))
     with torch.no_grad():
         other.retrieval_projector.linear_1.weight.mul_(1.1)
@@ -253,7 +253,7 @@ def test_cli(checkpoint, corpus, tmp_path, capsys, monkeypatch):
     main(["index", name, "--files", str(corpus), *index, "--add", "true"])
     assert "9 documents" in capsys.readouterr().out
     fingerprint = json.loads((tmp_path / "index" / "index.json").read_text())["fingerprint"]
-    loaded = SugarIndex.load(tmp_path / "index", fingerprint)
+    loaded = SugarIndex.load(tmp_path / "index", fingerprint=fingerprint)
     np.testing.assert_allclose(loaded.embeddings[:4], written["embeddings"], atol=1e-6)
 
     main(["search", name, str(corpus / "2.png"), "what is this?", *index, "--k", "2"])
@@ -268,7 +268,7 @@ def test_cli(checkpoint, corpus, tmp_path, capsys, monkeypatch):
     assert "\n5 dimensions; 0.00 MB are searched" in capsys.readouterr().out
     main(["search", name, "a blue square", *short])  # by the length of the index
     assert len(capsys.readouterr().out.splitlines()) == 5
-    with pytest.raises(ValueError, match="was built with another model, pooling, `truncate_dim`"):
+    with pytest.raises(ValueError, match="was built with `truncate_dim=5`, not `truncate_dim=4`"):
         main(["search", name, "a blue square", *short, "--truncate_dim", "4"])
     with monkeypatch.context() as other:  # a process that does not write the index
         other.setattr("hf_sugar.cli.index.distributed_state", lambda: SimpleNamespace(is_main_process=False))

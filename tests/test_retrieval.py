@@ -76,7 +76,7 @@ def test_what_is_refused(tmp_path):
         "needs a `SugarEmbedder`": lambda: SugarIndex.build(["a"], letters, every_slice=True),
         "item 0 has nothing to index by 'images'": lambda: SugarIndex.build(["q"], letters, by="images"),
         "`on_bad_row='drop'`": lambda: SugarIndex.build(["a"], letters, on_bad_row="drop"),
-        "was built with another model": lambda: SugarIndex.load(tmp_path, "model@2"),
+        "was built with another model": lambda: SugarIndex.load(tmp_path, fingerprint="model@2"),
     }.items():
         with pytest.raises(ValueError, match=error):
             call()
@@ -94,7 +94,7 @@ def test_what_is_refused(tmp_path):
 
 @pytest.mark.parametrize("memory_map", [False, True])
 def test_several_shards_equal_brute_force(saved, memory_map):
-    index = SugarIndex.load(saved, "m", letters, memory_map=memory_map)
+    index = SugarIndex.load(saved, letters, fingerprint="m", memory_map=memory_map)
     assert len(index._matrices) == (7 if memory_map else 1)
     files = [Dataset.from_file(str(file))["embeddings"] for file in saved.glob("shard-*.arrow")]
     np.testing.assert_array_equal(np.unique(np.concatenate(files), axis=0), np.unique(letters(TEXTS), axis=0))
@@ -177,17 +177,17 @@ def test_settings_are_refused_before_anything_is_written(tmp_path, factory, opti
 
 
 def test_add_and_delete(saved):
-    index = SugarIndex.load(saved, "m", letters)
+    index = SugarIndex.load(saved, letters, fingerprint="m")
     written = {file.name for file in saved.glob("shard-*")}
     index.add(["new"], [{"name": "n"}])
     assert index.search(["new"], 1)[0][0] == Hit(50, pytest.approx(1), {"name": "n"})
-    assert len(SugarIndex.load(saved, "m")) == 50  # not before it is saved
+    assert len(SugarIndex.load(saved, fingerprint="m")) == 50  # not before it is saved
     index.delete([3, 49])
     assert len(index) == 49 and index.search(["new"], 1)[0][0].index == 48
     assert index.search([TEXTS[4]], 1)[0][0].index == 3
     index.save(saved)
-    assert SugarIndex.load(saved, "m").metadata == index.metadata
-    assert SugarIndex.load(saved, "m", letters).search(TEXTS, 3) == index.search(TEXTS, 3)
+    assert SugarIndex.load(saved, fingerprint="m").metadata == index.metadata
+    assert SugarIndex.load(saved, letters, fingerprint="m").search(TEXTS, 3) == index.search(TEXTS, 3)
     assert len(written & {file.name for file in saved.glob("*")}) == 5  # untouched shards stay as they are
     index.delete(range(49))
     for use in (lambda: index.search(["a"]), lambda: index.save(saved)):
@@ -198,7 +198,7 @@ def test_add_and_delete(saved):
 
 
 def test_a_failed_add_changes_nothing(saved):
-    index = SugarIndex.load(saved, "m", letters)
+    index = SugarIndex.load(saved, letters, fingerprint="m")
     before = sorted(saved.iterdir())
     calls = []
 
@@ -212,7 +212,7 @@ def test_a_failed_add_changes_nothing(saved):
             index.add([f"new {i}" for i in range(24)], shard_size=8)
         assert len(index) == 50 and index.search(letters(["new 1"]), 1)[0][0].index < 50
         assert sorted(saved.iterdir()) == before  # nothing that a mended function would take for its own
-    SugarIndex.load(saved, "m", letters).add(["new"])  # and nobody is kept out
+    SugarIndex.load(saved, letters, fingerprint="m").add(["new"])  # and nobody is kept out
 
     kind = SugarIndex.build([f"text {i}" for i in range(120)], letters, factory="NSG8")
     kind.search(["a"])
@@ -221,7 +221,7 @@ def test_a_failed_add_changes_nothing(saved):
 
 
 def test_one_writer_at_a_time(saved):
-    first, second, late = (SugarIndex.load(saved, "m", letters) for _ in range(3))
+    first, second, late = (SugarIndex.load(saved, letters, fingerprint="m") for _ in range(3))
     calls = []
     second.embed = calls.append
 
@@ -239,7 +239,7 @@ def test_one_writer_at_a_time(saved):
     for write in (lambda: late.add(["c"]), lambda: late.save(saved)):
         with pytest.raises(ValueError, match="was written by another process since it was loaded"):
             write()
-    assert [entry["text"] for entry in SugarIndex.load(saved, "m").metadata] == [*TEXTS, "a"]
+    assert [entry["text"] for entry in SugarIndex.load(saved, fingerprint="m").metadata] == [*TEXTS, "a"]
 
 
 def test_threads_take_turns():
@@ -276,9 +276,9 @@ def test_a_failed_save_leaves_the_old_index(saved, monkeypatch, target, name, er
             new.save(saved)
     if isinstance(error, OSError):
         assert raised.value.errno == errno.ENOSPC and sorted(saved.iterdir()) == before
-    np.testing.assert_array_equal(SugarIndex.load(saved, "m").embeddings, letters(TEXTS))
+    np.testing.assert_array_equal(SugarIndex.load(saved, fingerprint="m").embeddings, letters(TEXTS))
     new.save(saved)
-    np.testing.assert_array_equal(SugarIndex.load(saved, "m").embeddings, new.embeddings)
+    np.testing.assert_array_equal(SugarIndex.load(saved, fingerprint="m").embeddings, new.embeddings)
     assert len(list(saved.iterdir())) == 3  # what was there before, and what a failure left, is gone
 
 
@@ -296,7 +296,7 @@ def test_an_interrupted_build_goes_on(saved):
     settings = {"directory": saved, "shard_size": 8}
     with pytest.raises(KeyboardInterrupt):
         SugarIndex.build(new, embed, fingerprint="m", **settings)
-    assert SugarIndex.load(saved, "m").metadata == [{"text": text} for text in TEXTS]
+    assert SugarIndex.load(saved, fingerprint="m").metadata == [{"text": text} for text in TEXTS]
     index = SugarIndex.build(new, embed, fingerprint="m", **settings)
     assert embedded == new  # nothing twice
     np.testing.assert_array_equal(index.embeddings, letters(new))
@@ -315,17 +315,17 @@ def test_damaged_shards(saved):
     for damage in (whole[: len(whole) // 2], b"", b"x" * 5000, flipped):
         shard.write_bytes(damage)
         with pytest.raises(ValueError, match=f"{shard.name} cannot be read.*Build the index again"):
-            SugarIndex.load(saved, "m")
+            SugarIndex.load(saved, fingerprint="m")
         calls = mock.Mock(wraps=letters)
         SugarIndex.build(TEXTS, calls, fingerprint="m", directory=saved, shard_size=8)
         assert calls.call_count == 1 and shard.read_bytes() == whole
     for memory_map in (False, True):
         shard.write_bytes(whole + b"\0")
         with pytest.raises(ValueError, match=f"{shard.name} cannot be read .its content is not what was written"):
-            SugarIndex.load(saved, "m", memory_map=memory_map)
+            SugarIndex.load(saved, fingerprint="m", memory_map=memory_map)
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard.name} cannot be read"):
-        SugarIndex.load(saved, "m")
+        SugarIndex.load(saved, fingerprint="m")
 
 
 def test_damaged_names_and_faiss_files(tmp_path):
@@ -368,7 +368,7 @@ def test_two_processes_share_the_work(tmp_path):
     first, second = in_two_processes(tmp_path, "test_retrieval", "share", str(tmp_path / "index"))
     assert sorted(first[0] + second[0]) == TEXTS and len(first[0]) == 26
     assert first[1] == second[1] == [{"text": text} for text in TEXTS]
-    np.testing.assert_array_equal(SugarIndex.load(tmp_path / "index", "m").embeddings, letters(TEXTS))
+    np.testing.assert_array_equal(SugarIndex.load(tmp_path / "index", fingerprint="m").embeddings, letters(TEXTS))
 
 
 @pytest.mark.extras

@@ -251,13 +251,13 @@ def test_instructions(model, config, embed, tmp_path):
     np.testing.assert_allclose(index.embeddings, embed(items, "document"), atol=1e-6)
     scores = embed(["b"], "query") @ embed(items, "document").T
     np.testing.assert_allclose([hit.score for hit in index.search(["b"], 3)[0]], np.sort(scores[0])[::-1], atol=1e-5)
-    with pytest.raises(ValueError, match="built with another model, pooling, `truncate_dim` or instruction"):
+    with pytest.raises(ValueError, match="built with the defaults, not `document_instruction=a document`"):
         SugarIndex.load(tmp_path, embed=told)
     assert len(plain) == len(SugarIndex.load(tmp_path, embed=embed)) and stored_truncate_dim(tmp_path) is None
     short = SugarEmbedder(*model, truncate_dim=5)
     SugarIndex.build(items, short, directory=tmp_path / "short")
     assert stored_truncate_dim(tmp_path / "short") == 5
-    with pytest.raises(ValueError, match="`truncate_dim` or instruction"):
+    with pytest.raises(ValueError, match="built with `truncate_dim=5`, `document_instruction=a document`, not"):
         SugarIndex.load(tmp_path / "short", embed=told)
 
     images, texts = [tiny.image(n) for n in range(12)], [f"text {n}" for n in range(12)]

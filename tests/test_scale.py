@@ -182,14 +182,17 @@ def test_parts_of_an_index(tmp_path):
     for name, texts in zip(names, (TEXTS[:4], TEXTS[4:])):
         SugarIndex.build(texts, letters, fingerprint="m", directory=name, shard_size=3)
     SugarIndex.merge(names, tmp_path / "all", factory="HNSW4", rescore_multiplier=9)
-    merged, whole = SugarIndex.load(tmp_path / "all", "m"), SugarIndex.build(TEXTS, letters, fingerprint="m")
+    merged, whole = (
+        SugarIndex.load(tmp_path / "all", fingerprint="m"),
+        SugarIndex.build(TEXTS, letters, fingerprint="m"),
+    )
     np.testing.assert_array_equal(merged.embeddings, whole.embeddings)
     assert merged.metadata == whole.metadata and (merged.factory, merged.rescore_multiplier) == ("HNSW4", 9)
     for n in range(len(TEXTS)):
         assert merged[n] == whole[n]
     command = ["index", "model", "--merge", str(tmp_path / "all"), names[0], "--index", str(tmp_path / "more")]
     main([*command, "--search_options", "efSearch=8"])  # the other settings are those of the first
-    more = SugarIndex.load(tmp_path / "more", "m")
+    more = SugarIndex.load(tmp_path / "more", fingerprint="m")
     assert (more.factory, more.search_options, more.rescore_multiplier) == ("HNSW4", "efSearch=8", 9)
     assert (len(more), SugarIndex.merge([tmp_path / "more"], tmp_path / "flat", "Flat").search_options) == (15, None)
     with pytest.raises(ValueError, match="nothing is embedded: leave out files, by, truncate_dim"):

@@ -80,10 +80,10 @@ class SugarEmbedder:
     def fingerprint(self) -> str:
         """`str`: samples of the weights, see [`~models.fingerprint_sugar.fingerprint`]."""
         trained = self.project and self.pooling == "slice"
-        how = "" if trained else f"#{self.pooling}, project={self.project}"
+        how = "" if trained else f"#pooling={self.pooling}#project={self.project}"
         how += f"#truncate_dim={self.truncate_dim}" if self.truncate_dim else ""
         if instruction := self.instruction("document"):
-            how = f"{how or '#'} {instruction}"
+            how += f"#document_instruction={instruction}"
         return fingerprint(self.model, adapters=True) + how
 
     def instruction(self, role: str | None) -> str | None:

@@ -201,11 +201,12 @@ class Index(ABC):
 
     def _check_model(self, where: Any, stored: str) -> None:
         """An error unless the stored fingerprint is that of the model which will embed the queries."""
-        (first, _, how), (second, _, how_asked) = stored.partition("#"), self.fingerprint.partition("#")
-        if how != how_asked or not same_fingerprint(first, second):
-            raise ValueError(
-                f"{where} was built with another model, pooling, `truncate_dim` or instruction. Take the same, or build it anew."
-            )
+        (first, _, how), (second, _, asked) = stored.partition("#"), self.fingerprint.partition("#")
+        if not same_fingerprint(first, second):
+            raise ValueError(f"{where} was built with another model. Load that one, or build the index anew.")
+        if how != asked:
+            how, asked = (f"`{each.replace('#', '`, `')}`" if each else "the defaults" for each in (how, asked))
+            raise ValueError(f"{where} was built with {how}, not {asked}. Set it as it was, or build the index anew.")
 
     def _ranks(self) -> tuple[int, int]:
         """The rank of this process, and how many share the work."""

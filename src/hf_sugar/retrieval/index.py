@@ -61,7 +61,7 @@ class SugarIndex(Index):
     >>> embed = SugarEmbedder(model, processor)
     >>> index = SugarIndex.build(load_data("llava.json"), embed, directory="index")
     >>> index.search(["a red circle to the left of a blue square", [image, "What is this?"]], k=5)[0][0].metadata
-    >>> index = SugarIndex.load("index", embed=embed, memory_map=True)
+    >>> index = SugarIndex.load("index", embed, memory_map=True)
     ```
     """
 
@@ -193,7 +193,7 @@ class SugarIndex(Index):
         if not parts or Path(directory).resolve() in [Path(part).resolve() for part in parts]:
             raise ValueError("Give indexes to put together, and a directory that is none of them.")
         fingerprint = read_json(Path(parts[0], "index.json"))[1]["fingerprint"]
-        indexes = [cls.load(part, fingerprint) for part in parts]
+        indexes = [cls.load(part, fingerprint=fingerprint) for part in parts]
         first = indexes[0]
         for part, index in zip(parts, indexes):
             if (index.by, index.every_slice, index.dim) != (first.by, first.every_slice, first.dim):
@@ -428,12 +428,13 @@ class SugarIndex(Index):
     def load(
         cls,
         directory: str | os.PathLike,
-        fingerprint: str | None = None,
         embed: Callable[[Sequence[Any]], np.ndarray] | None = None,
+        *,
+        fingerprint: str | None = None,
         memory_map: bool = False,
     ) -> "SugarIndex":
         """
-        Load a saved index, for queries of the model that `fingerprint` or `embed` stand for.
+        Load a saved index, for queries of the model that `embed` or `fingerprint` stand for.
 
         Args:
             memory_map (`bool`, *optional*, defaults to `False`):

@@ -136,7 +136,7 @@ class SugarRAG:
 
     ```python
     >>> embed = SugarEmbedder(model, processor)
-    >>> rag = SugarRAG(model, processor, SugarIndex.load("index", embed=embed), k=2)
+    >>> rag = SugarRAG(model, processor, SugarIndex.load("index", embed), k=2)
     >>> prompt = rag.prompt([image, "What is behind it?"])
     >>> for text in rag.stream(prompt):
     ...     print(text, end="", flush=True)
