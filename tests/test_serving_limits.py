@@ -79,10 +79,10 @@ HOSTILE = [
     # bodies
     (CHAT, b"", 400, "has to be JSON"),
     (CHAT, b'{"messages": [', 400, "not JSON"),
-    (CHAT, b"\xff\xfe\x00", 400, "JSON|parsing"),
-    (CHAT, b"[" * 100_000, 400, "JSON|parsing"),
-    (CHAT, b'{"max_tokens": ' + b"9" * 5000 + b"}", 400, "parsing|JSON"),
-    (CHAT, [], 400, "the body"),
+    (CHAT, b"\xff\xfe\x00", 400, "JSON"),
+    (CHAT, b"[" * 100_000, 400, "JSON"),
+    (CHAT, b'{"max_tokens": ' + b"9" * 5000 + b"}", 400, "JSON"),
+    (CHAT, [], 400, "The body has to be an object"),
     (CHAT, b"null", 400, "JSON"),
     (CHAT, {"messages": "x" * 400_000}, 413, "larger than 300000 bytes"),
     (EMBED, {"input": ["x"] * 2049}, 400, "`input`.*2048"),
@@ -174,10 +174,10 @@ HOSTILE = [
         "is not fetched",
     ),
     # paths and methods
-    ("/v1/../../etc/passwd", {}, 404, "Not Found"),
-    ("/v1/%2e%2e/%2e%2e/etc/passwd", {}, 404, "Not Found"),
-    ("/v1/completions", user("x"), 404, "Not Found"),
-    (EMBED, None, 405, "Method Not Allowed"),
+    ("/v1/../../etc/passwd", {}, 404, "nothing at this path"),
+    ("/v1/%2e%2e/%2e%2e/etc/passwd", {}, 404, "nothing at this path"),
+    ("/v1/completions", user("x"), 404, "nothing at this path"),
+    (EMBED, None, 405, "another method"),
 ]
 
 
@@ -187,7 +187,7 @@ def test_what_is_refused_is_said(served, path, body, status, message):
     assert found == status, answer
     said = answer["error"]["message"]
     assert re.search(message, said), said
-    assert len(said) < 400 and "\n" not in said and "Traceback" not in said
+    assert len(said) < 400 and said[-1] == "." and not re.search("\n|Traceback|should|validation", said)
     assert answer["error"]["type"] == "invalid_request_error"
 
 

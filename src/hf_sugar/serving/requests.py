@@ -84,7 +84,9 @@ class ChatRequest(Request):
     temperature: float = Field(0, ge=0, le=2)
     top_p: float = Field(1, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Annotated[Text, Field(min_length=1)]], Listed] = Field([], max_length=16)
+    stop: Annotated[list[Annotated[str, Field(min_length=1), AfterValidator(_whole)]], Listed] = Field(
+        [], max_length=16
+    )
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     retrieval: Retrieval | None = None

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -63,7 +64,7 @@ def build_app(
 
     @app.exception_handler(HTTPException)
     async def refused(_: Any, error: HTTPException) -> Response:
-        return error_response(error.status_code, error.detail, error.headers)
+        return error_response(error.status_code, SAID.get(error.detail, error.detail), error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def misunderstood(_: Any, error: RequestValidationError) -> Response:
@@ -224,6 +225,11 @@ def build_app(
 
 
 SSE = "text/event-stream"
+SAID = {  # in place of the words of FastAPI and Starlette
+    "There was an error parsing the body": "The body is no JSON that can be read.",
+    "Not Found": "There is nothing at this path.",
+    "Method Not Allowed": "This path takes another method.",
+}
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -237,9 +243,12 @@ def _sentence(error: dict[str, Any]) -> str:
     path = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in error["loc"][1:]).lstrip(".")
     if not path and isinstance(error["input"], bytes | None):
         return "The body has to be JSON, with the header `Content-Type: application/json`."
-    if error["type"] == "extra_forbidden":
-        return f"`{path}` is not supported."
-    return f"`{path or 'the body'}`: {error['msg'].removeprefix('Value error, ')}."
+    said = {"missing": " is missing", "extra_forbidden": " is not supported"}.get(error["type"], error["msg"])
+    said = re.sub("^(Input|List|String|Value) should", " has to", said.replace("Value error, ", ": "))
+    said = said.replace(" after validation", "").replace(
+        "a valid dictionary or object to extract fields from", "an object"
+    )
+    return f"{f'`{path}`' if path else 'The body'}{said}."
 
 
 class Server(uvicorn.Server):
