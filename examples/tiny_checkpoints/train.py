@@ -249,6 +249,7 @@ def train_dinov2(
     images: Sequence[Image.Image],
     *,
     steps: int,
+    others: Sequence[Image.Image] | None = None,
     batch_size: int = 128,
     lr: float = 1e-3,
     scale: float = 8.0,
@@ -256,19 +257,21 @@ def train_dinov2(
 ) -> tuple[Dinov2Model, BitImageProcessorPil, list[float]]:
     """
     Trains a DINOv2 encoder of square images without labels: two views of an image are to be alike and those of different
-    images not. The class token carries the embedding. Returns model, processor and losses.
+    images not; with `others`, another picture of what each image shows, a view of either. The class token carries the
+    embedding. Returns model, processor and losses.
     """
     size = image_size(images[0])
     processor = BitImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
     torch.manual_seed(seed)
     model = Dinov2Model(Dinov2Config(**SHAPE, mlp_ratio=2, image_size=size, patch_size=PATCH))
     pixels = to_pixels(images, processor)
+    other_pixels = pixels if others is None else to_pixels(others, processor)
     generator = torch.Generator().manual_seed(seed)
     batches = epochs(len(pixels), batch_size, generator)
 
     def loss_of(step: int) -> torch.Tensor:
-        batch = pixels[next(batches)]
-        views = torch.cat([augment(batch, generator), augment(batch, generator)])
+        batch = next(batches)
+        views = torch.cat([augment(each[batch], generator) for each in (pixels, other_pixels)])
         a, b = F.normalize(model(pixel_values=views).pooler_output, dim=-1).chunk(2)
         return contrast(a, b, scale)
 
