@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from claims_world import in_turns, test_documents, test_stories, training_rows, views
+from claims_world import held_out_documents, held_out_stories, in_turns, training_rows, views
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from position_curve import write as write_webqa
@@ -52,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny_checkpoint
 from train import save_checkpoint, train_dinov2  # noqa: E402
 
 
-BATCHES = {"captions": 80, "stories": 36, "conversations": 20, "facts": 14}
+BATCHES = {"captions": 60, "stories": 28, "conversations": 14, "facts": 10}
 BATCH_SIZE = 32
 STRUCTURE = {"discriminative_loss": "structure"}
 SETTINGS = {
@@ -104,7 +104,7 @@ def image_teacher(directory: Path, scale: float) -> Path:
     return directory
 
 
-class TestSet:
+class HeldOut:
     """What a seed is measured on, `scale` of its full size."""
 
     def __init__(self, folder: Path, seed: int, scale: float):
@@ -112,7 +112,7 @@ class TestSet:
             return max(2, round(count * scale))
 
         images, texts = image_text_pairs(load_world("captions", "test", size(320), seed=seed))
-        told, documents = test_stories(seed, size(30)), test_documents(seed, size(8))
+        told, documents = held_out_stories(seed, size(30)), held_out_documents(seed, size(8))
         pairs = load_world("winoground", "test", size(300), seed=seed)
         self.tasks = [
             Task("image_text_data", "", lambda embed, _: image_text_retrieval(embed, images, texts, ks=(1,)), []),
@@ -153,13 +153,16 @@ class TestSet:
     def labels(self, encoder: TripleEncoder, **settings) -> dict[str, float]:
         return self.retrieval(label_ceilings(self.tasks, encoder, **settings))
 
-    def measure(self, trainer: SugarTrainer, answers_with_help: bool) -> dict[str, float]:
+    def measure(self, trainer: SugarTrainer, generated: bool, helped: bool) -> dict[str, float]:
         model, processor = trainer.model.eval(), trainer.processing_class
         embed = SugarEmbedder(model, processor, project=trainer.args.structure_weight > 0)
         generate = SugarGenerator(model, processor)
         figures = self.retrieval(run_tasks(self.tasks, embed, None))
-        figures |= {name: exact_match(generate, rows)["exact_match"].value for name, rows in self.generated.items()}
-        if answers_with_help:
+        if generated:
+            figures |= {
+                name: exact_match(generate, rows)["exact_match"].value for name, rows in self.generated.items()
+            }
+        if helped:
             rag = self.benchmarks["rag"].run(embed, generate)
             figures["facts, with retrieval"] = rag["exact_match_with_retrieval"].value
             figures["facts, without"] = rag["exact_match_without_retrieval"].value
@@ -173,7 +176,7 @@ class TestSet:
         return figures
 
 
-def train(rows: Dataset, seed: int, scale: float, folder: Path, **changes) -> SugarTrainer:
+def train(rows: Dataset, seed: int, folder: Path, **changes) -> SugarTrainer:
     """One pass over rows whose batches are laid out."""
     settings = {**WORLD_TRAINING, "logging_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0}
     settings |= {
@@ -186,7 +189,7 @@ def train(rows: Dataset, seed: int, scale: float, folder: Path, **changes) -> Su
         str(checkpoint("llava")),
         SugarTrainingConfig(str(folder), **settings),
         train_dataset=rows,
-        peft_config=LoraConfig(**WORLD_LORA),
+        peft_config=LoraConfig(**WORLD_LORA | {"r": 32, "lora_alpha": 64}),
     )
     trainer.train()
     return trainer
@@ -272,17 +275,15 @@ def main():
     for name, seed in wanted:
         started = time.monotonic()
         if measured != seed:
-            tests, measured = TestSet(args.output / "tests", seed, args.scale), seed
+            tests, measured = HeldOut(args.output / "tests", seed, args.scale), seed
         changes = dict({**LABELS, **SETTINGS}[name])
         teachers, without = changes.pop("teachers", None), changes.pop("without", None)
         if name in LABELS:
             figures = tests.labels(encoders[teachers], **changes)
         else:
             chosen = in_turns(rows[teachers], batches, BATCH_SIZE, seed, without)
-            trainer = train(chosen, seed, args.scale, args.output / "run", **changes)
-            trained = time.monotonic() - started
-            figures = tests.measure(trainer, name == "both")
-            print(f"  trained {trained:.0f} s", file=sys.stderr)
+            trainer = train(chosen, seed, args.output / "run", **changes)
+            figures = tests.measure(trainer, generated=name in ("both", "SFT"), helped=name == "both")
         with replacing(file(name, seed)) as path:
             path.write_text(json.dumps(figures, indent=2) + "\n")
         print(f"{name}, seed {seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)

@@ -92,23 +92,26 @@ def views(count: int, seed: int = 0) -> list[list[Image.Image]]:
     return [[scene.render(rng) for scene in chosen] for _ in range(2)]
 
 
-def test_stories(seed: int, groups: int) -> list[list]:
+def held_out_stories(seed: int, groups: int) -> list[list]:
     """One telling of each plot: next images are searched for in these."""
     rng = random.Random(f"{seed}/claims/stories")
     return [telling(plot, rng.choice(ORDERS), rng) for _ in range(groups) for plot in plots("test", rng)]
 
 
-def test_documents(seed: int, groups: int) -> dict[str, Search]:
+def held_out_documents(seed: int, groups: int) -> dict[str, Search]:
     """
-    Stories searched with other tellings of theirs. In `documents` all orders of a plot are right, and stories of the same
-    events with another hero are not; in `orders` the same order alone is, and the five others are candidates.
+    Stories searched with other tellings of theirs. In `orders` the same order is right, among the five others, other heroes
+    and other events. In `documents` the five other orders are right, and the same order with another hero is not; the own
+    order is no candidate.
     """
     rng = random.Random(f"{seed}/claims/documents")
     told = [(plot, order) for _ in range(groups) for plot in plots("test", rng) for order in ORDERS]
     queries, candidates = ([telling(plot, order, rng) for plot, order in told] for _ in range(2))
+    own = [{n} for n in range(len(told))]
     plot_of = [n // len(ORDERS) for n in range(len(told))]
-    of_plot = [set(range(n * len(ORDERS), (n + 1) * len(ORDERS))) for n in plot_of]
+    others = [set(range(n * len(ORDERS), (n + 1) * len(ORDERS))) for n in plot_of]
+    others = [orders - same for orders, same in zip(others, own)]
     return {
-        "documents": Search(queries, candidates, of_plot, plot_of),
-        "orders": Search(queries, candidates, [{n} for n in range(len(told))], plot_of),
+        "orders": Search(queries, candidates, own, plot_of),
+        "documents": Search(queries, candidates, others, plot_of, own),
     }
