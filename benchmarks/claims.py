@@ -52,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny_checkpoint
 from train import save_checkpoint, train_dinov2  # noqa: E402
 
 
-BATCHES = {"captions": 60, "stories": 28, "conversations": 14, "facts": 10}
+BATCHES = {"captions": 90, "stories": 32, "conversations": 16, "facts": 12}
 BATCH_SIZE = 32
 STRUCTURE = {"discriminative_loss": "structure"}
 SETTINGS = {
