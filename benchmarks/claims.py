@@ -74,7 +74,8 @@ LABELS = {
     "labels, mean kernel": {"label_kernel": "mean"},
     "labels, CLIP alone": {"teachers": "clip"},
 }
-CHANCE = {"orders": 100 / 6, "winoground": 100 / 6}  # of other searches and of answers near 0
+CHANCE = {"next image": 1.4, "documents": 2.6}  # that of other searches and of answers is below 1
+CHANCE |= {"orders": 100 / 6, "winoground": 100 / 6}  # of the orders of the right plot
 CHANCE |= {"position, first half": 50.0, "position, second half": 50.0, "facts, without": 12.5}
 T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
 GENERATED = ("descriptions", "questions")
@@ -216,25 +217,26 @@ def verdict(kind: str, ours: list[float], others: list[float], chance: tuple[flo
 
 def table(cells: dict[str, dict[int, dict[str, float]]]) -> None:
     """Print the claims, of the seeds that both of their settings have, and the figures of every setting."""
-    print("| claim | with | without | task | with | without | difference | 95% interval | verdict |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| claim | task | with it | without | seeds | difference | 95% interval | verdict |\n|---|---|---|---|---|---|---|---|"
+    )
     for claim, kind, ours, others, tasks in CLAIMS:
         seeds = sorted(cells.get(ours, {}).keys() & cells.get(others, {}).keys())
         for task in tasks if seeds else ():
             names = task if isinstance(task, tuple) else (task, task)
             sides = [[cells[cell][seed][name] for seed in seeds] for cell, name in zip((ours, others), names)]
             result = verdict(kind, *sides, tuple(CHANCE.get(name, 0.0) for name in names))
-            means = [f"{np.mean(side):.1f}" for side in sides]
-            print("|", " | ".join([claim, ours, others, ", ".join(dict.fromkeys(names)), *means, *result]), "|")
+            left, right = (
+                f"{cell if names[0] == names[1] else name}: {np.mean(side):.1f}"
+                for cell, name, side in zip((ours, others), names, sides)
+            )
+            what = names[0] if names[0] == names[1] else names[0].split(",")[0]
+            print("|", " | ".join([claim, what, left, right, str(len(seeds)), *result]), "|")
     columns = (*RETRIEVED, "winoground", *GENERATED)
     print(f"\n| setting | seeds | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
     for name, seeds in cells.items():
-        means = [
-            f"{np.mean([figures[column] for figures in seeds.values()]):.1f}" if column in figures else ""
-            for column in columns
-            for figures in [next(iter(seeds.values()))]
-        ]
-        print(f"| {name} | {len(seeds)} | {' | '.join(means)} |")
+        values = [[figures[column] for figures in seeds.values() if column in figures] for column in columns]
+        print(f"| {name} | {len(seeds)} | {' | '.join(f'{np.mean(v):.1f}' if v else '' for v in values)} |")
 
 
 def main():
@@ -263,7 +265,7 @@ def main():
         image = str(image_teacher(args.output / "dinov2", args.scale))
         clip = str(checkpoint("clip"))
         encoders = {
-            None: TripleEncoder.from_teachers({**world_teachers(), "image": image}),
+            "triple": TripleEncoder.from_teachers({**world_teachers(), "image": image}),
             "clip": TripleEncoder.from_teachers({"cross": clip}),
         }
         plain = training_rows(batches, BATCH_SIZE)
@@ -277,7 +279,7 @@ def main():
         if measured != seed:
             tests, measured = HeldOut(args.output / "tests", seed, args.scale), seed
         changes = dict({**LABELS, **SETTINGS}[name])
-        teachers, without = changes.pop("teachers", None), changes.pop("without", None)
+        teachers, without = changes.pop("teachers", "triple"), changes.pop("without", None)
         if name in LABELS:
             figures = tests.labels(encoders[teachers], **changes)
         else:

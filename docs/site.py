@@ -18,7 +18,7 @@ COPIES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGE
 NOTEBOOK = "examples/tutorial.ipynb"
 PACKAGES = "models data alignment teachers training inference retrieval evaluation export hub world".split()
 # Pages in the order of reading; those that are not named here follow the guides.
-GUIDES = "data teachers method evaluation claims retrieval serve short_embeddings export scale memory gpu kernels".split()
+GUIDES = "data teachers method evaluation retrieval serve short_embeddings export scale memory gpu kernels".split()
 PROJECT = "backbones harnesses common_tests compatibility".split()
 
 
