@@ -12,7 +12,7 @@ batches, the positions, and the test set. Searches are measured by R@1, that of 
 A claim is a difference: of two settings on one task, or of two figures of one setting. Its interval is the 95% interval of
 Student's t over the differences of the seeds. The verdict follows from it:
 
-- not testable: without two seeds; or where both sides are within 3 points of chance, or both above 97%;
+- not testable: with fewer than three seeds; or where both sides are within 3 points of chance, or both above 97%;
 - a gain is reproduced if the interval lies above 0, refuted if below, and else no difference is seen;
 - what is to be kept is reproduced if the interval lies above -3 points, refuted if it lies below 0, and else undecided;
 - what is to be flat is reproduced if the interval lies within 5 points of 0 on both sides, refuted if it does not hold 0, and
@@ -75,9 +75,9 @@ LABELS = {
     "labels, CLIP alone": {"teachers": "clip"},
 }
 CHANCE = {"next image": 1.4, "documents": 2.6}  # that of other searches and of answers is below 1
-CHANCE |= {"orders": 100 / 6, "winoground": 100 / 6}  # of the orders of the right plot
+CHANCE |= {"orders": 100 / 6, "winoground": 100 / 6}  # orders: of the right plot
 CHANCE |= {"position, first half": 50.0, "position, second half": 50.0, "facts, without": 12.5}
-T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
+T_975 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
 GENERATED = ("descriptions", "questions")
 RETRIEVED = ("image to text", "text to image", "next image", "documents", "orders")
 # claim, kind, with, without, tasks
@@ -199,7 +199,7 @@ def train(rows: Dataset, seed: int, folder: Path, **changes) -> SugarTrainer:
 def verdict(kind: str, ours: list[float], others: list[float], chance: tuple[float, float]) -> tuple[str, str, str]:
     """Mean difference, its interval, and what follows by the rule above."""
     differences = np.subtract(ours, others)
-    if len(differences) < 2:
+    if len(differences) < 3:
         return f"{differences.mean():+.1f}", "", "not testable"
     half = T_975[len(differences)] * differences.std(ddof=1) / len(differences) ** 0.5
     low, high = differences.mean() - half, differences.mean() + half
