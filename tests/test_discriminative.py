@@ -132,11 +132,9 @@ class TestCalibration:
         assert make(kinds, path="paper", **PAPER).discriminative_loss.statistics is None
 
 
-def test_the_papers_loss_is_what_it_was(backbone, teachers, tmp_path):
+def test_the_papers_loss_is_what_it_was(make):
     """Values of the version before the contrastive loss, of the same seed."""
-    trainer = SugarTrainer(
-        backbone, config(tmp_path, teachers, **PAPER), train_dataset=rows([conversation, caption, story])
-    )
+    trainer = make((conversation, caption, story), **PAPER)
     trainer.train()
     expected = {
         "generative_loss": [6.003761291503906, 6.0142822265625, 5.7428998947143555, 5.505940914154053],

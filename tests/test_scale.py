@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,18 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.numpy import load_file
-from tiny_runs import caption, config, conversation, history, in_two_processes, rows, story, text_part, trainer
+from tiny_runs import (
+    caption,
+    config,
+    conversation,
+    history,
+    in_two_processes,
+    rows,
+    story,
+    text_part,
+    trainer,
+    two_processes,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from hf_sugar import SugarConfig, SugarForConditionalGeneration, SugarProcessor
@@ -86,9 +99,9 @@ def weights(path):
     return {name: x.detach() for name, x in model.named_parameters() if "original_module" not in name}
 
 
-def sharded(name, path, backbone, teachers, resume):
+def sharded(name, path, backbone, teachers, settings):
     shard_on_the_cpu()
-    return run(path, backbone, teachers, 2, **RUNS[name], resume=resume)
+    return run(path, backbone, teachers, 2, **RUNS[name], **settings)
 
 
 def launched_by(name):
@@ -101,8 +114,7 @@ def launched_by(name):
     return prepare_multi_gpu_env(args)
 
 
-@pytest.mark.extras
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["full", pytest.param("lora", marks=pytest.mark.extras)])
 def test_fsdp2(backbone, teachers, tmp_path, name):
     """As one process with the same global batch, whatever the rows of a process are: losses, norms of gradients, an evaluation
     and the weights, which are saved whole; and a run goes on from its sharded checkpoint."""
@@ -110,7 +122,7 @@ def test_fsdp2(backbone, teachers, tmp_path, name):
     two = tmp_path / "two"
     environment = {**launched_by("fsdp2"), "ACCELERATE_MIXED_PRECISION": "no"}
     for resume in (False, str(two / "checkpoint-3")) if name == "lora" else (False,):
-        arguments = ("sharded", name, str(two), backbone, teachers, resume)
+        arguments = ("sharded", name, str(two), backbone, teachers, {"resume": resume})
         kind, values = in_two_processes(tmp_path, "test_scale", *arguments, **environment)
         assert kind.startswith("FSDP")
         assert min(one["contrastive_loss"]) > 0
@@ -120,6 +132,32 @@ def test_fsdp2(backbone, teachers, tmp_path, name):
         for parameter, value in weights(two).items():
             torch.testing.assert_close(value, expected[parameter], atol=1e-5, rtol=1e-5, msg=parameter)
         assert (two / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()
+
+
+@pytest.mark.extras
+def test_killed_under_fsdp2(backbone, teachers, tmp_path):
+    """Killed three times, a run ends with the weights of one that never was."""
+    settings = {"max_steps": 8, "save_steps": 1, "eval_strategy": "no"}
+
+    def arguments(path, resume):
+        how = {**settings, "resume": resume}
+        return tmp_path, "test_scale", "sharded", "full", str(tmp_path / path), backbone, teachers, how
+
+    for step in (2, 4, 6):
+        command, environment = two_processes(*arguments("killed", step > 2), **launched_by("fsdp2"))
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        state = tmp_path / "killed" / f"checkpoint-{step}" / "trainer_state.json"
+        end = time.monotonic() + 300
+        while not state.exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert state.exists()
+    for path, resume in (("killed", True), ("whole", False)):
+        in_two_processes(*arguments(path, resume), **launched_by("fsdp2"))
+    expected = weights(tmp_path / "whole")
+    for parameter, value in weights(tmp_path / "killed").items():
+        assert torch.equal(value, expected[parameter]), parameter
 
 
 def test_launch_configurations():

@@ -99,12 +99,17 @@ if torch.distributed.get_rank() == 0:
 """
 
 
-def in_two_processes(directory, module, function, *arguments, **environment):
-    """What a function of a test file gives in the first of two processes."""
+def two_processes(directory, module, function, *arguments, **environment):
+    """The command and the environment of two processes that call a function of a test file."""
     (directory / "worker.py").write_text(WORKER.format(module=module, function=function))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(directory / "worker.py"), str(Path(__file__).parent), json.dumps(arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    return command, {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+
+
+def in_two_processes(*args, **kwargs):
+    """What the function gives in the first of them."""
+    command, environment = two_processes(*args, **kwargs)
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, result.stderr[-6000:]
