@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_sugar.data import load_data
+from hf_sugar.distributed import loaded_whole
 from hf_sugar.evaluation import EvaluationData, evaluate_tasks, plot_losses, write_report
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.memory import MemoryEstimate, estimate_memory
@@ -134,7 +135,8 @@ def report(trainer: SugarTrainer, model: ModelConfig, evaluation: EvaluationData
     output_dir, project = Path(trainer.args.output_dir), trainer.args.structure_weight > 0
     trained = trainer.model
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # of which this process has a share
-        trained = SugarForConditionalGeneration.from_pretrained(output_dir, dtype="auto").to(trainer.args.device)
+        with loaded_whole():
+            trained = SugarForConditionalGeneration.from_pretrained(output_dir, dtype="auto").to(trainer.args.device)
     trained = (trained, trainer.processing_class, trainer.args.per_device_eval_batch_size)
     embed = SugarEmbedder(*trained, project=project, progress=True)
     results = evaluate_tasks(evaluation, embed, SugarGenerator(*trained, progress=True))

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from hf_sugar.distributed import loaded_whole
+
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class Teacher:
         report = logging.getLogger("transformers.modeling_utils")
         report.addFilter(silence := lambda record: False)
         try:
-            with self._loading():
+            with self._loading(), loaded_whole():
                 model, info = AutoModel.from_pretrained(
                     self.path, revision=self.revision, dtype=self.dtype, use_safetensors=True, output_loading_info=True
                 )
