@@ -17,7 +17,7 @@ import tiny_backbones
 import torch
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.numpy import load_file
 from tiny_runs import (
@@ -104,6 +104,16 @@ def sharded(name, path, backbone, teachers, settings):
     return run(path, backbone, teachers, 2, **RUNS[name], **settings)
 
 
+def run_by_tokens(path, backbone, teachers, resume):
+    """Tokens of the batches of an epoch in each process, and the losses of two epochs."""
+    settings = {"padding_free": True, "max_batch_tokens": 100, "num_train_epochs": 2, "max_steps": -1}
+    args = config(path, teachers, **settings, save_strategy="steps", save_steps=8)
+    run = trainer(backbone, args, rows((conversation, caption, story), 48))
+    tokens = [[int(batch["attention_mask"].sum()) for batch in run.get_train_dataloader()]]
+    run.train(resume_from_checkpoint=resume)
+    return gather_object(tokens), history(run, "loss")
+
+
 def launched_by(name):
     """What `accelerate launch` with a configuration of examples/accelerate/ tells the processes."""
     args = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "train.py"])
@@ -114,16 +124,19 @@ def launched_by(name):
     return prepare_multi_gpu_env(args)
 
 
+def in_full_precision():
+    return {**launched_by("fsdp2"), "ACCELERATE_MIXED_PRECISION": "no"}
+
+
 @pytest.mark.parametrize("name", ["full", pytest.param("lora", marks=pytest.mark.extras)])
 def test_fsdp2(backbone, teachers, tmp_path, name):
     """As one process with the same global batch, whatever the rows of a process are: losses, norms of gradients, an evaluation
     and the weights, which are saved whole; and a run goes on from its sharded checkpoint."""
     _, one = run(tmp_path / "one", backbone, teachers, 1, **RUNS[name])
     two = tmp_path / "two"
-    environment = {**launched_by("fsdp2"), "ACCELERATE_MIXED_PRECISION": "no"}
     for resume in (False, str(two / "checkpoint-3")) if name == "lora" else (False,):
         arguments = ("sharded", name, str(two), backbone, teachers, {"resume": resume})
-        kind, values = in_two_processes(tmp_path, "test_scale", *arguments, **environment)
+        kind, values = in_two_processes(tmp_path, "test_scale", *arguments, **in_full_precision())
         assert kind.startswith("FSDP")
         assert min(one["contrastive_loss"]) > 0
         for key in one:
@@ -132,6 +145,18 @@ def test_fsdp2(backbone, teachers, tmp_path, name):
         for parameter, value in weights(two).items():
             torch.testing.assert_close(value, expected[parameter], atol=1e-5, rtol=1e-5, msg=parameter)
         assert (two / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()
+
+
+@pytest.mark.extras
+def test_batches_by_tokens_in_two_processes(backbone, teachers, tmp_path):
+    """None waits for another: their batches have about as many tokens at every step; and a run goes on exactly."""
+    arguments = tmp_path, "test_scale", "run_by_tokens", str(tmp_path / "tokens"), backbone, teachers
+    tokens, losses = in_two_processes(*arguments, False)
+    tokens = np.array(tokens)
+    assert tokens.shape == (2, len(losses) // 2) and len(losses) > 8
+    waiting = 1 - tokens.mean() / tokens.max(axis=0).mean()
+    assert waiting < 0.05, tokens
+    assert in_two_processes(*arguments, str(tmp_path / "tokens" / "checkpoint-8"))[1] == losses
 
 
 @pytest.mark.extras
@@ -144,7 +169,7 @@ def test_killed_under_fsdp2(backbone, teachers, tmp_path):
         return tmp_path, "test_scale", "sharded", "full", str(tmp_path / path), backbone, teachers, how
 
     for step in (2, 4, 6):
-        command, environment = two_processes(*arguments("killed", step > 2), **launched_by("fsdp2"))
+        command, environment = two_processes(*arguments("killed", step > 2), **in_full_precision())
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         state = tmp_path / "killed" / f"checkpoint-{step}" / "trainer_state.json"
         end = time.monotonic() + 300
@@ -154,7 +179,7 @@ def test_killed_under_fsdp2(backbone, teachers, tmp_path):
         process.wait()
         assert state.exists()
     for path, resume in (("killed", True), ("whole", False)):
-        in_two_processes(*arguments(path, resume), **launched_by("fsdp2"))
+        in_two_processes(*arguments(path, resume), **in_full_precision())
     expected = weights(tmp_path / "whole")
     for parameter, value in weights(tmp_path / "killed").items():
         assert torch.equal(value, expected[parameter]), parameter
