@@ -2,37 +2,38 @@
 Rows laid end to end against padded rows.
 
 `train`: tokens (padding not counted) a second of a step of SugarTrainer with LoRA and activation checkpointing, and the peak
-memory of each in a process of its own; rows as in LLaVA-1.5's mix, with documents: 40 to 1,500 tokens, in random order.
+memory; rows as in LLaVA-1.5's mix, with documents: 40 to 1,500 tokens, in random order.
 `embed`: images a second of SugarEmbedder with a LLaVA (all images as many tokens) and with a LLaVA-NeXT (1,065 to 2,927
-tokens), against batches put together without a look at tokens and padded. sentence-transformers' `encode` of the exported
-model beside it, where it is installed.
-The ways are alternated; medians, and medians of ratios of neighbours.
+tokens). sentence-transformers' `encode` of the exported model beside it, where it is installed.
+Each way in a process of its own, the padded one of an earlier build if `--before` names its directory; they are alternated.
+Medians, and medians of ratios of neighbours.
 
-python benchmarks/packing.py train --hidden 1024 --layers 12 --steps 3
-python benchmarks/packing.py embed --hidden 256 --layers 4 --images 32
+python benchmarks/packing.py train --hidden 1024 --layers 12 --steps 2
+python benchmarks/packing.py embed --hidden 256 --layers 4 --images 16
 python benchmarks/packing.py train --hidden 64 --layers 2 --steps 1 && python benchmarks/packing.py embed --hidden 64 --layers 2 --images 4   # short
 """
 
 import argparse
 import importlib.util
 import multiprocessing
-import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 from prepare import WORDS
-from train_step import FEATURES, llava, step
+from train_step import FEATURES, llava
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor, set_seed
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.utils import logging
 
+import hf_sugar
 from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarProcessor, SugarTrainer, SugarTrainingConfig
 from hf_sugar.export import export_sentence_transformers
 
@@ -60,61 +61,95 @@ def mixed_rows(count: int, size: int) -> Dataset:
     return Dataset.from_list(data, features=FEATURES)
 
 
-def trainer(padding_free: bool, directory: Path, data: Dataset, batch: int) -> SugarTrainer:
+def start(make, *arguments, source: str | None = None) -> ProcessPoolExecutor:
+    """A process of its own, in which `make` gives the function to be timed; of another build of the package, if `source` says so."""
+    path = list(sys.path)
+    sys.path[:0] = [str(Path(source, "src").absolute())] if source else []
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _make, (make, *arguments))
+    print(f"a process with {process.submit(_package).result()}", flush=True)
+    sys.path[:] = path
+    return process
+
+
+def _make(make, *arguments):
+    global _function
     logging.set_verbosity_error()
+    _function = make(*arguments)
+
+
+def _package() -> str:
+    return hf_sugar.__file__
+
+
+def _work(*arguments) -> tuple[Any, float, float, float]:
+    """What comes of it, seconds, CPU seconds, and the GiB that the process had at most until now."""
+    started = time.perf_counter(), time.process_time()
+    value = _function(*arguments)
+    seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+    return value, *seconds, int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def alternated(ways: dict[str, ProcessPoolExecutor], rounds: list) -> tuple[dict[str, np.ndarray], dict[str, list]]:
+    """Seconds, CPU seconds and GiB of each way in each round but the first, and what came of each round."""
+    measured, values = {name: [] for name in ways}, {name: [] for name in ways}
+    for n, argument in enumerate(rounds):
+        for name in list(ways)[:: 1 if n % 2 else -1]:
+            value, *found = ways[name].submit(_work, argument).result()
+            measured[name].append(found)
+            values[name].append(value)
+            print(f"round {n}, {name}: {found[0]:.2f} s, {found[1]:.2f} CPU seconds, {found[2]:.2f} GiB", flush=True)
+    for process in ways.values():
+        process.shutdown()
+    return {name: np.array(found[1:]) for name, found in measured.items()}, values
+
+
+def steps(padding_free: bool, directory: Path, data: Dataset):
     config = SugarTrainingConfig(
         str(directory / "sugar"),
         padding_free=padding_free,
         teachers="tiny",
         teacher_cache_dir=str(directory / "cache"),
-        per_device_train_batch_size=batch,
         report_to="none",
         bf16=False,
         disable_tqdm=True,
     )
-    made = SugarTrainer(str(directory / "llava"), config, data, peft_config=LoraConfig(r=16, lora_alpha=32))
-    made.create_optimizer_and_scheduler(100)
-    made.current_gradient_accumulation_steps = 1
-    return made
+    trainer = SugarTrainer(str(directory / "llava"), config, data, peft_config=LoraConfig(r=16, lora_alpha=32))
+    trainer.create_optimizer_and_scheduler(100)
+    trainer.current_gradient_accumulation_steps = 1
 
+    def step(numbers: range) -> tuple[list[int], float]:
+        """Tokens of the rows, and the loss."""
+        batch = trainer.data_collator([trainer.train_dataset[n] for n in numbers])
+        tokens = batch["attention_mask"].sum(dim=1).tolist()
+        trainer.model.train()
+        loss = trainer.training_step(trainer.model, batch).item()
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+        return tokens, loss
 
-def peak(padding_free: bool, directory: Path, data: Dataset, batch: int) -> float:
-    """GiB at most of a process that makes this trainer and takes a step."""
-    alone = trainer(padding_free, directory, data, batch)
-    step(alone, [alone.train_dataset[n] for n in range(batch)])
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return step
 
 
 def train(args, directory: Path):
-    data = mixed_rows(args.batch * (args.steps + 1), args.image_size)
+    numbers = [range(2), *(range(2 + n * args.batch, 2 + (n + 1) * args.batch) for n in range(args.steps))]
+    data = mixed_rows(numbers[-1].stop, args.image_size)
     llava(args, directory / "llava")
-
-    def apart(function, *arguments):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            return process.submit(function, *arguments, directory, data, args.batch).result()
-
-    trainers = {name: trainer(name == "end to end", directory, data, args.batch) for name in ("padded", "end to end")}
-    speeds, work, shares = {name: [] for name in trainers}, {name: [] for name in trainers}, []
-    for n in range(args.steps + 1):
-        rows = [trainers["padded"].train_dataset[n * args.batch + i] for i in range(args.batch)]
-        mask = trainers["padded"].data_collator(rows)["attention_mask"]
-        shares.append(mask.float().mean().item())
-        print(f"batch {n}: rows of {mask.sum(dim=1).tolist()} tokens", flush=True)
-        for name in list(trainers)[:: 1 if n % 2 else -1]:
-            started = time.process_time()
-            speeds[name].append(int(mask.sum()) / step(trainers[name], rows)[1])
-            work[name].append(int(mask.sum()) / (time.process_time() - started))
-            print(f"{name}: {speeds[name][-1]:.1f} tokens/s, {work[name][-1]:.1f} a CPU second", flush=True)
-    memory = {name: apart(peak, name == "end to end") for name in trainers}
-    print(f"\nbatches of {args.batch} rows, of whose places {statistics.mean(shares):.0%} are tokens\n")
-    print("| way | tokens/s | tokens a CPU second | peak memory (GiB) |\n|---|---|---|---|")
-    for name in trainers:
-        medians = [statistics.median(values[name][1:]) for values in (speeds, work)]
-        print(f"| {name} | {medians[0]:.1f} | {medians[1]:.1f} | {memory[name]:.2f} |")
-    for unit, values in (("tokens/s", speeds), ("tokens a CPU second", work)):
-        ratios = [free / padded for padded, free in zip(values["padded"][1:], values["end to end"][1:])]
-        print(f"{unit}, end to end / padded: {statistics.median(ratios):.2f}")
-    print(f"peak memory, end to end / padded: {memory['end to end'] / memory['padded']:.2f}")
+    ways = {"padded": start(steps, False, directory, data, source=args.before)}
+    ways["end to end"] = start(steps, True, directory, data)
+    measured, values = alternated(ways, numbers)
+    lengths = [tokens for tokens, _ in values["end to end"][1:]]
+    share = sum(map(sum, lengths)) / sum(len(tokens) * max(tokens) for tokens in lengths)
+    print(f"\nbatches of {args.batch} rows, of whose places {share:.0%} are tokens: {lengths}\n")
+    print("| way | tokens/s | tokens a CPU second | peak memory (GiB) | end to end: speed | CPU work | peak | loss |")
+    print("|---|---|---|---|---|---|---|---|")
+    best, tokens = measured["end to end"], np.array(list(map(sum, lengths)))
+    for name, found in measured.items():
+        speeds = np.median(tokens[:, None] / found[:, :2], axis=0)
+        ratios = np.median(found[:, :2] / best[:, :2], axis=0)
+        print(
+            f"| {name} | {speeds[0]:.1f} | {speeds[1]:.1f} | {found[-1, 2]:.2f} | {ratios[0]:.2f}x | {ratios[1]:.2f}x | "
+            f"{best[-1, 2] / found[-1, 2]:.2f}x | {values[name][-1][1]:.6f} |"
+        )
 
 
 def llava_next(directory: Path):
@@ -139,25 +174,19 @@ def llava_next(directory: Path):
     processor.save_pretrained(directory / "llava_next")
 
 
-def embedding_ways(path: Path, processor: SugarProcessor, batch: int) -> dict:
-    model = SugarForConditionalGeneration.from_pretrained(path, retrieval_dim=128).eval()
+def embedding(path: Path, batch: int, images: list[Image.Image], padding_free: bool = True):
+    processor = SugarProcessor.from_pretrained(path)
+    model = SugarForConditionalGeneration.from_pretrained(path).eval()
+    model.padding_free = padding_free
     embedder = SugarEmbedder(model, processor, batch)
+    return lambda round: embedder(images)
 
-    def before(images):
-        model.padding_free = False
-        found = [embedder(images[n : n + batch]) for n in range(0, len(images), batch)]
-        model.padding_free = True
-        return np.concatenate(found)
 
-    ways = {"padded, in the order given": before, "SugarEmbedder": embedder}
-    if importlib.util.find_spec("sentence_transformers"):
-        from sentence_transformers import SentenceTransformer
+def encoding(path: Path, batch: int, images: list[Image.Image]):
+    from sentence_transformers import SentenceTransformer
 
-        exported = path.with_name(f"{path.name}_st")
-        export_sentence_transformers(model, processor, exported)
-        exported = SentenceTransformer(str(exported), device="cpu", trust_remote_code=True)
-        ways["sentence-transformers"] = partial(exported.encode, batch_size=batch)
-    return ways
+    model = SentenceTransformer(str(path), device="cpu", trust_remote_code=True)
+    return lambda round: model.encode(images, batch_size=batch)
 
 
 def embed(args, directory: Path):
@@ -166,24 +195,26 @@ def embed(args, directory: Path):
     random = np.random.RandomState(0)
     images = [picture(random, *SHAPES[random.randint(len(SHAPES))]) for _ in range(args.images)]
     for family in ("llava", "llava_next"):
-        processor = SugarProcessor.from_pretrained(directory / family)
-        ways = embedding_ways(directory / family, processor, args.batch)
-        seconds, results = {name: [] for name in ways}, {}
-        for n in range(args.steps + 1):
-            for name in list(ways)[:: 1 if n % 2 else -1]:
-                started = time.perf_counter(), time.process_time()
-                results[name] = ways[name](images)
-                seconds[name].append(time.perf_counter() - started[0])
-                work = time.process_time() - started[1]
-                print(f"{name}: {seconds[name][-1]:.2f} s, {work:.2f} CPU seconds", flush=True)
+        model = SugarForConditionalGeneration.from_pretrained(directory / family, retrieval_dim=128)
+        processor, path = SugarProcessor.from_pretrained(directory / family), directory / f"{family}_sugar"
+        model.save_pretrained(path)
+        processor.save_pretrained(path)
+        arguments = path, args.batch, images
+        ways = {"padded": start(embedding, *arguments, False, source=args.before)}
+        ways["SugarEmbedder"] = start(embedding, *arguments)
+        if importlib.util.find_spec("sentence_transformers"):
+            exported = directory / f"{family}_st"
+            export_sentence_transformers(model, processor, exported)
+            ways["sentence-transformers"] = start(encoding, exported, *arguments[1:])
+        measured, values = alternated(ways, list(range(args.steps + 1)))
         tokens = processor.count_tokens([""] * len(images), [[image.size[::-1]] for image in images])
         print(f"\n{family}: {len(images)} images of {min(tokens)} to {max(tokens)} tokens, batches of {args.batch}\n")
-        print("| way | images/s | SugarEmbedder is faster by | largest difference |\n|---|---|---|---|")
-        for name in ways:
-            ratios = [a / b for a, b in zip(seconds[name][1:], seconds["SugarEmbedder"][1:])]
-            difference = np.abs(results[name] - results["SugarEmbedder"]).max()
-            speed = len(images) / statistics.median(seconds[name][1:])
-            print(f"| {name} | {speed:.2f} | {statistics.median(ratios):.2f} | {difference:.0e} |", flush=True)
+        print("| way | images/s | SugarEmbedder: speed | CPU work | largest difference |\n|---|---|---|---|---|")
+        for name, found in measured.items():
+            ratios = np.median(found[:, :2] / measured["SugarEmbedder"][:, :2], axis=0)
+            difference = np.abs(values[name][-1] - values["SugarEmbedder"][-1]).max()
+            speed = len(images) / np.median(found[:, 0])
+            print(f"| {name} | {speed:.2f} | {ratios[0]:.2f}x | {ratios[1]:.2f}x | {difference:.0e} |", flush=True)
 
 
 def main():
@@ -194,7 +225,8 @@ def main():
     parser.add_argument("--image_size", type=int, default=336)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="alternated rounds, after one that is not counted")
-    parser.add_argument("--images", type=int, default=32, help="images to embed")
+    parser.add_argument("--images", type=int, default=16, help="images to embed")
+    parser.add_argument("--before", help="directory of an earlier build, from which the padded way is then")
     args = parser.parse_args()
     logging.set_verbosity_error()
     began = time.perf_counter()

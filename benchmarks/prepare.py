@@ -5,10 +5,12 @@ What the teachers' embeddings cost: preparing them, and reading them at every st
 the same batches. Architectures of full size (DINOv2-base, CLIP ViT-L/14, BERT-base) with random weights.
 `tiny`: cold and warm runs with the tiny teachers of this package, and memory.
 `collator`: milliseconds of collating a batch of 8 rows of an image of 336 pixels and a text, with and without the column.
+`padding`: how much of what the text teachers compute is padding, for a block of 512 texts, of captions and of documents.
 
 python benchmarks/prepare.py full --images 64
 python benchmarks/prepare.py tiny --rows 1000 20000
 python benchmarks/prepare.py collator
+python benchmarks/prepare.py padding
 python benchmarks/prepare.py full --images 4 --layers 1 && python benchmarks/prepare.py tiny --rows 50 100   # short
 """
 
@@ -16,6 +18,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -183,9 +186,36 @@ def collator(args, directory: Path):
     )
 
 
+def padding(args, directory: Path):
+    encoder = TripleEncoder.from_teachers(full_teachers(directory / "teachers", 1), device="cpu")
+    masks, widths = [], {teacher: teacher.width for teacher in (encoder._text, encoder._cross, encoder._image)}
+
+    def count(teacher, texts):
+        inputs = teacher.tokenizer(
+            texts, padding=True, truncation=True, max_length=teacher.max_length, return_tensors="pt"
+        )
+        masks.append(inputs["attention_mask"])
+        return torch.ones(len(texts), widths[teacher])
+
+    for teacher in (encoder._text, encoder._cross):
+        teacher._features = partial(count, teacher)  # in place of the model
+    random = np.random.RandomState(0)
+    print("| texts | words | tokens | padding, sorted by length | in the order given |\n|---|---|---|---|---|")
+    for kind, least, most in (("captions", 5, 25), ("parts of documents", 20, 400)):
+        counts = np.exp(random.uniform(np.log(least), np.log(most), 512)).astype(int)
+        texts, shares = [" ".join(random.choice(WORDS, count)) for count in counts], []
+        for batches in ([texts], [texts[n : n + encoder.batch_size] for n in range(0, 512, encoder.batch_size)]):
+            masks.clear()
+            for batch in batches:
+                encoder.encode(batch)
+            tokens = sum(int(mask.sum()) for mask in masks)
+            shares.append(1 - tokens / sum(mask.numel() for mask in masks))
+        print(f"| {kind} | {least} to {most} | {tokens} | {shares[0]:.1%} | {shares[1]:.1%} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", choices=("full", "tiny", "collator"))
+    parser.add_argument("run", choices=("full", "tiny", "collator", "padding"))
     parser.add_argument("--images", type=int, default=64, help="images, and texts, of `full`")
     parser.add_argument("--layers", type=int, help="layers of every teacher of `full`, instead of their own")
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 5000, 20000], help="of `tiny`")
