@@ -38,7 +38,7 @@ def global_alignment_kernel(
     $$K(x, y) = \sum_\pi \prod_i k(x_{\pi_1(i)}, y_{\pi_2(i)}), \qquad k = \frac{s}{2 - s}, \qquad
     s = e^{-\phi / (2 \sigma^2)}, \qquad \sigma = \delta \sqrt{(n + m) / 2}$$
 
-    with \\(\phi\\) the squared distance of two L2-normalised slice embeddings and \\(n, m\\) the lengths of the pair.
+    with $\phi$ the squared distance of two L2-normalised slice embeddings and $n$, $m$ the lengths of the pair.
     Inner products are taken in float32, or in float64 for float64 inputs, whatever the autocast state; the recursion
     runs in float64. With gradients, PyTorch computes whatever `backend` says.
 

@@ -42,8 +42,8 @@ def plot_losses(runs: dict[str, Sequence[dict[str, float]]], path: str | os.Path
     """
     panels = {
         "generative_loss": ("Generative loss $L_g$", "nats per token"),
-        "structure_loss": ("Structure loss $L_d$", "squared error per row"),
-        "contrastive_loss": ("Contrastive loss", "nats per item"),
+        "structure_loss": ("Structure loss $L_s$", "squared error per row"),
+        "contrastive_loss": ("Contrastive loss $L_c$", "nats per item"),
     }
     logged = {name for run in runs.values() for entry in run for name in entry}
     panels = {key: panel for key, panel in panels.items() if key in logged}
@@ -57,7 +57,8 @@ def plot_losses(runs: dict[str, Sequence[dict[str, float]]], path: str | os.Path
                 window = np.ones(1 + len(steps) // 20 * 2)
                 sums, counts = (np.convolve(each, window, "same") for each in (values, np.ones_like(values)))
                 ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-                ax.plot(steps, sums / counts, color=color, linewidth=1.8, label=label)
+                marker = "o" if len(steps) == 1 else None
+                ax.plot(steps, sums / counts, color=color, linewidth=1.8, marker=marker, label=label)
             measured = [(entry["step"], entry[f"eval_{key}"]) for entry in run if f"eval_{key}" in entry]
             if measured:
                 ax.plot(*zip(*measured, strict=True), color=color, **EVALUATION)

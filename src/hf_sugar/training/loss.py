@@ -12,7 +12,7 @@ class StructureLoss(nn.Module):
     interleaved image-text samples, and the labels are global alignment kernels of what precedes these positions, taken
     over frozen teachers; any other matrix of target similarities does as well.
 
-    $$L_d = \frac{1}{n} \sum_{i=1}^{n} \sum_{j=1}^{n} \left(\cos(r_i, r_j) - M_l[i, j]\right)^2$$
+    $$L_s = \frac{1}{n} \sum_{i=1}^{n} \sum_{j=1}^{n} \left(\cos(r_i, r_j) - M_l[i, j]\right)^2$$
 
     Args:
         reduction (`str`, *optional*, defaults to `"row_mean"`):
