@@ -1,13 +1,15 @@
 """What mkdocs.yml needs besides the pages: the start page is README.md, the tutorial its notebook, the reference the public
-names of each package, and links that leave docs/ are checked and become text."""
+names of each package, links that leave docs/ are checked and become text, and formulas MathML."""
 
 import importlib
 import inspect
 import json
 import re
+from html import unescape
 from pathlib import Path
 
 import griffe
+from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
@@ -94,6 +96,13 @@ def on_page_markdown(markdown, page, config, files):
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
     parts[::2] = [re.sub(r"\[([^\[\]]*)\]\(([^()\s]+)\)", link, text) for text in parts[::2]]
     return "".join(parts)
+
+
+def on_page_content(html, **kwargs):
+    def mathml(match):
+        return convert(unescape(match[2]), display="block" if match[1] == "div" else "inline")
+
+    return re.sub(r'<(div|span) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', mathml, html, flags=re.DOTALL)
 
 
 def to_markdown(text):
