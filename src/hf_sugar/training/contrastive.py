@@ -48,6 +48,7 @@ class ContrastiveLoss(nn.Module):
         - More candidates teach more: gather across devices, and see `matrix_batch_size`.
 
     Relations to other losses:
+
         - sentence-transformers' `MultipleNegativesRankingLoss` is its first direction, with one positive for each query.
         - [`StructureLoss`] grades all pairs; this one orders those that are known.
 

@@ -48,6 +48,7 @@ class StructureLoss(nn.Module):
         - Choose the weight against the generative loss together with the reduction and the number of positions.
 
     Relations to other losses:
+
         - sentence-transformers' `CosineSimilarityLoss` fits given pairs; this loss fits all pairs of a batch.
         - Contrastive losses (InfoNCE, `MultipleNegativesRankingLoss`) take every other sample for a negative. Here two
           samples that resemble each other are labelled so.
