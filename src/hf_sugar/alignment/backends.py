@@ -36,12 +36,11 @@ def compiled_kernel(device: str, backend: str = "auto") -> ModuleType | None:
     """
     The compiled alignment kernel for tensors of a device: Triton for CUDA, a build for the CPU.
 
-    A local build must have the digests it was built with, and every candidate pass a test call; what was found is kept for
-    the life of the process, and the reason why something was not usable is given once, as a [`KernelFallbackWarning`].
+    A local build must have the digests it was built with, and every candidate pass a test call. What was found is kept for the
+    life of the process, and why something was not usable is said once, in a [`KernelFallbackWarning`].
 
     Args:
-        device (`str`):
-            Type of the tensors' device: `"cpu"`, `"cuda"`.
+        device (`str`): Type of the tensors' device: `"cpu"`, `"cuda"`.
         backend (`str`, *optional*, defaults to `"auto"`):
             - `"auto"`: what the environment variable `HF_SUGAR_KERNELS` says, one of the following. Without it, a local
               build if there is one.
@@ -59,9 +58,7 @@ def compiled_kernel(device: str, backend: str = "auto") -> ModuleType | None:
     """
     asked = (os.environ.get("HF_SUGAR_KERNELS") or "auto") if backend == "auto" else backend
     if asked not in BACKENDS:
-        raise ValueError(
-            f"`backend` (or HF_SUGAR_KERNELS in the environment) must be one of {BACKENDS}, got {asked!r}."
-        )
+        raise ValueError(f"`backend` (HF_SUGAR_KERNELS in the environment) must be one of {BACKENDS}, got {asked!r}.")
     if asked == "torch":
         return None
     with _SELECTING:

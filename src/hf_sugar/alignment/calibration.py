@@ -19,37 +19,16 @@ LABEL_SPREAD = 0.2
 
 
 def label_blocks(length: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
-    """
-    Number in `BLOCKS` of the pairs of positions.
-
-    Args:
-        length (`torch.LongTensor` of shape `(n,)`):
-            How many slices lead up to each position.
-        modality (`torch.LongTensor` of shape `(n,)`):
-            Modality of the last of them.
-
-    Returns:
-        `torch.LongTensor` of shape `(n, n)`
-    """
+    """Numbers in `BLOCKS` of the pairs of `n` positions, of shape `(n, n)`. Each position is the end of `length` slices (of
+    shape `(n,)`), of which the last one is of `modality` (of shape `(n,)`)."""
     single, image = length == 1, modality == IMAGE
     of_singles = torch.where(image[:, None] & image, 0, torch.where(image[:, None] | image, 2, 1))
     return torch.where(single[:, None] & single, of_singles, torch.where(single[:, None] | single, 3, 4))
 
 
 def block_statistics(labels: torch.Tensor, blocks: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """
-    Mean and spread of the labels of each block.
-
-    Args:
-        labels (`torch.Tensor` of shape `(n, n)`), blocks (`torch.LongTensor` of shape `(n, n)`):
-            Labels, and the block of each.
-        chosen (`torch.BoolTensor` of shape `(n, n)`):
-            Which count: those of different samples.
-
-    Returns:
-        `torch.Tensor` of shape `(5, 2)`: of a block with fewer than two labels, or whose labels are all the same, what
-        [`calibrate`] leaves as it is.
-    """
+    """Mean and spread of the `chosen` labels (those of different samples) of each block, of shape `(5, 2)`: of a block with
+    fewer than two, or whose labels are all the same, what [`calibrate`] leaves as it is. Arguments are of shape `(n, n)`."""
     statistics = labels.new_tensor([LABEL_MEAN, LABEL_SPREAD]).repeat(len(BLOCKS), 1)
     for block in range(len(BLOCKS)):
         values = labels[chosen & (blocks == block)].double()
@@ -59,14 +38,7 @@ def block_statistics(labels: torch.Tensor, blocks: torch.Tensor, chosen: torch.T
 
 
 def calibrate(labels: torch.Tensor, blocks: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
-    """
-    Labels with the mean and spread of every block brought to `LABEL_MEAN` and `LABEL_SPREAD`, within -1 and 1.
-
-    Args:
-        labels (`torch.Tensor` of shape `(n, n)`), blocks (`torch.LongTensor` of shape `(n, n)`):
-            Labels, and the block of each, from [`label_blocks`].
-        statistics (`torch.Tensor` of shape `(5, 2)`):
-            From [`block_statistics`].
-    """
+    """Labels with the mean and spread of every block, which `statistics` of [`block_statistics`] has, brought to `LABEL_MEAN`
+    and `LABEL_SPREAD`, within -1 and 1."""
     mean, spread = statistics.to(labels)[blocks].unbind(-1)
     return (LABEL_MEAN + LABEL_SPREAD * (labels - mean) / spread).clamp(-1, 1)

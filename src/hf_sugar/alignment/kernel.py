@@ -58,14 +58,12 @@ def global_alignment_kernel(
             - `"count"`: the number of alignments, see [`log_delannoy`].
             - `"self+count"`: both, each kernel being divided by its own number of alignments first. Unlike `"self"`
               it does not punish a difference in length; it can exceed 1 where lengths differ.
-        log (`bool`, *optional*, defaults to `False`):
-            Whether to return the logarithm, which cannot underflow.
+        log (`bool`, *optional*, defaults to `False`): Whether to return the logarithm, which cannot underflow.
         modality_x, modality_y (`Sequence[torch.Tensor | Sequence[int]]`, *optional*):
             For every sequence the modality of its slices, `hf_sugar.alignment.TEXT` (0) or `hf_sugar.alignment.IMAGE` (1).
             With `split`, they switch on the triple kernel: slices of the same modality are compared by the first half of
             their embeddings, slices of different modalities by the second.
-        split (`int`, *optional*):
-            Number of dimensions of the first half.
+        split (`int`, *optional*): Number of dimensions of the first half.
         backend (`str`, *optional*, defaults to `"auto"`):
             `"auto"`, `"torch"`, `"local"` or `"hub"`: see [`~hf_sugar.alignment.compiled_kernel`].
 
@@ -96,18 +94,15 @@ def global_alignment_kernel(
     for i, sequence in enumerate(sequences):
         if sequence.ndim != 2 or len(sequence) == 0 or sequence.shape[1] != x[0].shape[-1]:
             name = f"x[{i}]" if i < len(x) else f"y[{i - len(x)}]"
-            raise ValueError(
-                f"`{name}` has shape {tuple(sequence.shape)}; expected (length, {x[0].shape[-1]}) with length >= 1."
-            )
+            expected = f"(length, {x[0].shape[-1]}) with length >= 1"
+            raise ValueError(f"`{name}` has shape {tuple(sequence.shape)}; expected {expected}.")
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     modality = None
     if modality_x is not None or modality_y is not None:
         codes = [torch.as_tensor(c) for group in (modality_x, modality_y) if group is not None for c in group]
         if [c.shape for c in codes] != [sequence.shape[:1] for sequence in sequences]:
-            raise ValueError(
-                f"`modality_x` and `modality_y` must say what every slice of `x` and `y` is: they have {list(map(len, codes))} "
-                f"entries for {lengths.tolist()} slices."
-            )
+            counts = f"they have {list(map(len, codes))} entries for {lengths.tolist()} slices"
+            raise ValueError(f"`modality_x` and `modality_y` must say what every slice of `x` and `y` is: {counts}.")
         modality = torch.cat(codes)
     prefixes = torch.stack([torch.arange(len(lengths)), lengths], dim=1)
     # Autocast would refuse or convert some dtypes here.
@@ -150,8 +145,7 @@ def packed_alignment_kernel(
             Prefixes of the same packed samples to compare with. Without it `prefixes` are compared with themselves.
         modality (`torch.Tensor` of shape `(total_slices,)`, int64, *optional*):
             0 for text and 1 for images; with `split`, switches on the triple kernel.
-        delta, normalize, log, split, backend:
-            As for [`global_alignment_kernel`].
+        delta, normalize, log, split, backend: As for [`global_alignment_kernel`].
 
     Returns:
         `torch.Tensor`: kernel values of shape `(P, P)` or `(P, Q)`, float32, or float64 for float64 embeddings.
@@ -239,10 +233,8 @@ def expected_alignment(
     It is the gradient of `log K` with respect to the logarithms of the local kernels: a heat map of what matches what.
 
     Args:
-        x (`torch.Tensor` of shape `(n, dim)`), y (`torch.Tensor` of shape `(m, dim)`):
-            The sequences.
-        modality_x (of shape `(n,)`), modality_y (of shape `(m,)`), delta, split:
-            As for [`global_alignment_kernel`].
+        x (`torch.Tensor` of shape `(n, dim)`), y (`torch.Tensor` of shape `(m, dim)`): The sequences.
+        modality_x (of shape `(n,)`), modality_y (of shape `(m,)`), delta, split: As for [`global_alignment_kernel`].
 
     Returns:
         `torch.Tensor`: probabilities of shape `(n, m)`, detached, 1 in the first and in the last cell.
@@ -274,8 +266,7 @@ def log_delannoy(n: int | torch.Tensor, m: int | torch.Tensor) -> torch.Tensor:
     1 for `n = 1`, 3 for `n = m = 2`, 13 for 3 and 63 for 4.
 
     Args:
-        n, m (`int` or `torch.Tensor`):
-            Lengths, at least 1, that are broadcast.
+        n, m (`int` or `torch.Tensor`): Lengths, at least 1, that are broadcast.
 
     Returns:
         `torch.Tensor`: float64, of the broadcast shape, on the CPU.

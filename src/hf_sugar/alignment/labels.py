@@ -41,8 +41,7 @@ def label_matrix(
             Where each sample begins in `embeddings`, and the total.
         prefixes (`torch.Tensor` of shape `(P, 2)`, int64):
             Selected positions as rows `(sample, length)`: the first `length >= 1` slices of that sample.
-        delta (`float`, *optional*, defaults to `1.0`):
-            Bandwidth of the kernel.
+        delta (`float`, *optional*, defaults to `1.0`): Bandwidth of the kernel.
         normalize (`bool` or `str`, *optional*, defaults to `"self+count"`):
             Normalisation of the kernel, see [`global_alignment_kernel`]. `None` keeps the kernel itself, of which
             everything above 1 is then clamped.
@@ -51,8 +50,7 @@ def label_matrix(
             without the alignment kernel; `delta` and `normalize` then have no effect).
         modality (`torch.Tensor` of shape `(total_slices,)`, int64, *optional*):
             0 for text and 1 for images; with `split`, switches on the triple kernel.
-        split (`int`, *optional*):
-            Number of dimensions of the uni-modal half of an embedding.
+        split (`int`, *optional*): Number of dimensions of the uni-modal half of an embedding.
 
     Returns:
         `tuple[torch.Tensor, float]`: labels of shape `(P, P)` in float32, without gradient, and the share of entries

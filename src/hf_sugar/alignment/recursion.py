@@ -17,19 +17,9 @@ LARGEST_DISTANCE = 4.01
 CHUNK_CELLS = 1 << 17
 
 
-def log_kernels(
-    distances: torch.Tensor,
-    row: torch.Tensor,
-    column: torch.Tensor,
-    n: torch.Tensor,
-    m: torch.Tensor,
-    total: torch.Tensor,
-    delta: float,
-) -> torch.Tensor:
-    """
-    As [`~hf_sugar.alignment.naive.log_kernels`], differentiable in `distances`. Pairs of like lengths go through the
-    recursion together, one anti-diagonal at a time. Index tensors are on the CPU.
-    """
+def log_kernels(distances, row, column, n, m, total, delta) -> torch.Tensor:
+    """As [`~hf_sugar.alignment.naive.log_kernels`], differentiable in `distances`. Pairs of like lengths go through the
+    recursion together, one anti-diagonal at a time. Index tensors are on the CPU."""
     device, width = distances.device, distances.shape[1]
     flat, corner = distances.flatten(), row * width + column
     scale = 1 / (delta**2 * total.double())

@@ -29,10 +29,8 @@ class Slices:
         self, embeddings: torch.Tensor, offsets: torch.Tensor, modality: torch.Tensor | None, split: int | None
     ):
         if embeddings.ndim != 2 or not embeddings.is_floating_point() or embeddings.shape[1] == 0:
-            raise ValueError(
-                f"`embeddings` must have shape (total_slices, dim) and a floating-point dtype; got "
-                f"{tuple(embeddings.shape)} of {embeddings.dtype}."
-            )
+            got = f"{tuple(embeddings.shape)} of {embeddings.dtype}"
+            raise ValueError(f"`embeddings` must be floating-point of shape (total_slices, dim), got {got}.")
         _check_triple(embeddings, modality, split)
         self.offsets = _check_offsets(offsets, len(embeddings))
         self.dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
@@ -61,10 +59,8 @@ class Slices:
             if bad.any():
                 row = int(bad.nonzero()[0, 0])
                 sample = int(np.searchsorted(self.offsets, row, side="right")) - 1
-                raise ValueError(
-                    f"Slice {row - self.offsets[sample]} of sequence {sample} (row {row} of the packed embeddings) "
-                    f"{what}{where} and has no direction."
-                )
+                name = f"Slice {row - self.offsets[sample]} of sequence {sample} (row {row} of the packed embeddings)"
+                raise ValueError(f"{name} {what}{where} and has no direction.")
         return half / norm
 
     def distances(self, a: int, b: int) -> torch.Tensor:
@@ -119,14 +115,10 @@ def _check_triple(embeddings: torch.Tensor, modality: torch.Tensor | None, split
         return
     total, dim = embeddings.shape
     if not 0 < split < dim:
-        raise ValueError(
-            f"`split` must lie between 1 and {dim - 1}, because embeddings have {dim} dimensions; got {split}."
-        )
+        raise ValueError(f"`split` must lie between 1 and {dim - 1} for embeddings of {dim} dimensions; got {split}.")
     if modality.shape != (total,) or not ((modality == TEXT) | (modality == IMAGE)).all():
-        raise ValueError(
-            f"`modality` must hold {TEXT} (text) or {IMAGE} (image) for each of {total} slices; its shape is "
-            f"{tuple(modality.shape)}."
-        )
+        expected = f"{TEXT} (text) or {IMAGE} (image) for each of {total} slices"
+        raise ValueError(f"`modality` must hold {expected}; its shape is {tuple(modality.shape)}.")
 
 
 def _check_offsets(offsets: torch.Tensor, total: int) -> np.ndarray:
@@ -142,9 +134,8 @@ def check_prefixes(name: str, prefixes: torch.Tensor, offsets: np.ndarray) -> np
         raise ValueError(f"`{name}` must have rows (sample, length), at least one; got shape {prefixes.shape}.")
     slices = np.diff(offsets)
     for i, (sample, length) in enumerate(prefixes.tolist()):
-        if not 0 <= sample < len(slices) or not 1 <= length <= slices[sample]:
-            raise ValueError(
-                f"`{name}[{i}]` asks for {length} slices of sample {sample}; samples run from 0 to {len(slices) - 1}"
-                + (f", and this one has {slices[sample]}." if 0 <= sample < len(slices) else ".")
-            )
+        if not 0 <= sample < len(slices):
+            raise ValueError(f"`{name}[{i}]` is of sample {sample}; samples run from 0 to {len(slices) - 1}.")
+        if not 1 <= length <= slices[sample]:
+            raise ValueError(f"`{name}[{i}]` asks for {length} slices of sample {sample}, which has {slices[sample]}.")
     return prefixes
