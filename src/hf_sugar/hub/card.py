@@ -103,10 +103,8 @@ def run_facts(trainer: "SugarTrainer") -> dict[str, Any]:
     quantization = None
     if hasattr(model.config, "quantization_config"):
         fields = model.config.to_dict()["quantization_config"]
-        quantization = [
-            f"{key} {fields[key]}" for key in fields if key.startswith(("load_in", "bnb_4bit")) and fields[key]
-        ]
-        quantization = ", ".join([str(fields["quant_method"]), *quantization])
+        names = [key for key in fields if key.startswith(("load_in", "bnb_4bit")) and fields[key]]
+        quantization = ", ".join([str(fields["quant_method"]), *(f"{key} {fields[key]}" for key in names)])
     base = model.config.name_or_path
     return {
         "base_model": public_name(base) if base else None,
@@ -163,8 +161,7 @@ def model_card(
     """
     directory = Path(directory)
     repo_id = repo_id or directory.absolute().name
-    config = read_json(directory / "config.json")
-    run = read_json(directory / RUN_FILE)
+    config, run, report = (read_json(directory / name) for name in ("config.json", RUN_FILE, "report.json"))
     adapter = config.get("backbone_name_or_path") is not None
 
     base = base_model or run.get("base_model") or config.get("backbone_name_or_path")
@@ -176,7 +173,6 @@ def model_card(
         if teacher["license"] is None and is_hub_id(teacher["name"]):
             teacher["license"] = _license_name(stated_license(teacher["name"], api))
     datasets = [name for name in run.get("datasets", []) if is_hub_id(name)]
-    report = read_json(directory / "report.json")
     name = repo_id.split("/")[-1]
     eval_results = _eval_results(report) or None
     on_hub = base is not None and is_hub_id(base)
@@ -234,19 +230,16 @@ def _public_sources(value: Any) -> Any:
 
 def _evaluation_command(repo_id: str, settings: dict[str, Any]) -> str:
     data = {key: _public_sources(value) for key, value in settings.items() if key.endswith("_data") and value}
-    data = data or {"image_text_data": "test.json"}
-    data |= {
-        key: settings[key] for key in ("split", "truncate_dim", "max_new_tokens", "untrained") if settings.get(key)
-    }
-    text = yaml.safe_dump(data, sort_keys=False).strip()
+    others = [key for key in ("split", "truncate_dim", "max_new_tokens", "untrained") if settings.get(key)]
+    data = (data or {"image_text_data": "test.json"}) | {key: settings[key] for key in others}
+    text = yaml.safe_dump(data, sort_keys=False)
     command = f"hf-sugar evaluate --config evaluate.yaml --model_name_or_path {repo_id}"
-    return f"cat > evaluate.yaml <<END\n{text}\nEND\n{command}"
+    return f"cat > evaluate.yaml <<END\n{text}END\n{command}"
 
 
 def _eval_results(report: dict[str, Any]) -> list[EvalResult]:
     """The figures of the last run of a report, in the form of the Hub."""
-    results = []
-    settings = report.get("settings", {})
+    results, settings = [], report.get("settings", {})
     *_, run = {}, *report.get("runs", {}).values()
     for name, value in run.items():
         if not isinstance(value, dict):
@@ -261,15 +254,7 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult]:
         data = data.get(source, data.get("path")) if isinstance(data, dict) else data
         data = _public_sources(data[0] if isinstance(data, list) and len(data) == 1 else data)
         dataset = data if isinstance(data, str) else source or "not named"
-        results.append(
-            EvalResult(
-                task_type=task,
-                dataset_type=dataset,
-                dataset_name=dataset,
-                dataset_split=settings.get("split"),
-                metric_type=metric,
-                metric_name=f"{metric} (percent)",
-                metric_value=round(value["value"], 2),
-            )
-        )
+        measured = {"metric_name": f"{metric} (percent)", "metric_value": round(value["value"], 2)}
+        split = settings.get("split")
+        results.append(EvalResult(task, dataset, dataset, metric_type=metric, dataset_split=split, **measured))
     return results

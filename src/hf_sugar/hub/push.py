@@ -28,10 +28,7 @@ def checkpoint_files(directory: str | Path) -> list[Path]:
     config = read_json(directory / "config.json")
     if config.get("model_type") != "sugar":
         found = f"holds a plain {config['model_type']!r} model" if "model_type" in config else "has no config.json"
-        raise ValueError(
-            f"{directory} is not a Sugar checkpoint: it {found}. `SugarTrainer.save_model` and "
-            "`SugarForConditionalGeneration.save_pretrained` write one."
-        )
+        raise ValueError(f"{directory} is not a Sugar checkpoint: it {found}. `SugarTrainer.save_model` writes one.")
     needed = {"processor_config.json"}
     if config.get("backbone_name_or_path") is not None:
         needed |= {f"{ADAPTER_SUBFOLDER}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
@@ -50,11 +47,11 @@ def public_configs(directory: str | Path, api: HfApi, base_model: str | None = N
     config = read_json(Path(directory, "config.json"))
     backbone = config.get("backbone_name_or_path")
     if base_model is None and backbone is not None and not is_hub_id(backbone):
-        raise ValueError(
-            f"The adapter in {directory} was trained on the local directory {public_name(backbone)!r}, which nobody else "
-            "has. Push that backbone and name it (`--base_model me/backbone`, or `base_model=` in Python), or merge the "
-            "adapter and push the full checkpoint."
+        whose = f"The adapter in {directory} was trained on the local directory {public_name(backbone)!r}"
+        remedy = (
+            "Push that backbone and name it (`--base_model me/backbone`, `base_model=`), or merge it and push all."
         )
+        raise ValueError(f"{whose}, which nobody else has. {remedy}")
     if base_model is None or backbone is None:
         return {}
     name = f"{ADAPTER_SUBFOLDER}/adapter_config.json"
@@ -113,8 +110,7 @@ def push_checkpoint(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
 
-    contents: dict[str, Path | bytes] = {file.as_posix(): directory / file for file in files}
-    contents |= configs
+    contents: dict[str, Path | bytes] = {**{file.as_posix(): directory / file for file in files}, **configs}
     if writes_card(directory):
         card = model_card(directory, repo_id, base_model=base_model, license=license, tags=tags, api=api)
         contents["README.md"] = str(card).encode()
