@@ -17,7 +17,7 @@ from PIL import Image
 from hf_sugar.data import stored_image
 from hf_sugar.evaluation.tasks import Search
 from hf_sugar.world import load_world
-from hf_sugar.world.dataset import ROW_FEATURES, document
+from hf_sugar.world.dataset import ROW_FEATURES
 from hf_sugar.world.scenes import COLORS, SHAPES, SIZES, Scene, Thing, partition, scenes
 
 
@@ -49,7 +49,8 @@ def telling(plot: Plot, order: tuple[int, ...], rng: random.Random) -> list[str 
 
 def story_row(slices: list, name: str) -> dict:
     parts = [{"type": "text", "text": s} if isinstance(s, str) else {"type": "image", "text": None} for s in slices]
-    return {**document(parts, [stored_image(s) for s in slices if not isinstance(s, str)], "text"), "id": name}
+    images = [stored_image(s) for s in slices if not isinstance(s, str)]
+    return {"messages": [{"role": "user", "content": parts}], "images": images, "loss_on": "text", "id": name}
 
 
 def stories(batches: int, batch_size: int, seed: int) -> Dataset:

@@ -491,7 +491,7 @@ def test_errors_of_the_packed_form():
         ((embeddings, offsets, torch.tensor([0, 1])), r"rows \(sample, length\)"),
         ((embeddings, offsets, prefixes, torch.tensor([[0, 9]])), r"`other_prefixes\[0\]`"),
         ((embeddings.long(), offsets, prefixes), "`embeddings`.*floating-point.*int64"),
-        ((embeddings[0], offsets, prefixes), "`embeddings` must have shape"),
+        ((embeddings[0], offsets, prefixes), "`embeddings` must be floating-point of shape"),
     ]:
         with pytest.raises(ValueError, match=message):
             packed_alignment_kernel(*arguments)
