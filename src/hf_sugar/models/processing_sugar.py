@@ -223,7 +223,7 @@ class SugarProcessor(ProcessorMixin):
         names = [f"items[{index}]" for index in range(len(items))]
         conversations = []
         for name, item in zip(names, items):
-            row = as_row(item, name)
+            row = as_row(item, name, strip=False)
             images = [image_of(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])]
             conversations.append(instructed(fill_images(row["messages"], images, name), instruction))
         return self.encode_conversations(conversations, names=names, max_length=max_length)

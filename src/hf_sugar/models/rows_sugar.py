@@ -56,11 +56,12 @@ def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def as_row(item: Any, where: str = "item") -> dict[str, Any]:
+def as_row(item: Any, where: str = "item", strip: bool = True) -> dict[str, Any]:
     """
     An item as a row in the conversational vision format. An item is a text (`str`, whatever it says), a PIL image, the
     `Path` of an image or text file, a part `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`, a list
     of those (interleaved, in this order), or a row with `messages` and `images`. Images keep whatever form they have.
+    Unless `strip` is false, texts lose the white space at their ends.
 
     Raises:
         `TypeError`: if the item is of another type; calls it `where`.
@@ -81,7 +82,7 @@ def as_row(item: Any, where: str = "item") -> dict[str, Any]:
         if isinstance(part, str):
             if not part.strip():
                 raise ValueError(f"{where} is empty or holds an empty text; there is nothing to embed.")
-            content.append({"type": "text", "text": part.strip()})
+            content.append({"type": "text", "text": part.strip() if strip else part})
             continue
         image, found = part, type(part).__name__
         if isinstance(part, dict):
