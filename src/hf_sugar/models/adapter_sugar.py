@@ -217,7 +217,8 @@ class SugarAdapterMixin:
         source = config.backbone_name_or_path, config.backbone_revision = self.backbone_source()
         if not config.backbone_name_or_path:
             logger.warning(
-                "The weights of this backbone lie nowhere. Save it, and load the adapter with `backbone_name_or_path`."
+                "The config.json of this adapter cannot say where its backbone is, whose weights were changed or never saved. Save it, and load "
+                "the adapter with `backbone_name_or_path`."
             )
         # the one taken while loading where weights are sharded now
         config.backbone_fingerprint = max(fingerprint(self.vlm), self._loaded_from[1], key=len)

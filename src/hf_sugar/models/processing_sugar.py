@@ -341,7 +341,7 @@ class SugarProcessor(ProcessorMixin):
                     continue
                 if typed := special.search(part["text"]):
                     raise ValueError(
-                        f"{name}: the text {part['text'][:60]!r} contains {typed.group()!r}, a special token. Take an image part."
+                        f"{name}: the text {part['text'][:60]!r} contains {typed.group()!r}, a special token. Take it out; an image is a part of its own."
                     )
                 if role != "system":
                     slices.append((len(texts), kinds))

@@ -71,9 +71,8 @@ class Guard:
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         name = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1"))
-        if (
-            not self.args.api_key and self.args.host in LOOPBACK and name not in LOOPBACK
-        ):  # a page whose name leads here
+        # a web page whose name leads to this machine would otherwise be let in by its visitor
+        if not self.args.api_key and self.args.host in LOOPBACK and name not in LOOPBACK:
             raise HTTPException(403, f"The host {name[:100]!r} is not this machine; set an API key to be called so.")
 
     def _check(self, headers: dict[bytes, bytes]) -> None:

@@ -119,7 +119,7 @@ class SearchRequest(Request):
 
 
 async def read_contents(contents: dict[str, list[Part]], limits: ServeArguments) -> list[list[dict[str, Any]]]:
-    """The parts of all messages or inputs of a request, as [`~inference.as_row`] takes them; errors call them by their keys.
+    """The parts of all messages or inputs of a request, as [`~models.rows_sugar.as_row`] takes them; errors call them by their keys.
     Pictures stay encoded: of each only the header is read here."""
     result, pixels, left = [], 0, limits.max_body
     for where, content in contents.items():

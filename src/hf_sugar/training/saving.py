@@ -47,9 +47,9 @@ class SavingMixin:
         if checkpoint is True and (checkpoint := last_whole_checkpoint(directory)) is None:
             raise ValueError(f"No checkpoint in {directory} is whole: start without `resume_from_checkpoint`.")
         if checkpoint and not is_whole(checkpoint):
-            raise ValueError(
-                f"{checkpoint} is no whole checkpoint. The last one is {last_whole_checkpoint(directory)}."
-            )
+            last = last_whole_checkpoint(directory)
+            remedy = f"Resume from {last}." if last else "Start without `resume_from_checkpoint`."
+            raise ValueError(f"{checkpoint} is no whole checkpoint. {remedy}")
         return super().train(checkpoint or None, *args, **kwargs)
 
     # Upstream restores nothing into a LLaVA resumed from full weights, because the names of the parameters in the file
