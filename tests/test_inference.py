@@ -52,6 +52,15 @@ def test_every_slice_is_the_prefix_embedded_apart(pair):
     np.testing.assert_allclose(np.concatenate(found), embed(prefixes), atol=1e-5)
 
 
+def test_white_space_at_the_ends(pair):
+    """`embed_inputs` embeds a text as it is given, as an export does; the embedder without what files end with."""
+    model, processor = pair
+    given, plain = (processor.embed_inputs([text])["input_ids"].tolist() for text in (" blue", "blue"))
+    assert given != plain
+    embed = SugarEmbedder(model, processor)
+    np.testing.assert_array_equal(embed([" blue \n"]), embed(["blue"]))
+
+
 def test_short_embeddings(pair):
     """Cut and normalised again."""
     items = [["one", tiny.image(0), "two"], "a red circle"]
