@@ -68,7 +68,9 @@ def test_prepare_train_evaluate(place, capsys):
     files = list((place / "cache").glob("shard-*"))
     stamps = {file: file.stat().st_mtime_ns for file in files}
 
-    main(["train", "--config", str(place / "train.yaml"), "--max_steps", "3"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_sugar.training.labels.measure_labels", None)  # `prepare` has
+        main(["train", "--config", str(place / "train.yaml"), "--max_steps", "3"])
     assert "image to text R@1" in capsys.readouterr().out
     # training finds all shards
     assert set((place / "cache").glob("shard-*")) == stamps.keys()
@@ -103,6 +105,7 @@ def test_streamed_training(place, tmp_path, capsys):
     assert "36 rows" in capsys.readouterr().out
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_sugar.teachers.checkpoint.AutoModel", None)
+        patch.setattr("hf_sugar.training.labels.measure_labels", None)
         main(["train", "--config", str(tmp_path / "train.yaml"), "--save_strategy", "steps", "--save_steps", "2"])
     [state] = (tmp_path / "out").rglob("trainer_state.json")
     losses = [entry["structure_loss"] for entry in json.loads(state.read_text())["log_history"][:2]]

@@ -1,8 +1,10 @@
 """The discriminative loss: what is compared with what, labels of one scale, and large matrices in small memory."""
 
 import copy
+import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -27,6 +29,7 @@ from hf_sugar.training.discriminative import (
     pad_rows,
 )
 from hf_sugar.training.heads import embed_rows
+from hf_sugar.training.labels import label_statistics
 
 
 def randn(*shape, seed=0):
@@ -130,6 +133,35 @@ class TestCalibration:
         found = [trainer.discriminative_loss.statistics for trainer in trainers]
         assert torch.equal(*found) and (found[0][:, 1] > 0).all()
         assert make(kinds, path="paper", **PAPER).discriminative_loss.statistics is None
+
+    def test_statistics_are_stored_with_the_embeddings(self, make, tmp_path):
+        """And found again for the same rows, teachers and settings alone."""
+        cache = {"teacher_cache_dir": str(tmp_path / "cache")}
+        trainer = make((caption, story), **cache)
+        stored = partial(
+            label_statistics,
+            trainer.train_dataset,
+            trainer.data_collator,
+            trainer.args,
+            trainer._split,
+            tmp_path / "cache",
+        )
+        measured = trainer.discriminative_loss.statistics
+        assert torch.allclose(stored(store_rows=12), measured)
+        file = tmp_path / "cache" / "label_statistics.json"
+        [[key, values]] = json.loads(file.read_text()).items()
+        assert values.keys() == set(BLOCKS)
+        file.write_text(json.dumps({key: {**values, BLOCKS[2]: [0.5, 0.25]}}))
+        found = make((caption, story), path="again", **cache).discriminative_loss.statistics
+        assert found[2].tolist() == [0.5, 0.25] and torch.equal(found[3:], measured[3:])
+        for number, other in enumerate(({"delta": 2.0}, {"data": (caption, conversation)})):
+            found = make(
+                **{"data": (caption, story), **other}, path=str(number), **cache
+            ).discriminative_loss.statistics
+            assert found[2].tolist() != [0.5, 0.25]
+        file.write_text("{")
+        with pytest.raises(ValueError, match="label_statistics.json is damaged .*Delete it"):
+            stored()
 
 
 def test_the_papers_loss_is_what_it_was(make):

@@ -1,4 +1,4 @@
-"""Compute the teacher embeddings of a dataset, once."""
+"""Compute the teacher embeddings of a dataset, and mean and spread of its labels, once."""
 
 import logging
 from collections import Counter
@@ -12,6 +12,9 @@ from hf_sugar.data import load_data, row_name, row_slices
 from hf_sugar.data.images import undecoded
 from hf_sugar.distributed import distributed_state
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings
+from hf_sugar.training import SugarCollator
+from hf_sugar.training.config import LabelSettings
+from hf_sugar.training.labels import label_statistics
 
 from .arguments import StreamedDataArguments, setting
 
@@ -20,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class PrepareArguments:
+class PrepareArguments(LabelSettings):
     """Settings of `hf-sugar prepare`."""
 
     teachers: dict | str | None = setting("Frozen encoders: {image: ..., text: ..., cross: ...}, or 'tiny'.", None)
     teacher_cache_dir: str = setting("Where the embeddings are kept.", "teacher_cache")
     dataset_dir: str | None = setting("Where rows and embeddings are written as a dataset, to be streamed.", None)
     split: str = setting("Split of datasets that have several.", "train")
-    seed: int = setting("Seed of the mixture of several sources, for dataset_dir.", 42)
+    seed: int = setting("Seed of the mixture of several sources, and of a training.", 42)
 
 
 def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
@@ -47,8 +50,17 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
             continue
         rows = _usable(load_data(source, split, **reading), data.on_bad_row == "skip", counts)
         rows = add_teacher_embeddings(rows, encoder, args.teacher_cache_dir, counts=counts)
-        if args.dataset_dir and state.is_main_process:
-            rows.save_to_disk(Path(args.dataset_dir) / name)
+        if state.is_main_process:
+            if args.dataset_dir:
+                rows.save_to_disk(Path(args.dataset_dir) / name)
+            if name == "train":
+                measured = counts.copy()  # a stream is read, and counted, once more
+                collator = SugarCollator(
+                    None, teachers=encoder.record, singles=args.singles_per_sample, seed=args.seed
+                )
+                total = counts["rows"] - counts["skipped"]
+                label_statistics(rows, collator, args, encoder.split, args.teacher_cache_dir, store_rows=total)
+                counts = measured
     said = ", ".join(f"{count} {name}" for name, count in counts.items())
     state.print(f"{said} -> {args.dataset_dir or args.teacher_cache_dir}")
     return counts

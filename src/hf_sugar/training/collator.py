@@ -30,8 +30,8 @@ class SugarCollator:
     embedding of every slice.
 
     Args:
-        processor ([`SugarProcessor`]):
-            Processor of the model.
+        processor ([`SugarProcessor`], *optional*):
+            Processor of the model. Without it the batch has no model inputs, and images are left to the teachers.
         max_length (`int`, *optional*):
             Longest sequence that the model takes; a longer row is an error.
         teachers (`str`, *optional*):
@@ -65,7 +65,7 @@ class SugarCollator:
         it is a `POSITIVE`, a `NEGATIVE` or `NOTHING`.
     """
 
-    processor: SugarProcessor
+    processor: SugarProcessor | None
     max_length: int | None = None
     teachers: str | None = None
     embed_slices: Callable[[list[str | Image.Image]], torch.Tensor] | None = None
@@ -83,7 +83,9 @@ class SugarCollator:
             row = conversation_row(example)
             name = f"Row {row['id']}" if row["id"] else f"Sample {index} of the batch"
             check_row(row, len(row["images"]), name)
-            images = [load_image(image, f"{name}, images[{n}]") for n, image in enumerate(row["images"])]
+            images = row["images"]
+            if self.processor is not None:
+                images = [load_image(image, f"{name}, images[{n}]") for n, image in enumerate(images)]
             messages = fill_images(row["messages"], images)
             loss = row["loss_on"]
             flipped.append(self._flips(messages, loss))
@@ -95,24 +97,26 @@ class SugarCollator:
             loss_on.append(loss)
             names.append(name)
             structure.append(row["structure"])
-        batch = dict(self.processor.encode_conversations(conversations, loss_on, names, self.max_length))
+        batch = {}
+        if self.processor is not None:
+            batch |= self.processor.encode_conversations(conversations, loss_on, names, self.max_length)
         if self.singles is not None:
             batch |= self._singles(examples, conversations, loss_on, structure, names)
-        if self.fill_up:
+        if self.fill_up and self.processor is not None:
             self._fill_up(batch)
         if self.embed_slices is None and self.teachers is None:
             del batch["slice_ids"]
             return batch
 
-        parts = [[part for part in iter_slices(messages) if use] for messages, use in zip(conversations, structure)]
+        parts = list(map(list, map(iter_slices, conversations)))
+        longest = max(map(len, parts))  # as wide as `slice_ids`, whatever rows are left out
+        parts = [slices if use else [] for slices, use in zip(parts, structure)]
         counts = list(map(len, parts))
         if self.embed_slices is not None:
             slices = [part["image"] if part["type"] == "image" else part["text"] for row in parts for part in row]
             embeddings = self.embed_slices(slices)
         else:
             embeddings = self._embeddings_of_rows(examples, names, counts, flipped)
-        # as wide as `slice_ids`, whatever rows are left out
-        longest = int(batch["slice_ids"].max()) + 1
         teacher_embeddings = embeddings.new_zeros(len(parts), longest, embeddings.shape[1])
         modality = torch.full((len(parts), longest), -1)
         for row, values in enumerate(embeddings.split(counts)):
@@ -154,7 +158,7 @@ class SugarCollator:
                     later.append(code)
             single_slices.append(torch.tensor(later, dtype=torch.long))
         result = {"single_slices": pad_sequence(single_slices, batch_first=True, padding_value=NOTHING)}
-        if items:
+        if items and self.processor is not None:
             conversations = [[{"role": "user", "content": [item]}] for item in items]
             singles = self.processor.encode_conversations(conversations, names=item_names, max_length=self.max_length)
             if image_index and len(image_index) == sum(item["type"] == "image" for item in items):

@@ -40,7 +40,48 @@ _RANGES = {
 
 
 @dataclass
-class SugarTrainingConfig(SFTConfig):
+class LabelSettings:
+    """What the labels of pairs depend on, beside teachers and data. A `ValueError` names a value out of range."""
+
+    delta: float = HfArg(
+        default=1.0,
+        help="Bandwidth of the alignment kernel: sigma = delta * sqrt((n + m) / 2) for sequences of n and m slices.",
+    )
+    label_kernel: str = HfArg(
+        default="gak",
+        help="'gak' aligns the slice sequences, 'mean' averages over all slice pairs (the 'w/o GAK' ablation).",
+        metadata={"choices": ["gak", "mean"]},
+    )
+    label_normalization: str = HfArg(
+        default="self+count",
+        help="Normalisation of the alignment kernel.",
+        metadata={"choices": ["none", "self", "count", "self+count"]},
+    )
+    positions_per_sample: int = HfArg(
+        default=4,
+        help="How many slice ends of each sample are drawn at every step; a sample with fewer slices gives all.",
+    )
+    singles_per_sample: int = HfArg(
+        default=1,
+        help="How many of the later slices of a row, images before texts, stand beside it as sequences of their own; of a "
+        "conversation its further images.",
+    )
+
+    def __post_init__(self):
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name, None)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"`{name}` is {value}; it must be from {least} to {most:g}.")
+        _check_delta(self.delta)
+        ours = {*LabelSettings.__annotations__, *SugarTrainingConfig.__annotations__}
+        for name, setting in self.__dataclass_fields__.items():
+            choices = setting.metadata.get("choices") if name in ours else None
+            if choices and getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+
+
+@dataclass
+class SugarTrainingConfig(SFTConfig, LabelSettings):
     """
     Configuration of [`SugarTrainer`]: everything that [`~trl.SFTConfig`] has, and the settings of the discriminative loss of
     [Sugar](https://huggingface.co/papers/2411.00304), which `hf-sugar train --help` lists with their meaning.
@@ -92,11 +133,6 @@ class SugarTrainingConfig(SFTConfig):
         help="Candidates that the teachers call so similar to the right one are no negatives; 0 is the mean of such pairs, 1 is "
         "equal.",
     )
-    singles_per_sample: int = HfArg(
-        default=1,
-        help="How many of the later slices of a row, images before texts, stand beside it as sequences of their own; of a "
-        "conversation its further images.",
-    )
     label_calibration: str = HfArg(
         default="blocks",
         help="'blocks' brings each kind of pair to one mean and spread, 'none' leaves the paper's labels.",
@@ -106,24 +142,6 @@ class SugarTrainingConfig(SFTConfig):
         default=None,
         help="Rows of a device that are compared with one another; `per_device_train_batch_size`, the default, are in memory at a "
         "time.",
-    )
-    delta: float = HfArg(
-        default=1.0,
-        help="Bandwidth of the alignment kernel: sigma = delta * sqrt((n + m) / 2) for sequences of n and m slices.",
-    )
-    positions_per_sample: int = HfArg(
-        default=4,
-        help="How many slice ends of each sample are drawn at every step; a sample with fewer slices gives all.",
-    )
-    label_kernel: str = HfArg(
-        default="gak",
-        help="'gak' aligns the slice sequences, 'mean' averages over all slice pairs (the 'w/o GAK' ablation).",
-        metadata={"choices": ["gak", "mean"]},
-    )
-    label_normalization: str = HfArg(
-        default="self+count",
-        help="Normalisation of the alignment kernel.",
-        metadata={"choices": ["none", "self", "count", "self+count"]},
     )
     structure_reduction: str = HfArg(
         default="row_mean",
@@ -218,10 +236,7 @@ class SugarTrainingConfig(SFTConfig):
         for name, remedy in _WITHOUT_EFFECT.items():
             if getattr(self, name) not in (None, self.__dataclass_fields__[name].default):
                 raise ValueError(f"`{name}` would have no effect. {remedy}")
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"`{name}` is {value}; it must be from {least} to {most:g}.")
+        LabelSettings.__post_init__(self)
         if self.max_batch_tokens and (self.matrix_batch_size or not self.padding_free):
             raise ValueError("`max_batch_tokens` needs `padding_free`, and no `matrix_batch_size`.")
         if self.matrix_batch_size and self.auto_find_batch_size:
@@ -235,11 +250,6 @@ class SugarTrainingConfig(SFTConfig):
                     f"`matrix_batch_size` is {self.matrix_batch_size}: it must be a multiple of `per_device_train_batch_size` and "
                     f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) 1 or a multiple of their quotient."
                 )
-        _check_delta(self.delta)
-        for name, setting in self.__dataclass_fields__.items():
-            choices = setting.metadata.get("choices") if name in SugarTrainingConfig.__annotations__ else None
-            if choices and getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
         if self.flip_captions and self.discriminative_loss != "structure":
             raise ValueError("`flip_captions` leaves no pairs to contrast: set `discriminative_loss='structure'`.")
         if self.teacher_mode == "online" and self.dataloader_num_workers > 0:

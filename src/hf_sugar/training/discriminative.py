@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from hf_sugar.alignment import IMAGE, TEXT, label_matrix
-from hf_sugar.alignment.calibration import block_statistics, calibrate, label_blocks
+from hf_sugar.alignment import IMAGE, TEXT
+from hf_sugar.alignment.calibration import calibrate
 
 from .config import SugarTrainingConfig
 from .contrastive import ContrastiveLoss
 from .gather import gather_rows
+from .labels import draw_positions, span_labels
 from .loss import StructureLoss
 
 
@@ -27,65 +27,6 @@ POSITIVE, NEGATIVE, NOTHING = -1, -2, -3
 ROW_COLUMNS = ("teacher_embeddings", "slice_modality", "single_slices")
 # What fills up the tensors that [`discriminative_rows`] gives.
 PADDING = (0, 0, -1, 0, NOTHING)
-
-
-def draw_positions(
-    modality: torch.Tensor, count: int, spread: bool = False, wanted: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample and slice of `count` positions of every sample, each the end of a slice, or of all that it has: at random, or
-    `spread` evenly with the last slice among them. `modality` is of shape `(samples, slices)`, -1 where a sample has fewer;
-    the slices `wanted`, of the same shape, come first, because they have a partner in the batch."""
-    present = modality >= 0
-    if spread:
-        slices = present.sum(dim=1, keepdim=True)
-        share = torch.arange(modality.shape[1] + 1, device=modality.device) * slices.clamp(max=count)
-        drawn = (share // slices.clamp(min=1)).diff(dim=1) > 0
-        drawn = drawn if wanted is None else drawn | wanted
-    else:  # the largest random numbers of each row, absent slices last
-        order = torch.rand(modality.shape, device=modality.device)
-        order = (order if wanted is None else order + wanted).masked_fill(~present, -1)
-        drawn = order.argsort(dim=1, descending=True).argsort(dim=1) < count
-    return (drawn & present).nonzero(as_tuple=True)
-
-
-def span_labels(
-    spans: torch.Tensor,
-    teacher_embeddings: torch.Tensor,
-    modality: torch.Tensor,
-    args: SugarTrainingConfig,
-    split: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """
-    What the teachers say of positions, from their embeddings `(samples, slices, dim)` of slices and the `modality` of these
-    `(samples, slices)`, -1 where a sample has fewer; kernel, bandwidth, normalisation and `split` as in
-    [`~alignment.label_matrix`]. `spans` `(n, 3)` are the sample of each position, its first slice and the one after its last:
-    `(sample, 0, length)` for a prefix, `(sample, slice, slice + 1)` for a slice that stands alone.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor, float]`: labels `(n, n)`, in which a sequence is 1 to its own prefixes but not yet
-        to its slices alone; block of each, see [`~alignment.calibration.label_blocks`]; the share that was clamped.
-    """
-    if not len(spans):
-        return spans.new_zeros(0, 0, dtype=torch.float), spans.new_zeros(0, 0), 0.0
-    sample, first, end = spans.T
-    present = modality >= 0
-    counts = present.sum(dim=1)
-    # a slice that stands alone is a sequence of its own, behind the samples that have slices
-    alone = first > 0
-    sequence = torch.where(alone, (counts > 0).sum() + alone.cumsum(0) - 1, (counts > 0).cumsum(0)[sample] - 1)
-    lengths = torch.cat([counts[counts > 0], counts.new_ones(int(alone.sum()))])
-    kinds = torch.cat([modality[present], modality[sample[alone], first[alone]]])
-    labels, clamped = label_matrix(
-        torch.cat([teacher_embeddings[present], teacher_embeddings[sample[alone], first[alone]]]),
-        torch.cat([counts.new_zeros(1), lengths.cumsum(0)]),
-        torch.stack([sequence, end - first], dim=1),
-        delta=args.delta,
-        normalize=None if args.label_normalization == "none" else args.label_normalization,
-        label_kernel=args.label_kernel,
-        modality=None if split is None else kinds,
-        split=split,
-    )
-    return labels, label_blocks(end - first, modality[sample, end - 1]), clamped
 
 
 def discriminative_rows(
@@ -123,7 +64,7 @@ class DiscriminativeLoss(nn.Module):
     [Sugar](https://huggingface.co/papers/2411.00304), whose Eq. 3 is the structure loss; the rest belongs to this library.
     With `matryoshka_dims` both are means over embeddings cut to each of these lengths and whole
     ([Matryoshka](https://huggingface.co/papers/2205.13147), where they are sums). `split` is that of
-    [`~hf_sugar.alignment.label_matrix`]; the `statistics` `(5, 2)` are from [`measure_labels`], and may be missing where the
+    [`~hf_sugar.alignment.label_matrix`]; the `statistics` `(5, 2)` are from [`label_statistics`], and may be missing where the
     labels stay as they are and nothing is contrasted.
     """
 
@@ -224,34 +165,3 @@ def _same(spans: torch.Tensor) -> torch.Tensor:
     beside = prefix[:, None] & ((end[:, None] == end) | (end[:, None] == first))
     equal = (first[:, None] == first) & (end[:, None] == end)
     return (sample[:, None] == sample) & ((prefix[:, None] & prefix) | beside | beside.T | equal)
-
-
-def measure_labels(
-    dataset: Dataset | IterableDataset,
-    collator: Callable,
-    args: SugarTrainingConfig,
-    split: int | None,
-    count: int = 256,
-) -> torch.Tensor:
-    """
-    Mean and spread `(5, 2)` of each block of the label matrix of `count` rows that are spread over a dataset, or of the first
-    of a stream: see [`~alignment.calibration.block_statistics`]. The collator gives their teacher embeddings.
-    """
-    if isinstance(dataset, Dataset):
-        chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), count), dtype=torch.float64).long()
-        examples = [dataset[int(index)] for index in chosen]
-    else:
-        examples = list(dataset.take(count))
-    batches = (collator(examples[start : start + 16]) for start in range(0, len(examples), 16))
-    rows = [[batch.get(name) for name in ROW_COLUMNS] for batch in batches]
-    embeddings = [teacher_embeddings[..., :0] for teacher_embeddings, *_ in rows]
-    _, teacher_embeddings, modality, _, single_slices = pad_rows(
-        discriminative_rows(empty, None, *columns) for empty, columns in zip(embeddings, rows)
-    )
-    sample, number = draw_positions(modality, args.positions_per_sample, spread=True)
-    row, column = (single_slices > 0).nonzero(as_tuple=True)
-    alone = single_slices[row, column]
-    spans = torch.stack([sample, torch.zeros_like(number), number + 1], dim=1)
-    spans = torch.cat([spans, torch.stack([row, alone, alone + 1], dim=1)])
-    labels, blocks, _ = span_labels(spans, teacher_embeddings, modality, args, split)
-    return block_statistics(labels, blocks, spans[:, :1] != spans[:, 0])

@@ -27,9 +27,10 @@ from . import loading
 from .cached import compare_ahead
 from .collator import SugarCollator
 from .config import SugarTrainingConfig
-from .discriminative import ROW_COLUMNS, DiscriminativeLoss, discriminative_rows, measure_labels
+from .discriminative import ROW_COLUMNS, DiscriminativeLoss, discriminative_rows
 from .eval_losses import EvalLosses, retrieval_of_rows
 from .heads import add_structure_head, lays_rows
+from .labels import label_statistics
 from .rows import RowFilter, each, readable, require_pairs
 from .sampler import train_sampler
 from .saving import SavingMixin
@@ -314,7 +315,11 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             return None
         dataset = self.train_dataset
         dataset = self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
-        return measure_labels(dataset, self.data_collator, self.args, self._split)
+        return label_statistics(dataset, self.data_collator, self.args, self._split, self._cache_dir)
+
+    @property
+    def _cache_dir(self) -> Path:
+        return Path(self.args.teacher_cache_dir or Path(self.args.output_dir, "teacher_cache"))
 
     @cached_property
     def _encoder(self) -> TripleEncoder:
@@ -330,9 +335,8 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             for made in filter(None, (made_by, self._made_by)):
                 check_same_teachers(made, self._encoder.fingerprint, self._encoder.description)
         if made_by is None:
-            directory = self.args.teacher_cache_dir or Path(self.args.output_dir) / "teacher_cache"
             compute = isinstance(dataset, Dataset)  # a stream is not read before training
-            dataset = add_teacher_embeddings(dataset, self._encoder, directory, compute=compute)
+            dataset = add_teacher_embeddings(dataset, self._encoder, self._cache_dir, compute=compute)
             self._encoder.unload()
             made_by = teachers_of(dataset)
         self._made_by = self._made_by or made_by
