@@ -81,7 +81,7 @@ class LabelSettings:
 
 
 @dataclass
-class SugarTrainingConfig(SFTConfig, LabelSettings):
+class SugarTrainingConfig(LabelSettings, SFTConfig):
     """
     Configuration of [`SugarTrainer`]: everything that [`~trl.SFTConfig`] has, and the settings of the discriminative loss of
     [Sugar](https://huggingface.co/papers/2411.00304), which `hf-sugar train --help` lists with their meaning.
@@ -227,7 +227,7 @@ class SugarTrainingConfig(SFTConfig, LabelSettings):
             self.activation_checkpointing = self.gradient_checkpointing
         if self.structure_weight is None:
             self.structure_weight = 0.3 if self.discriminative_loss == "structure" else 0.01
-        super().__post_init__()
+        SFTConfig.__post_init__(self)
         self.load_in_4bit = load_in_4bit
         self.on_bad_row = on_bad_row
 

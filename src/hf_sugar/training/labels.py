@@ -100,7 +100,9 @@ def label_statistics(
         collator ([`SugarCollator`]): Gives teacher embeddings, modality and slices alone; its processor is not used.
         settings ([`LabelSettings`]): What the labels depend on.
         split (`int`, *optional*): That of [`~alignment.label_matrix`].
-        cache_dir (`str` or `os.PathLike`, *optional*): Where `hf-sugar prepare` has stored them for such data and settings.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Where `hf-sugar prepare` has stored them, for the same rows, teachers and settings; a stream, whose rows nobody knows
+            before it is read, gets those of the last one that was prepared there.
         store_rows (`int`, *optional*): How many rows there are, to measure them and store them in `cache_dir`.
 
     Returns:
@@ -110,11 +112,10 @@ def label_statistics(
     Raises:
         `ValueError`: if the file of statistics is damaged.
     """
+    rows = []
     if isinstance(dataset, Dataset):
         chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), MEASURED_ROWS), dtype=torch.float64).long()
         rows = [dataset[int(index)] for index in chosen]
-    else:
-        rows = list(dataset.take(1))
     collator = dataclasses.replace(collator, processor=None)
     file = Path(cache_dir, STATISTICS_FILE) if cache_dir is not None and collator.teachers else None
     known = _read(file) if file is not None and file.exists() else {}
@@ -148,7 +149,7 @@ def measure_labels(
 
 
 def _key(rows: list[dict[str, Any]], collator: Callable, settings: LabelSettings) -> str:
-    """Teachers, settings, and the embeddings of rows by which the data are known."""
+    """Teachers, settings, and the embeddings of rows by which the data are known; none for a stream."""
     said = [getattr(settings, field.name) for field in dataclasses.fields(LabelSettings)]
     said += [json.loads(collator.teachers)["fingerprint"], collator.flip_captions, collator.seed]
     digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=16)
