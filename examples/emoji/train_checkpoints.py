@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--clip_steps", type=int, default=500, help="steps of 64 pairs")
     parser.add_argument("--dinov2_steps", type=int, default=100, help="steps of 128 drawings")
     parser.add_argument("--bert_steps", type=int, default=200, help="steps of 64 pairs of texts")
-    parser.add_argument("--llava_steps", type=int, default=800, help="steps of 2048 tokens")
+    parser.add_argument("--llava_steps", type=int, default=1200, help="steps of 2048 tokens")
     parser.add_argument("--image_size", type=int, default=32, help="width and height that drawings are brought to")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
