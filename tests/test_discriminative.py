@@ -29,7 +29,7 @@ from hf_sugar.training.discriminative import (
     pad_rows,
 )
 from hf_sugar.training.heads import embed_rows
-from hf_sugar.training.labels import label_statistics
+from hf_sugar.training.labels import label_statistics, measure_labels
 
 
 def randn(*shape, seed=0):
@@ -162,6 +162,19 @@ class TestCalibration:
         file.write_text("{")
         with pytest.raises(ValueError, match="label_statistics.json is damaged .*Delete it"):
             stored()
+
+    def test_rows_of_a_stream_are_spread_over_it(self, make, tmp_path, monkeypatch):
+        """Not its first ones, and a trainer on the stream takes them."""
+        trainer = make((caption, story))
+        data, rest = trainer.train_dataset, (trainer.data_collator, trainer.args, trainer._split)
+        monkeypatch.setattr("hf_sugar.training.labels.MEASURED_ROWS", 3)
+        stored = label_statistics(data.to_iterable_dataset(), *rest, tmp_path, store_rows=len(data))
+        collator = replace(trainer.data_collator, processor=None)
+        assert torch.equal(stored, measure_labels([data[n] for n in (0, 4, 8)], collator, *rest[1:]))
+        assert torch.allclose(label_statistics(data.to_iterable_dataset(), *rest, tmp_path), stored)
+        first = label_statistics(data.to_iterable_dataset(), *rest)
+        assert torch.equal(first, measure_labels([data[n] for n in (0, 1, 2)], collator, *rest[1:]))
+        assert not torch.allclose(first, stored)
 
 
 def test_the_papers_loss_is_what_it_was(make):

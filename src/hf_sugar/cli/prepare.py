@@ -54,13 +54,13 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
             if args.dataset_dir:
                 rows.save_to_disk(Path(args.dataset_dir) / name)
             if name == "train":
-                measured = counts.copy()  # a stream is read, and counted, once more
+                counted = counts.copy()  # a stream is read, and counted, once more
                 collator = SugarCollator(
                     None, teachers=encoder.record, singles=args.singles_per_sample, seed=args.seed
                 )
                 total = counts["rows"] - counts["skipped"]
                 label_statistics(rows, collator, args, encoder.split, args.teacher_cache_dir, store_rows=total)
-                counts = measured
+                counts = counted
     said = ", ".join(f"{count} {name}" for name, count in counts.items())
     state.print(f"{said} -> {args.dataset_dir or args.teacher_cache_dir}")
     return counts

@@ -73,9 +73,10 @@ class LabelSettings:
             if value is not None and not least <= value <= most:
                 raise ValueError(f"`{name}` is {value}; it must be from {least} to {most:g}.")
         _check_delta(self.delta)
-        ours = {*LabelSettings.__annotations__, *SugarTrainingConfig.__annotations__}
-        for name, setting in self.__dataclass_fields__.items():
-            choices = setting.metadata.get("choices") if name in ours else None
+        # transformers' own fields have choices too, and hold what is made of them
+        ours = [cls for cls in type(self).__mro__ if issubclass(cls, LabelSettings)]
+        for name in (name for cls in ours for name in cls.__annotations__):
+            choices = self.__dataclass_fields__[name].metadata.get("choices")
             if choices and getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
 

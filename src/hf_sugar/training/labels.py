@@ -117,19 +117,20 @@ def label_statistics(
         chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), MEASURED_ROWS), dtype=torch.float64).long()
         rows = [dataset[int(index)] for index in chosen]
     collator = dataclasses.replace(collator, processor=None)
-    file = Path(cache_dir, STATISTICS_FILE) if cache_dir is not None and collator.teachers else None
-    known = _read(file) if file is not None and file.exists() else {}
-    key = _key(rows, collator, settings) if file is not None else None
-    if key in known and store_rows is None:
-        return torch.tensor([known[key][block] for block in BLOCKS])
+    if cache_dir is not None and collator.teachers is not None:  # else the teachers embed during training
+        file, key = Path(cache_dir, STATISTICS_FILE), _key(rows, collator, settings)
+        known = _read(file) if file.exists() else {}
+        if key in known and store_rows is None:
+            return torch.tensor(known[key])
     if not isinstance(dataset, Dataset):
         step = max(1, (store_rows or 0) // MEASURED_ROWS)
         rows = list(islice(dataset, 0, step * MEASURED_ROWS, step))
     statistics = measure_labels(rows, collator, settings, split)
     if store_rows is not None:
-        known[key] = dict(zip(BLOCKS, statistics.tolist()))
+        known[key] = statistics.tolist()
+        stored = {key: dict(zip(BLOCKS, values)) for key, values in known.items()}
         with replacing(file) as path:
-            path.write_text(json.dumps(known, indent=1), encoding="utf-8")
+            path.write_text(json.dumps(stored, indent=1), encoding="utf-8")
     return statistics
 
 
@@ -158,11 +159,10 @@ def _key(rows: list[dict[str, Any]], collator: Callable, settings: LabelSettings
     return digest.hexdigest()
 
 
-def _read(file: Path) -> dict[str, dict[str, list[float]]]:
+def _read(file: Path) -> dict[str, list[list[float]]]:
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        for statistics in known.values():
-            assert np.array([statistics[block] for block in BLOCKS], float).shape == (len(BLOCKS), 2)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        pairs = {key: [values[block] for block in BLOCKS] for key, values in stored.items()}
+        return {key: [[float(mean), float(spread)] for mean, spread in each] for key, each in pairs.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}). Delete it, and run `hf-sugar prepare` again.") from error
-    return known
