@@ -10,12 +10,14 @@ the real ones would do.
 import argparse
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
 from transformers import CLIPModel
 
 from hf_sugar.data import load_data
+from hf_sugar.data.images import load_image, undecoded
 from hf_sugar.evaluation import image_text_pairs
 
 
@@ -60,9 +62,10 @@ def main():
         save("bert", *train_bert(alike, steps=args.bert_steps, batch_size=64, seed=args.seed))
     if "llava" in args.only:
         rows = load_data([str(file) for file in files])
-        rows = rows.map(lambda row: {"images": [image.resize(size) for image in row["images"]]}, desc="resizing")
+        drawing = cache(lambda path: load_image(path).resize(size))  # several rows name the same
+        drawings = [[drawing(image["path"]) for image in row] for row in undecoded(rows)["images"]]
         clip = CLIPModel.from_pretrained(args.output_dir / "clip", dtype=torch.float32)
-        save("llava", *pretrain_llava(rows, clip, steps=args.llava_steps, seed=args.seed))
+        save("llava", *pretrain_llava(rows, drawings, clip, steps=args.llava_steps, seed=args.seed))
 
 
 if __name__ == "__main__":

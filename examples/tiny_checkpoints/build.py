@@ -248,7 +248,7 @@ def build(name: str, directory: Path, args: BuildArguments) -> list[float]:
     if name == "llava":
         rows = world_rows(args, args.llava_rows, {"conversations": 0.8, "stories": 0.07, "captions": 0.13})
         tower = CLIPModel.from_pretrained(directory.parent / "clip", dtype=torch.float32)
-        model, processor, losses = pretrain_llava(rows, tower, steps=args.llava_steps, seed=args.seed)
+        model, processor, losses = pretrain_llava(rows, rows["images"], tower, steps=args.llava_steps, seed=args.seed)
     else:
         images, texts, pairs = teacher_data(args)
         if name == "clip":

@@ -358,6 +358,7 @@ def tokenize(rows: Dataset, processor: LlavaProcessor, image_tokens: int) -> lis
 
 def pretrain_llava(
     rows: Dataset,
+    images: Iterable[Sequence[Image.Image]],
     vision_tower: CLIPModel,
     *,
     steps: int,
@@ -370,8 +371,9 @@ def pretrain_llava(
 
     Args:
         rows (`datasets.Dataset`):
-            Rows with `messages`, `images` (square, of one size) and `loss_on` (which text is predicted: `"answers"`,
-            `"captions"` or `"text"`).
+            Rows with `messages` and `loss_on` (which text is predicted: `"answers"`, `"captions"` or `"text"`).
+        images (`Iterable`):
+            The images of each row, square and all of one size.
         vision_tower (`CLIPModel`):
             From [`train_clip`]. Its vision tower is left as it is for the first third of the steps.
         steps (`int`):
@@ -383,7 +385,11 @@ def pretrain_llava(
         seed (`int`, *optional*, defaults to 0):
             Seed of weights and batches.
     """
-    size = image_size(rows[0]["images"][0])
+    drawn, first = [], [0]
+    for row in tqdm(images, desc="decoding", unit="row", total=len(rows)):
+        drawn += row
+        first.append(len(drawn))
+    size = image_size(drawn[0])
     texts = (
         f"{message['role'].upper()}: " + " ".join(part["text"] for part in message["content"] if part["text"])
         for row in rows["messages"]
@@ -417,11 +423,7 @@ def pretrain_llava(
     model.model.vision_tower.load_state_dict(vision_tower.vision_model.state_dict())
 
     encoded = tokenize(rows.select_columns(["messages", "loss_on"]), processor, image_tokens)
-    images, first = [], [0]
-    for row in tqdm(rows["images"], desc="decoding", unit="row"):
-        images += row
-        first.append(len(images))
-    pixels = to_pixels(images, processor.image_processor)
+    pixels = to_pixels(drawn, processor.image_processor)
     lengths = torch.tensor([len(ids) for ids, _ in encoded])
     generator = torch.Generator().manual_seed(seed)
 
