@@ -115,7 +115,7 @@ def caption(name, text):
 
 
 def stored(rows, root):
-    rows = [{"loss_on": "answers", "structure": True, "id": None, **row} for row in rows]
+    rows = [{"loss_on": "answers", "structure": True, "generative": True, "id": None, **row} for row in rows]
     for row in rows:
         row["images"] = [str(root / name) for name in row.get("images", ())]
     return Dataset.from_list(rows, features=ROW_FEATURES)

@@ -378,6 +378,8 @@ class TestSources:
         path = write(root / "d.jsonl", [llava(), llava(structure=0, loss_on="text")])  # of the record itself
         assert load_data(path)["structure"] == [True, False] and load_data(path)["loss_on"] == ["answers", "text"]
         assert load_data({"path": path, "structure": True})["structure"] == [True, True]
+        rows = load_data([{**a, "weight": 3, "generative": False}, {**b, "weight": 1}])
+        assert {row["id"].split(":")[0]: row["generative"] for row in rows} == {"a.json": False, "b.jsonl": True}
         path = write(tmp_path_factory.mktemp("elsewhere") / "data.json", [llava()])
         for source, argument in ((path, root), ({"path": path, "image_root": root}, "nowhere")):
             assert shape(load_data(source, image_root=argument)[0])[0][1][0] == {"red"}

@@ -273,6 +273,17 @@ class TestTraining:
         with pytest.raises(ValueError, match="Row a.json:1, `structure`: is 'false'"):
             collator([examples[0] | {"structure": "false"}])
 
+    def test_rows_without_generative_loss(self, root, model):
+        examples = [dict(row) for row in load_data(write(root / "a.json", [llava(), llava(gpt="not learnt")]))]
+        collator = SugarCollator(SugarProcessor.from_pretrained(model), embed_slices=lambda s: torch.ones(len(s), 8))
+        everything = collator(examples)
+        examples[1]["generative"] = False
+        batch = collator(examples)
+        assert torch.equal(batch["labels"][0], everything["labels"][0]) and (batch["labels"][1] == -100).all()
+        assert all(torch.equal(batch[name], everything[name]) for name in batch if name != "labels")
+        with pytest.raises(ValueError, match="`structure`: is false, and `generative` too, so that nothing is learnt"):
+            collator([examples[1] | {"structure": False}])
+
     @both
     def test_skip(self, root, model, make, streaming, caplog):
         (root / "broken.png").write_bytes(b"x")

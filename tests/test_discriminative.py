@@ -332,6 +332,19 @@ class TestNothingIsWithoutEffect:
             losses.append(history(trainer, "loss"))
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
+    def test_rows_without_generative_loss(self, make):
+        data = rows([conversation, caption], 8)
+        compared = data.add_column("generative", [False] * 8)
+        first = {}
+        for name, dataset in (("both", data), ("compared", compared)):
+            trainer = make(dataset, path=name, eval_dataset=compared)
+            trainer.train()
+            first[name] = {
+                key: history(trainer, key)[0] for key in ("generative_loss", "structure_loss", "contrastive_loss")
+            }
+        assert math.isfinite(trainer.evaluate()["eval_loss"])
+        assert first["compared"] == {**first["both"], "generative_loss": 0} != first["both"]
+
 
 def test_structure_loss_of_rows_and_singles(trainer):
     """Every label by itself: the kernel of two sequences of teacher embeddings, brought to the scale of its kind of pair."""

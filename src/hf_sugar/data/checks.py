@@ -11,7 +11,15 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from hf_sugar.models.rows_sugar import UNREAD, conversation_row, fill_images, iter_slices, row_name, row_problems
+from hf_sugar.models.rows_sugar import (
+    LOSSES,
+    UNREAD,
+    conversation_row,
+    fill_images,
+    iter_slices,
+    row_name,
+    row_problems,
+)
 
 from .images import load_image, undecoded
 
@@ -135,7 +143,7 @@ def text_rows(dataset: Dataset, name: str = "the dataset") -> Iterator[tuple[dic
     if images is not None:
         values = dataset.select_columns(images).with_format("arrow")[:][images]
         counts = (pc.list_value_length if images == "images" else pc.is_valid)(values).to_pylist()
-    names = ("messages", "prompt", "completion", "loss_on", "structure", "id", *UNREAD)
+    names = ("messages", "prompt", "completion", "loss_on", *LOSSES, "id", *UNREAD)
     texts = dataset.select_columns([name for name in names if name in columns])
     for row, count in zip(texts, counts, strict=True):
         row = conversation_row(row)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
 from tqdm.auto import tqdm
 
-from hf_sugar.models.rows_sugar import IMAGE_SUFFIXES, LOSS_ON, UNREAD, row_problems
+from hf_sugar.models.rows_sugar import IMAGE_SUFFIXES, LOSS_ON, LOSSES, UNREAD, row_problems
 
 from .checks import Problem
 from .files import damaged, file_records, first_record, load_located, locate
@@ -28,7 +28,7 @@ ROW_FEATURES = Features(
     {
         "messages": List({"role": Value("string"), "content": List(_PART)}),
         "loss_on": Value("string"),
-        "structure": Value("bool"),
+        **dict.fromkeys(LOSSES, Value("bool")),
         "id": Value("string"),
         "images": List(Image()),
     }
@@ -45,7 +45,7 @@ _SOURCE_KEYS = {
     **dict.fromkeys(("path", "image_root", "weight", "split", "name", "revision", "rename")),
     "format": ("auto", *LAYOUTS),
     "loss_on": LOSS_ON,
-    "structure": (True, False),
+    **dict.fromkeys(LOSSES, (True, False)),
 }
 
 
@@ -156,7 +156,7 @@ def _load_source(
     table = load_located(kind, files, source, reading.split, streaming)
     added = {"teacher_embeddings", *BESIDE} & set(table.column_names or ())
     if added and "messages" in table.column_names:  # of `hf-sugar prepare` or `mine`: rows already
-        if changed := {"rename", "loss_on", "structure"} & source.keys():
+        if changed := {"rename", "loss_on", *LOSSES} & source.keys():
             reason = f"which are taken as they are: `{min(changed)}` comes too late. Set it where they are made."
             raise ValueError(f"{path} holds rows with `{min(added)}`, {reason}")
         return table
@@ -288,10 +288,10 @@ class _Reading:
                 problem = f"has half of a surrogate pair after {near!r}. Write the whole character."
                 raise BadRow("record", problem) from None
             row["images"] = [(field, _image(value, root, field)) for field, value in row["images"]]
-            row.update({name: given[name] for name in ("loss_on", "structure") if given.get(name) is not None})
+            row.update({name: given[name] for name in ("loss_on", *LOSSES) if given.get(name) is not None})
             for kind, field, problem in row_problems(row, len(row["images"])):
                 raise BadRow(field, problem, kind)
-            row["structure"] = bool(row.get("structure", True))
+            row.update({name: bool(row.get(name, True)) for name in LOSSES})
         return rows
 
     def report(self) -> str:

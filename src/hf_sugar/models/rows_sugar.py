@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant")
 LOSS_ON = ("answers", "captions", "text")
+LOSSES = ("structure", "generative")  # which a row can stay out of
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEXT_SUFFIXES = (".txt", ".md")
 UNREAD = ("video", "videos", "audio", "audios")  # columns of other libraries that would have no effect
@@ -27,8 +28,8 @@ def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
     what the assistant says in the completion is learnt then), and `images` or `image`.
 
     Returns:
-        `dict`: `messages`, `images` (a list), `loss_on` (defaults to `"answers"`), `structure` (defaults to `True`),
-        `id` (or `None`), and what there is of [`UNREAD`].
+        `dict`: `messages`, `images` (a list), `loss_on` (defaults to `"answers"`), `structure` and `generative` (default to
+        `True`), `id` (or `None`), and what there is of [`UNREAD`].
 
     Raises:
         `ValueError`: if the row has neither `messages` nor conversational `prompt` and `completion`.
@@ -44,13 +45,14 @@ def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
             f"a row has the columns {', '.join(row)}; its slices are the content parts of `messages` (or of lists `prompt` and "
             "`completion`). Bring the dataset into that format, for example with `hf_sugar.data.load_data`."
         )
-    structure = row.get("structure")
+    flags = {name: True if row.get(name) is None else row[name] for name in LOSSES}
+    # what is neither true nor false is left for `row_problems`
+    flags = {name: bool(value) if value in (0, 1) else value for name, value in flags.items()}
     return {
         "messages": messages,
         "images": row.get("images") or ([row["image"]] if row.get("image") is not None else []),
         "loss_on": row.get("loss_on") or "answers",
-        # what is neither is left for `row_problems`
-        "structure": structure is None or (bool(structure) if structure in (0, 1) else structure),
+        **flags,
         "id": row.get("id"),
         **{name: row[name] for name in UNREAD if row.get(name)},
     }
@@ -175,12 +177,15 @@ def row_problems(row: dict[str, Any], num_images: int, loss: bool = True) -> lis
     for name in UNREAD:
         if row.get(name):
             add(name, "is not read: a row is of texts and images. Drop the column or the row.")
-    if row.get("structure") not in (None, 0, 1):
-        add("structure", f"is {row['structure']!r}. Use true or false.")
+    for name in LOSSES:
+        if row.get(name) not in (None, 0, 1):
+            add(name, f"is {row[name]!r}. Use true or false.")
+    if all(row.get(name) == 0 for name in LOSSES):
+        add("structure", "is false, and `generative` too, so that nothing is learnt. Drop the row.")
     loss_on = row.get("loss_on") or "answers"
     if loss_on not in LOSS_ON:
         add("loss_on", f"is {loss_on!r}. Use one of {', '.join(LOSS_ON)}.")
-    elif loss and not problems and not texts[loss_on]:
+    elif loss and not problems and row.get("generative") in (None, 1) and not texts[loss_on]:
         remedies = {
             "answers": "no answer. Add an assistant turn, or set loss_on='text' for a document.",
             "captions": "no caption. Put a text after the image, or set loss_on='text' for a document.",

@@ -78,7 +78,7 @@ class SugarCollator:
     epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        conversations, loss_on, names, structure, flipped = [], [], [], [], []
+        conversations, loss_on, learnt, names, structure, flipped = [], [], [], [], [], []
         for index, example in enumerate(examples):
             row = conversation_row(example)
             name = f"Row {row['id']}" if row["id"] else f"Sample {index} of the batch"
@@ -95,11 +95,12 @@ class SugarCollator:
                 loss = loss if messages[0]["content"][0]["type"] == "image" else None
             conversations.append(messages)
             loss_on.append(loss)
+            learnt.append(loss if row["generative"] else None)
             names.append(name)
             structure.append(row["structure"])
         batch = {}
         if self.processor is not None:
-            batch |= self.processor.encode_conversations(conversations, loss_on, names, self.max_length)
+            batch |= self.processor.encode_conversations(conversations, learnt, names, self.max_length)
         if self.singles is not None:
             batch |= self._singles(examples, conversations, loss_on, structure, names)
         if self.fill_up and self.processor is not None:

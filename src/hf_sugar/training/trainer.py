@@ -21,6 +21,7 @@ from trl.trainer.utils import get_config_model_id
 
 from hf_sugar.hub.card import CITATION, dataset_names, is_hub_id
 from hf_sugar.inference import SugarEmbedder
+from hf_sugar.models.rows_sugar import LOSSES
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings, check_same_teachers, teachers_of
 
 from . import loading
@@ -127,8 +128,9 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows in the conversational vision format: `messages` (or `prompt` and `completion`) and `images`; every
-            content part is one slice. Optional columns: `loss_on` (`"answers"`, `"captions"` or `"text"`), `structure` (`False`
-            keeps a row out of the structure loss) and `id`, which error messages name.
+            content part is one slice. Optional columns: `loss_on` (`"answers"`, `"captions"` or `"text"`), `structure` and
+            `generative` (`False` keeps a row out of the discriminative or the generative loss) and `id`, which error messages
+            name.
         eval_dataset (same types, or `dict` of them, *optional*):
             Rows to evaluate on.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
@@ -352,8 +354,16 @@ class SugarTrainer(SavingMixin, SFTTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             rows = ["messages", "prompt", "completion", "image", "images"]
-            self._signature_columns = [*rows, "positives", "negatives", "loss_on", "structure", "id"]
-            self._signature_columns += ["teacher_embeddings", "teachers"]
+            self._signature_columns = [
+                *rows,
+                "positives",
+                "negatives",
+                "loss_on",
+                *LOSSES,
+                "id",
+                "teacher_embeddings",
+                "teachers",
+            ]
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
