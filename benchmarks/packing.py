@@ -115,6 +115,7 @@ def steps(padding_free: bool, directory: Path, data: Dataset):
     )
     trainer = SugarTrainer(str(directory / "llava"), config, data, peft_config=LoraConfig(r=16, lora_alpha=32))
     trainer.create_optimizer_and_scheduler(100)
+    trainer.model.activation_checkpointing_enable()  # as `train` does, which is not called here
     trainer.current_gradient_accumulation_steps = 1
 
     def step(numbers: range) -> tuple[list[int], float]:
