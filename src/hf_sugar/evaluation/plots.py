@@ -245,16 +245,16 @@ def _write(figure: Figure, path: str | os.PathLike) -> None:
 
 
 def best_hits(embed: SugarEmbedder, data: EvaluationData, split: str = "test", k: int = 3) -> list[dict[str, Any]]:
-    """Rows for [`plot_gallery`]: what a model finds for the first three texts and images of `image_text_data`."""
+    """Rows for [`plot_gallery`]: what a model finds for three texts and images, spread over the first of `image_text_data`."""
     rows = []
     for source in list(named_sources(data.image_text_data).values())[:1]:
         images, texts = image_text_pairs(load_data(source, split))
-        count, found = min(3, len(images)), []
+        asked, found = np.unique(np.linspace(0, len(images) - 1, 3).astype(int)).tolist(), []
         for queries, items in ((texts, images), (images, texts)):
-            asked = [queries[n] for n in range(count)]
-            found.append(in_role(embed, "query")(asked) @ in_role(embed, "document")(items).T)
-        for n in range(count):
-            for queries, items, scores in ((texts, images, found[0][n]), (images, texts, found[1][n])):
+            vectors = in_role(embed, "query")([queries[n] for n in asked])
+            found.append(vectors @ in_role(embed, "document")(items).T)
+        for place, n in enumerate(asked):
+            for queries, items, scores in ((texts, images, found[0][place]), (images, texts, found[1][place])):
                 best = np.argsort(-scores, kind="stable")[:k].tolist()
                 hits, correct = [items[hit] for hit in best], [texts[hit] == texts[n] for hit in best]
                 rows.append({"query": queries[n], "truth": items[n], "hits": hits, "correct": correct})
