@@ -1,8 +1,9 @@
 """
-What reranking adds: the demo's training with rows beside it that teach "yes" and "no", measured on the rendered world before
-and after the first hits of each search have been looked at again.
+What reranking adds, on the rendered world, before and after the first hits of each search have been looked at again: by the
+likelihood of the query, with the demo's model; or by "yes" and "no", with rows beside the demo's that teach them.
 
 python benchmarks/rerank.py --seeds 0 1 2
+python benchmarks/rerank.py --answers --output runs/rerank-answers
 
 For an image the teachers find captions that come close (`mine_negatives`), for the picture of a fact those of other facts:
 half of the rows are answered with "yes". A batch is twice that of the demo, so that its own rows are seen about as often.
@@ -32,8 +33,7 @@ from hf_sugar.evaluation import EvaluationData, exact_match, image_text_pairs
 from hf_sugar.evaluation.metrics import recall_at_k
 from hf_sugar.evaluation.tasks import load_pairs, winoground
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
-from hf_sugar.models import SugarConfig
-from hf_sugar.retrieval import SugarReranker, mine_negatives, rag_generator, rerank_row, rerank_rows
+from hf_sugar.retrieval import RERANK_PROMPT, SugarReranker, mine_negatives, rag_generator, rerank_row, rerank_rows
 from hf_sugar.teachers import add_teacher_embeddings
 from hf_sugar.world import checkpoint, world_teachers
 
@@ -58,13 +58,13 @@ def rows_to_rerank(captions: Dataset, facts: Dataset, encoder: TripleEncoder) ->
     rows = []
     for n, wrong in enumerate(near):
         for answer, other in (("yes", n), ("no", wrong)):
-            row = rerank_row(questions[2 * n], questions[2 * other + 1], SugarConfig.rerank_prompt, answer)
+            row = rerank_row(questions[2 * n], questions[2 * other + 1], RERANK_PROMPT, answer)
             rows.append({**row, "id": f"fact {n} {answer}"})
     return [of_captions, Dataset.from_list(rows, features=Features({**of_captions.features, "id": Value("string")}))]
 
 
-def train(output: Path, seed: int, rows: Dataset, steps: int) -> None:
-    settings = {**WORLD_TRAINING, "logging_steps": 50, "per_device_train_batch_size": 64, "max_steps": steps}
+def train(output: Path, seed: int, rows: Dataset, steps: int, batch_size: int) -> None:
+    settings = {**WORLD_TRAINING, "logging_steps": 50, "per_device_train_batch_size": batch_size, "max_steps": steps}
     trainer = SugarTrainer(
         str(checkpoint("llava")),
         SugarTrainingConfig(str(output), **{**settings, "seed": seed}),
@@ -100,6 +100,7 @@ def winoground_again(reranker, rows: Dataset) -> dict[str, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--answers", action="store_true", help='teach "yes" and "no", and rerank by them')
     parser.add_argument("--steps", type=int, default=WORLD_TRAINING["max_steps"])
     parser.add_argument(
         "--output", type=Path, default=Path("runs/rerank"), help="a model that is there is not trained again"
@@ -112,7 +113,7 @@ def main():
     encoder = TripleEncoder.from_teachers(world_teachers())
     if not (args.output / "rows").exists():
         captions, _, _, of_facts = (load_data(source) for source in data.train_data)
-        for n, rows in enumerate(rows_to_rerank(captions, of_facts, encoder)):
+        for n, rows in enumerate(rows_to_rerank(captions, of_facts, encoder) if args.answers else []):
             data.train_data.append(str(args.output / f"reranking-{n}.parquet"))
             rows.to_parquet(data.train_data[-1])
         rows = add_teacher_embeddings(load_data(data.train_data), encoder, args.output / "teacher_cache")
@@ -126,17 +127,20 @@ def main():
     for seed in args.seeds:
         directory = args.output / f"seed-{seed}"
         if not (directory / "config.json").exists():
-            train(directory, seed, rows, args.steps)
+            train(directory, seed, rows, args.steps, 64 if args.answers else 32)
         model = SugarForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
         processor = SugarProcessor.from_pretrained(directory)
+        model.config.rerank_prompt = RERANK_PROMPT if args.answers else None
         embed, reranker = SugarEmbedder(model, processor), SugarReranker(model, processor)
         figures = [text_to_image(embed, reranker, source) for source in evaluation.image_text_data.values()]
         pairs = load_pairs(evaluation.winoground_data)
         before = {name: estimate.value for name, estimate in winoground(embed, pairs).items()}
         figures += zip(before.values(), winoground_again(reranker, pairs).values(), strict=True)
         questions, generate = load_data(facts["questions"]), SugarGenerator(model, processor)
+        # they have a picture each, which is no text that could be likely
+        again = {"rerank": TOP} if args.answers else {}
         index = SugarIndex.build(load_data(facts["knowledge"]), embed, by="question")
-        answers = (rag_generator(generate, index), rag_generator(generate, index, rerank=TOP))
+        answers = (rag_generator(generate, index), rag_generator(generate, index, **again))
         figures.append([exact_match(answer, questions)["exact_match"].value for answer in answers])
         for n, name in enumerate(("searched", f"first {TOP} reranked")):
             print(f"| {name} | {seed} | " + " | ".join(f"{each[n]:.1f}" for each in figures) + " |", flush=True)

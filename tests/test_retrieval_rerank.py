@@ -12,7 +12,7 @@ from hf_sugar.data import load_data
 from hf_sugar.evaluation import EvaluationData, best_hits, image_text_retrieval
 from hf_sugar.evaluation.metrics import recall_at_k
 from hf_sugar.evaluation.tasks import image_text_pairs
-from hf_sugar.retrieval import LanceIndex, SugarReranker, rerank_rows
+from hf_sugar.retrieval import RERANK_PROMPT, LanceIndex, SugarReranker, rerank_rows
 from hf_sugar.retrieval.rag import find_examples
 from hf_sugar.retrieval.storage import stored_truncate_dim
 
@@ -61,7 +61,52 @@ def probability(model, processor, content, images):
     return float(logits[0, -1, [tokens[0][place], tokens[1][place]]].softmax(0)[0])
 
 
-@pytest.mark.parametrize("prompt", [SugarConfig.rerank_prompt, "{document} Is it {query} ?"])
+@pytest.fixture
+def asked(config):
+    """A model that was taught to answer."""
+    config.rerank_prompt = RERANK_PROMPT
+    return config
+
+
+def likelihood(model, processor, content, images, query):
+    """Of a query at the end of a turn, by the stock model: the geometric mean over its tokens, of one pair that is not padded."""
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    inputs = processor(text=[text], images=images or None, return_tensors="pt")
+    ids = inputs["input_ids"][0]
+    count = int((ids == processor.image_token_id).sum()) // max(len(images), 1)
+    text = text.replace("<image>", "<image>" * count)
+    read = processor.tokenizer(text, return_offsets_mapping=True)
+    assert read["input_ids"] == ids.tolist()
+    start = text.rindex(query)
+    at = torch.tensor([n for n, (a, b) in enumerate(read["offset_mapping"]) if b > start and a < start + len(query)])
+    assert processor.decode(ids[at]).strip() == query
+    with torch.no_grad():
+        logits = model.vlm(
+            **{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values")}
+        ).logits
+    return float(logits[0].log_softmax(-1)[at - 1, ids[at]].mean().exp())
+
+
+def test_likelihood_of_the_query_against_the_stock_model(model):
+    images, query = [tiny.image(n) for n in range(3)], "a red circle"
+    given = [images[0], "a blue square", [images[1], "what is this?", images[2]], "star " * 40]
+    parts = [[image_part()], [text_part("a blue square")]]
+    parts += [[image_part(), text_part("what is this?"), image_part()], [text_part(("star " * 40).strip())]]
+    shown = [images[:1], [], images[1:], []]
+    expected = [
+        likelihood(*model, [*document, text_part(query)], pictures, query)
+        for document, pictures in zip(parts, shown, strict=True)
+    ]
+    scores = SugarReranker(*model, batch_size=3).score([(query, document) for document in given])
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    assert len(set(expected)) == 4
+    hits = SugarReranker(*model).rank(query, given)
+    assert [hit.index for hit in hits] == np.argsort(expected)[::-1].tolist()
+    with pytest.raises(ValueError, match="the query has an image, which has no likelihood. Ask in words"):
+        SugarReranker(*model).rank([images[0], "what?"], given)
+
+
+@pytest.mark.parametrize("prompt", [RERANK_PROMPT, "{document} Is it {query} ?"])
 def test_scores_against_the_stock_model(model, config, prompt):
     config.rerank_prompt = prompt
     images = [tiny.image(n) for n in range(3)]
@@ -121,7 +166,7 @@ def test_what_cannot_be_reranked(model, embed, tmp_path):
         long.search(["word " * 20], 1, rerank=1)
 
 
-def test_a_search_whose_first_hits_are_reranked(model, embed):
+def test_a_search_whose_first_hits_are_reranked(model, embed, asked):
     queries, items = ["a red", [tiny.image(3), "what?"]], documents()
     for settings in ({}, {"every_slice": True}):
         index = SugarIndex.build(items, embed, **settings)
@@ -133,7 +178,7 @@ def test_a_search_whose_first_hits_are_reranked(model, embed):
             np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in wanted], atol=1e-6)
 
 
-def test_answers_draw_on_what_is_reranked(model, embed):
+def test_answers_draw_on_what_is_reranked(model, embed, asked):
     answer = {"role": "assistant", "content": [text_part("star")]}
     asked = [[{"role": "user", "content": [image_part(), text_part(f"what is {i}?")]}] for i in range(8)]
     rows = [{"messages": [*turns, answer], "images": [tiny.image(i)]} for i, turns in enumerate(asked)]

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreamer
@@ -302,6 +303,33 @@ class SugarGenerator:
                 margins[list(rows)] = (logits[:, tokens[0]] - logits[:, tokens[1]]).cpu().numpy()
         _require_finite("score", margins, names, self.model.dtype)
         return torch.from_numpy(margins).sigmoid().numpy()
+
+    @torch.no_grad()
+    def likelihood(self, conversations: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> np.ndarray:
+        """How probable the last slice of each conversation, a text, is after what stands before it: the geometric mean of the
+        probabilities of its tokens, float32 of shape `(conversations,)`. Errors are as for generating."""
+        names = names or [row_name(row, n) for n, row in enumerate(conversations)]
+        scores = np.empty(len(conversations), np.float32)
+        with _evaluating(self.model):
+            for rows in _batches(self, len(conversations), conversations.__getitem__, "Scoring"):
+                called = [names[n] for n in rows]
+                turns = [_filled(row, name) for row, name in zip(rows.values(), called, strict=True)]
+                inputs = self.processor.encode_conversations(turns, ["text"] * len(turns), called, self.max_length)
+                slices, labels = inputs.pop("slice_ids"), inputs.pop("labels")
+                place = torch.arange(labels.shape[1])
+                before = (slices >= 0) & (slices < slices.amax(dim=1, keepdim=True))
+                labels[place <= torch.where(before, place, -1).amax(dim=1, keepdim=True)] = -100
+                kept = (labels[:, 1:] != -100).any(dim=0).nonzero()[:, 0]
+                labels = labels[:, kept + 1].to(self.model.device)
+                inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+                if self.model.vlm._supports_logits_to_keep():
+                    logits = self.model(**inputs, use_cache=False, logits_to_keep=kept.to(labels.device)).logits
+                else:
+                    logits = self.model(**inputs, use_cache=False).logits[:, kept]
+                losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+                scores[list(rows)] = (-losses.sum(dim=1) / (labels != -100).sum(dim=1)).exp().cpu().numpy()
+        _require_finite("score", scores, names, self.model.dtype)
+        return scores
 
     def _answered(self, conversations: Sequence[dict[str, Any]], answer: str, names: Sequence[str]) -> BatchFeature:
         """Inputs of conversations with an answer, as training has them: `labels` are of that answer alone."""

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_sugar.data import load_data
 from hf_sugar.distributed import distributed_state
 from hf_sugar.files import replacing
-from hf_sugar.retrieval import mine_negatives, rerank_rows
+from hf_sugar.retrieval import RERANK_PROMPT, mine_negatives, rerank_rows
 from hf_sugar.teachers import TripleEncoder
 
 from .arguments import setting
@@ -50,7 +50,7 @@ def mine(model: ModelArguments, args: MineArguments) -> Dataset:
     mined = mine_negatives(rows, index, encoder, **settings, progress=True)
     datasets = [(mined, "rows with negatives")]
     if args.rerank_rows is not None:
-        prompt = index.embed.model.config.rerank_prompt
+        prompt = index.embed.model.config.rerank_prompt or RERANK_PROMPT
         datasets.append((rerank_rows(mined, prompt), "rows that teach reranking"))
     for output, (dataset, what) in zip(outputs, datasets, strict=True):
         with replacing(output) as path:

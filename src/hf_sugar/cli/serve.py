@@ -35,7 +35,7 @@ def serve(model: ModelArguments, args: ServeArguments) -> None:
     if args.host not in LOOPBACK and args.api_key is None:
         print(f"Whoever reaches {args.host} can use this model; `--api_key` asks for a key.")
     name = args.served_model_name or Path(model.model_name_or_path).resolve().name
-    reranker = SugarReranker(embed.model, embed.processor, model.batch_size) if args.rerank_by_answer else None
+    reranker = SugarReranker(embed.model, embed.processor, model.batch_size) if args.rerank_with_model else None
     app = build_app(embed, name, args, index, reranker)
     print(f"{name} answers and embeds at http://{args.host}:{args.port}/v1", flush=True)
     Server(app, args).run([listener])

@@ -36,7 +36,8 @@ class SugarConfig(PreTrainedConfig):
             backbone's hidden size: much less would make the embeddings so short that normalising them blows up the
             gradient.
         rerank_prompt (`str`, *optional*):
-            What a reranker asks of a `{query}` and a `{document}`; the answer is "yes" or "no".
+            What a reranker asks of a `{query}` and a `{document}`, in a model that was taught to answer "yes" or "no". Others
+            rerank by the likelihood of the query after the document.
         query_instruction, document_instruction (`str`, *optional*):
             What is said to the model, as its system message, before a query and before a document that it embeds.
         backbone_name_or_path, backbone_revision (`str`, *optional*):
@@ -56,7 +57,7 @@ class SugarConfig(PreTrainedConfig):
     image_pooling: str = "mean"
     matryoshka_dims: list[int] | None = None
     initializer_range: float | None = None
-    rerank_prompt: str = "Query: {query} Document: {document} Does the document match the query? Answer yes or no."
+    rerank_prompt: str | None = None
     query_instruction: str | None = None
     document_instruction: str | None = None
     backbone_name_or_path: str | None = None
@@ -67,7 +68,7 @@ class SugarConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.image_pooling not in ("mean", "last"):
             raise ValueError(f"`image_pooling` is {self.image_pooling!r}; it must be 'mean' or 'last'.")
-        if self.rerank_prompt.count("{query}") != 1 or self.rerank_prompt.count("{document}") != 1:
+        if any((self.rerank_prompt or "{query}{document}").count(name) != 1 for name in ("{query}", "{document}")):
             raise ValueError(f"`rerank_prompt` {self.rerank_prompt!r} needs {{query}} and {{document}}, once each.")
         if self.initializer_range is None:
             self.initializer_range = self.get_text_config().hidden_size ** -0.5

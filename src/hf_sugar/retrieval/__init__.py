@@ -12,7 +12,7 @@ _NAMES = {
     ".lance": "LanceIndex",
     ".mine": "mine_negatives",
     ".rag": "RAGPrompt SugarRAG find_examples question_slices rag_generator rag_messages split_answer",
-    ".rerank": "SugarReranker rerank_row rerank_rows",
+    ".rerank": "RERANK_PROMPT SugarReranker rerank_row rerank_rows",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 

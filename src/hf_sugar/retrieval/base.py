@@ -31,7 +31,7 @@ class Hit:
     Args:
         index (`int`): Number of the document in the index, for `index.documents`.
         score (`float`):
-            Cosine with the query; summed over its slices in late interaction; once reranked, the probability of "yes".
+            Cosine with the query; summed over its slices in late interaction; once reranked, what [`SugarReranker`] says.
         metadata (`dict[str, Any]`): What was stored with the document.
         slice (`int`, *optional*): The slice after which it was found, from 0, in an index of every slice.
     """

@@ -1,4 +1,4 @@
-"""A second look at what was found: the same weights say how probable "yes" is against "no" for a query and a document."""
+"""A second look at what was found: the same weights say how probable a query is after a document, or "yes" against "no"."""
 
 import re
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from PIL.Image import Image as PILImage
 
 from ..data.images import stored_image, undecoded
 from ..inference import SugarGenerator
-from ..models import SugarConfig
 from ..models.rows_sugar import as_row, fill_images, iter_slices, row_name
 from .base import Hit
 from .mine import question_and_answers
 
 
 YES, NO = "yes", "no"
+RERANK_PROMPT = "Query: {query} Document: {document} Does the document match the query? Answer yes or no."
 
 
 def rerank_row(
@@ -38,8 +38,7 @@ def rerank_row(
     for piece in re.split(r"(\{query\}|\{document\})", prompt):
         parts = [{"type": "text", "text": piece}]
         if piece in given:
-            row = as_row(*given[piece])
-            parts = iter_slices(fill_images(row["messages"], row["images"], given[piece][1]))
+            parts = _slices(*given[piece])
         for part in parts:
             if part["type"] == "image":
                 images.append(part["image"])
@@ -54,10 +53,18 @@ def rerank_row(
     return {"messages": messages, "images": images, "loss_on": "answers", "structure": False, "id": None}
 
 
+def _slices(item: Any, name: str) -> list[dict[str, Any]]:
+    row = as_row(item, name)
+    return list(iter_slices(fill_images(row["messages"], row["images"], name)))
+
+
 class SugarReranker:
     """
-    Scores (query, document) pairs with the weights of a model: the probability of "yes" against "no" as the answer to the
-    prompt of its configuration (`rerank_prompt`). A model has to be taught to answer it: see [`~retrieval.rerank_rows`].
+    Scores (query, document) pairs with the weights of a model: by the likelihood of the query, a text, after the document (the
+    geometric mean of the probabilities of its tokens), or, if the model's configuration has a `rerank_prompt`, by the
+    probability of "yes" against "no" as the answer to it. A model has to be taught to answer: see [`~retrieval.rerank_rows`].
+
+    Source of the former: query likelihood, [UPR](https://huggingface.co/papers/2204.07496).
 
     Args:
         model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]):
@@ -86,7 +93,7 @@ class SugarReranker:
             documents (`Sequence`): The same of each.
 
         Returns:
-            `list[Hit]`: `index` is the place in `documents`, `score` the probability.
+            `list[Hit]`: `index` is the place in `documents`, `score` what [`SugarReranker.score`] gives.
 
         Raises:
             `TypeError`, `ValueError`: as for [`SugarEmbedder`]; names the query or the document.
@@ -98,14 +105,29 @@ class SugarReranker:
         return [Hit(int(n), float(scores[n]), {}) for n in np.argsort(-scores, kind="stable")]
 
     def score(self, pairs: Sequence[tuple[Any, Any]], names: Sequence[str] | None = None) -> np.ndarray:
-        """Probabilities of (query, document) pairs, float32 of shape `(pairs,)`. Errors call the documents `names`."""
+        """Scores of (query, document) pairs, from 0 to 1, float32 of shape `(pairs,)`. Errors call the documents `names`."""
         names = names or [f"document {n}" for n in range(len(pairs))]
         prompt = self.generator.model.config.rerank_prompt
+        if prompt is None:
+            rows = [_document_and_query(*pair, name) for pair, name in zip(pairs, names, strict=True)]
+            return self.generator.likelihood(rows, names)
         rows = [rerank_row(*pair, prompt, name=name) for pair, name in zip(pairs, names, strict=True)]
         return self.generator.choose(rows, YES, NO, names)
 
 
-def rerank_rows(dataset: Dataset, prompt: str = SugarConfig.rerank_prompt, num_negatives: int = 1) -> Dataset:
+def _document_and_query(query: Any, document: Any, name: str) -> dict[str, Any]:
+    asked = _slices(query, "the query")
+    if any(part["type"] == "image" for part in asked):
+        raise ValueError(
+            "the query has an image, which has no likelihood. Ask in words, or teach the model to answer and set `rerank_prompt`."
+        )
+    parts = [*_slices(document, name), {"type": "text", "text": " ".join(part["text"] for part in asked)}]
+    images = [part["image"] for part in parts if part["type"] == "image"]
+    content = [{"type": part["type"], "text": part.get("text")} for part in parts]
+    return {"messages": [{"role": "user", "content": content}], "images": images}
+
+
+def rerank_rows(dataset: Dataset, prompt: str = RERANK_PROMPT, num_negatives: int = 1) -> Dataset:
     """
     Rows that teach a model to rerank, by the ordinary generative loss alone (`structure` is false): for every right answer
     of a row the question whether it matches, answered with "yes", and for its first negatives the same with "no".
@@ -114,7 +136,7 @@ def rerank_rows(dataset: Dataset, prompt: str = SugarConfig.rerank_prompt, num_n
         dataset ([`~datasets.Dataset`]):
             Rows with a column `negatives`, such as [`~retrieval.mine_negatives`] gives: image-caption rows, or rows with
             `positives`. Of every second image-caption row the caption is the query and the image the document.
-        prompt (`str`, *optional*): The wording, that of the model's configuration.
+        prompt (`str`, *optional*): The wording, which the model's configuration has to have as `rerank_prompt`.
         num_negatives (`int`, *optional*, defaults to `1`): Most negatives for each right answer.
 
     Raises:

@@ -15,8 +15,8 @@ class ServeArguments:
     index: str | None = setting("Index to search, and whose answered questions a chat may ask to see first.", None)
     host: str = setting("Address to listen on; by default only this machine can connect.", "127.0.0.1")
     port: int = setting("Port to listen on.", 8000)
-    rerank_by_answer: bool = setting(
-        "Score in /v1/rerank by the model's yes or no, which it has to be taught, not by the cosine.", False
+    rerank_with_model: bool = setting(
+        "Score in /v1/rerank by a second look of the model, as `search --rerank` does, not by the cosine.", False
     )
     api_key: str | None = setting("Key that requests send; by default HF_SUGAR_API_KEY of the environment.", None)
     served_model_name: str | None = setting("What requests call the model; by default the end of its path.", None)
