@@ -137,10 +137,9 @@ def main():
         before = {name: estimate.value for name, estimate in winoground(embed, pairs).items()}
         figures += zip(before.values(), winoground_again(reranker, pairs).values(), strict=True)
         questions, generate = load_data(facts["questions"]), SugarGenerator(model, processor)
-        # they have a picture each, which is no text that could be likely
-        again = {"rerank": TOP} if args.answers else {}
+        again = TOP if args.answers else None  # a question has a picture, which has no likelihood
         index = SugarIndex.build(load_data(facts["knowledge"]), embed, by="question")
-        answers = (rag_generator(generate, index), rag_generator(generate, index, **again))
+        answers = (rag_generator(generate, index), rag_generator(generate, index, rerank=again))
         figures.append([exact_match(answer, questions)["exact_match"].value for answer in answers])
         for n, name in enumerate(("searched", f"first {TOP} reranked")):
             print(f"| {name} | {seed} | " + " | ".join(f"{each[n]:.1f}" for each in figures) + " |", flush=True)

@@ -21,7 +21,10 @@ class ChatArguments:
 
     index: str | None = setting("Index whose answered questions are put before each question.", None)
     k: int = setting("Examples for each question.", 1)
-    rerank: int | None = setting("Hits that the model looks at again to choose the examples.", None)
+    rerank: int | None = setting(
+        "Hits that the model looks at again to choose the examples; for questions with a picture it needs a `rerank_prompt`.",
+        None,
+    )
     max_new_tokens: int = setting("Longest answer.", 256)
 
 

@@ -253,8 +253,8 @@ def best_hits(embed: SugarEmbedder, data: EvaluationData, split: str = "test", k
         for queries, items in ((texts, images), (images, texts)):
             vectors = in_role(embed, "query")([queries[n] for n in asked])
             found.append(vectors @ in_role(embed, "document")(items).T)
-        for place, n in enumerate(asked):
-            for queries, items, scores in ((texts, images, found[0][place]), (images, texts, found[1][place])):
+        for n, of_text, of_image in zip(asked, *found, strict=True):
+            for queries, items, scores in ((texts, images, of_text), (images, texts, of_image)):
                 best = np.argsort(-scores, kind="stable")[:k].tolist()
                 hits, correct = [items[hit] for hit in best], [texts[hit] == texts[n] for hit in best]
                 rows.append({"query": queries[n], "truth": items[n], "hits": hits, "correct": correct})

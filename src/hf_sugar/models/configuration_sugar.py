@@ -68,8 +68,9 @@ class SugarConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.image_pooling not in ("mean", "last"):
             raise ValueError(f"`image_pooling` is {self.image_pooling!r}; it must be 'mean' or 'last'.")
-        if any((self.rerank_prompt or "{query}{document}").count(name) != 1 for name in ("{query}", "{document}")):
-            raise ValueError(f"`rerank_prompt` {self.rerank_prompt!r} needs {{query}} and {{document}}, once each.")
+        prompt = self.rerank_prompt
+        if prompt is not None and (prompt.count("{query}") != 1 or prompt.count("{document}") != 1):
+            raise ValueError(f"`rerank_prompt` {prompt!r} needs {{query}} and {{document}}, once each.")
         if self.initializer_range is None:
             self.initializer_range = self.get_text_config().hidden_size ** -0.5
         # read on the outer configuration of a composite model too

@@ -105,7 +105,8 @@ class SugarReranker:
         return [Hit(int(n), float(scores[n]), {}) for n in np.argsort(-scores, kind="stable")]
 
     def score(self, pairs: Sequence[tuple[Any, Any]], names: Sequence[str] | None = None) -> np.ndarray:
-        """Scores of (query, document) pairs, from 0 to 1, float32 of shape `(pairs,)`. Errors call the documents `names`."""
+        """Scores of (query, document) pairs, from 0 to 1, float32 of shape `(pairs,)`. Errors call the documents `names`; without a
+        `rerank_prompt` a query with an image is a `ValueError`."""
         names = names or [f"document {n}" for n in range(len(pairs))]
         prompt = self.generator.model.config.rerank_prompt
         if prompt is None:

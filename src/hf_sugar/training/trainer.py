@@ -354,16 +354,8 @@ class SugarTrainer(SavingMixin, SFTTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             rows = ["messages", "prompt", "completion", "image", "images"]
-            self._signature_columns = [
-                *rows,
-                "positives",
-                "negatives",
-                "loss_on",
-                *LOSSES,
-                "id",
-                "teacher_embeddings",
-                "teachers",
-            ]
+            self._signature_columns = [*rows, "positives", "negatives", "loss_on", *LOSSES, "id"]
+            self._signature_columns += ["teacher_embeddings", "teachers"]
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
