@@ -208,6 +208,22 @@ class TestModels:
         assert all(parameter.grad is None for parameter in model.parameters())
         assert any(parameter.grad is not None for parameter in twin.parameters())
 
+    def test_the_head_scores_tokens_with_a_label_alone(self, make):
+        """Beside embeddings; TRL's own head gives the same values, among those of images, prompts and padding."""
+        trainer = make((conversation, story))
+        batch = trainer.data_collator([trainer.train_dataset[n] for n in range(3)])
+        batch = {key: value for key, value in batch.items() if key not in ("teacher_embeddings", "slice_modality")}
+        scored = trainer.model(**batch, fused_lm_head=True)
+        every = trainer.model(**{**batch, "slice_ids": None, "singles": None}, fused_lm_head=True)
+        assert every.log_probs.shape == batch["labels"][:, 1:].shape and scored.label_mask.all()
+        for name in ("log_probs", "entropy", "is_top1"):
+            assert torch.allclose(getattr(scored, name)[0], getattr(every, name)[every.label_mask], atol=1e-5)
+        assert scored.loss.item() == pytest.approx(every.loss.item(), rel=1e-6)
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        nothing = trainer.model(**batch, fused_lm_head=True)
+        (nothing.loss + nothing.embeddings.sum()).backward()
+        assert nothing.loss.item() == 0
+
     @pytest.mark.parametrize("lora", [False, True])
     def test_second_trainer_has_its_own_precision(self, make, backbone, lora):
         seen = {}

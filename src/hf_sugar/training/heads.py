@@ -37,8 +37,8 @@ def add_structure_head(model: SugarForConditionalGeneration, padding_free: bool 
     says which of the `images` of the batch each of their images is; the vision tower sees it once, in families whose
     `get_image_features` gives a list of images. With `blank_image` nothing of the image is used, with `without_head` no loss
     is computed, as in [`embed_rows`]. With `padding_free` the rows of a batch are laid end to end, see
-    [`~models.packing_sugar.lay_rows`], and what the fused head gives a token has the shape `(1, tokens - 1)`. A copy of the model
-    computes with its own weights.
+    [`~models.packing_sugar.lay_rows`]. What the fused head gives a token has the shape `(1, tokens with a label)`, or without
+    `slice_ids` that of the rows. A copy of the model computes with its own weights.
     """
     model.padding_free = padding_free
     # For anything but the fused head TRL's function goes on to the forward that this very object had, which a copy would
@@ -57,7 +57,13 @@ def add_structure_head(model: SugarForConditionalGeneration, padding_free: bool 
         if isinstance(head := self.get_output_embeddings(), FSDPModule):
             # TRL 1.16 uses its weight without a call of it, and would leave out the other processes' gradients
             head.unshard()
-        with _observed(self, blank_image) as seen:
+        scored = None
+        if slice_ids is not None and kwargs.get("labels") is not None:
+            # TRL 1.16 leaves out what has no label where Triton runs; elsewhere it scores images, prompts and padding too
+            labels = kwargs.pop("labels")[:, 1:]
+            scored = labels != -100
+            kwargs["shift_labels"] = labels[scored][None]
+        with _observed(self, blank_image, scored) as seen:
             output = fused_forward(self, *args, fused_lm_head=True, **kwargs)
         if slice_ids is None:
             return output
@@ -91,9 +97,9 @@ def embed_rows(model: SugarForConditionalGeneration, slice_ids, singles=None, bl
 
 
 @contextmanager
-def _observed(model: SugarForConditionalGeneration, blank_image: bool = False):
+def _observed(model: SugarForConditionalGeneration, blank_image: bool = False, scored: torch.Tensor | None = None):
     """The last hidden states and the image features that are computed meanwhile: the fused head keeps them to itself. Of a
-    blank image there are none."""
+    blank image there are none. With `scored`, `(batch, length - 1)`, the head sees the states of these positions alone."""
     compute, seen = model.base_model.get_image_features, {}
 
     def get_image_features(*args, **kwargs):
@@ -102,8 +108,12 @@ def _observed(model: SugarForConditionalGeneration, blank_image: bool = False):
             output = _of_images(output, lambda x: x[:0] if torch.is_tensor(x) else [image[:0] for image in x])
         return output
 
-    hook = model.base_model.register_forward_hook(lambda module, inputs, output: seen.update(hidden_states=output[0]))
-    with hook, _image_features_from(model, get_image_features):
+    def keep(module, inputs, output):
+        seen["hidden_states"] = states = output.last_hidden_state
+        if scored is not None:
+            output.last_hidden_state = states[:, :-1][scored.to(states.device)][None]
+
+    with model.base_model.register_forward_hook(keep), _image_features_from(model, get_image_features):
         yield seen
 
 
