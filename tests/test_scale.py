@@ -104,6 +104,16 @@ def sharded(name, path, backbone, teachers, settings):
     return run(path, backbone, teachers, 2, **RUNS[name], **settings)
 
 
+def divided_by_deepspeed(name, path, backbone, teachers, settings):
+    """transformers (seen in 5.24) sends a run on the CPU past DeepSpeed: it is told that there is an accelerator."""
+    import deepspeed
+
+    torch.accelerator.is_available = lambda: True
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which needs a compiler
+    settings |= {"use_cpu": False, "ddp_backend": "gloo", "dataloader_pin_memory": False}
+    return run(path, backbone, teachers, 2, **RUNS[name], **settings)
+
+
 def run_by_tokens(path, backbone, teachers, resume):
     """Tokens of the batches of an epoch in each process, and the losses of two epochs."""
     settings = {"padding_free": True, "max_batch_tokens": 100, "num_train_epochs": 2, "max_steps": -1}
@@ -145,6 +155,28 @@ def test_fsdp2(backbone, teachers, tmp_path, name):
         for parameter, value in weights(two).items():
             torch.testing.assert_close(value, expected[parameter], atol=1e-5, rtol=1e-5, msg=parameter)
         assert (two / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", RUNS)
+def test_deepspeed(backbone, teachers, tmp_path, stage, name):
+    """As one process, and so is a run that is resumed. The projector is there before: ZeRO-3 would draw another one."""
+    pytest.importorskip("deepspeed")
+    model, processor = SugarForConditionalGeneration.from_pretrained(backbone), SugarProcessor.from_pretrained(backbone)
+    backbone = str(tmp_path / "model")
+    model.save_pretrained(backbone)
+    processor.save_pretrained(backbone)
+    _, one = run(tmp_path / "one", backbone, teachers, 1, **RUNS[name])
+    two, expected = tmp_path / "two", weights(tmp_path / "one")
+    environment = {**launched_by(stage), "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "false"}
+    for resume in (False, str(two / "checkpoint-3")):
+        arguments = ("divided_by_deepspeed", name, str(two), backbone, teachers, {"resume": resume})
+        kind, values = in_two_processes(tmp_path, "test_scale", *arguments, **environment, DS_ACCELERATOR="cpu")
+        for key in one:
+            assert values[key] == pytest.approx(one[key], abs=1e-5, rel=1e-5), key
+        for parameter, value in weights(two).items():
+            torch.testing.assert_close(value, expected[parameter], atol=1e-5, rtol=1e-5, msg=parameter)
 
 
 @pytest.mark.extras

@@ -103,6 +103,9 @@ class SavingMixin:
                 kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
                 whole, model = model, kind.__new__(kind)
                 model.__dict__ = vars(whole)
+            if self.is_deepspeed_enabled:
+                # transformers 5.24 notes every renaming under ZeRO-3, and would undo those that renamed nothing
+                vars(model).pop("_weight_conversions", None)
             model.save_pretrained(output_dir, state_dict=state_dict)
             self.processing_class.save_pretrained(output_dir)
             torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)

@@ -384,7 +384,8 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             start = next(n for n, batch in enumerate(self._window) if batch is inputs)
             end = start + self.args.matrix_batch_size // self.args.per_device_train_batch_size
             batches = self._window[start:end]
-            compare_ahead(model.train(), batches, self.discriminative_loss, self.args.gather_across_devices)
+            model.train()  # DeepSpeed's gives nothing back
+            compare_ahead(model, batches, self.discriminative_loss, self.args.gather_across_devices)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
