@@ -26,7 +26,7 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-extras: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e ".[test,test-extras,qlora,kernels,serve,sentence-transformers,lancedb,app,mteb,lmms-eval]"
+	$(PIP) install -c constraints.txt -e ".[test,test-extras,qlora,deepspeed,kernels,serve,sentence-transformers,lancedb,app,mteb,lmms-eval]"
 	$(PIP) install -c constraints.txt --no-deps lmms-eval
 	touch $@
 

@@ -76,6 +76,7 @@ RUNS = {
         "matrix": 8,
     },
 }
+RUNS["qlora"] = {**RUNS["lora"], "load_in_4bit": True}
 
 
 def run(path, backbone, teachers, processes, makers, lora=False, matrix=None, resume=False, **settings):
@@ -138,32 +139,39 @@ def in_full_precision():
     return {**launched_by("fsdp2"), "ACCELERATE_MIXED_PRECISION": "no"}
 
 
-@pytest.mark.parametrize("name", ["full", pytest.param("lora", marks=pytest.mark.extras)])
+@pytest.mark.parametrize(
+    "name", ["full", *(pytest.param(name, marks=pytest.mark.extras) for name in ("lora", "qlora"))]
+)
 def test_fsdp2(backbone, teachers, tmp_path, name):
     """As one process with the same global batch, whatever the rows of a process are: losses, norms of gradients, an evaluation
-    and the weights, which are saved whole; and a run goes on from its sharded checkpoint."""
+    and the weights, which are saved whole; and a run goes on from its sharded checkpoint. Gradients of bfloat16 adapters are
+    rounded before they are put together."""
+    near = {"abs": 1e-3, "rel": 3e-3} if name == "qlora" else {"abs": 1e-5, "rel": 1e-5}
     _, one = run(tmp_path / "one", backbone, teachers, 1, **RUNS[name])
     two = tmp_path / "two"
-    for resume in (False, str(two / "checkpoint-3")) if name == "lora" else (False,):
+    for resume in (False,) if name == "full" else (False, str(two / "checkpoint-3")):
         arguments = ("sharded", name, str(two), backbone, teachers, {"resume": resume})
         kind, values = in_two_processes(tmp_path, "test_scale", *arguments, **in_full_precision())
         assert kind.startswith("FSDP")
         assert min(one["contrastive_loss"]) > 0
         for key in one:
-            assert values[key] == pytest.approx(one[key], abs=1e-5, rel=1e-5), key
+            assert values[key] == pytest.approx(one[key], **near), key
         expected = weights(tmp_path / "one")
         for parameter, value in weights(two).items():
-            torch.testing.assert_close(value, expected[parameter], atol=1e-5, rtol=1e-5, msg=parameter)
+            assert torch.allclose(value, expected[parameter], atol=near["abs"], rtol=near["rel"]), parameter
         assert (two / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()
 
 
 @pytest.mark.extras
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["full", "lora"])
 def test_deepspeed(backbone, teachers, tmp_path, stage, name):
     """As one process, and so is a run that is resumed. The projector is there before: ZeRO-3 would draw another one."""
     pytest.importorskip("deepspeed")
-    model, processor = SugarForConditionalGeneration.from_pretrained(backbone), SugarProcessor.from_pretrained(backbone)
+    model, processor = (
+        SugarForConditionalGeneration.from_pretrained(backbone),
+        SugarProcessor.from_pretrained(backbone),
+    )
     backbone = str(tmp_path / "model")
     model.save_pretrained(backbone)
     processor.save_pretrained(backbone)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
@@ -56,6 +57,8 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            # FSDP divides floating weights alone, and leaves others whole on each device
+            bnb_4bit_quant_storage=torch.bfloat16 if parse_flag_from_env("ACCELERATE_USE_FSDP") else torch.uint8,
         )
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
