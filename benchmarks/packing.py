@@ -164,6 +164,7 @@ def llava_next(directory: Path):
     )
     settings = dict(patch_size=14, num_additional_image_tokens=1, vision_feature_select_strategy="default")
     processor = LlavaNextProcessor(images, parts.tokenizer, chat_template=parts.chat_template, **settings)
+    plain.text_config.max_position_embeddings = parts.tokenizer.model_max_length = 4096
     config = LlavaNextConfig(
         text_config=plain.text_config,
         vision_config=plain.vision_config,
