@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
+from trl.kernels import chunked_logprob
 from trl.trainer.utils import FusedCausalLMOutput
 
 from hf_sugar.models import SugarForConditionalGeneration
@@ -59,8 +60,11 @@ def add_structure_head(model: SugarForConditionalGeneration, padding_free: bool 
             head.unshard()
         scored = None
         if slice_ids is not None and kwargs.get("labels") is not None:
-            # TRL 1.16 leaves out what has no label where Triton runs; elsewhere it scores images, prompts and padding too
+            # Where Triton runs TRL 1.16 leaves out what has no label. Elsewhere it scores images, prompts and padding too, and
+            # holds several copies of a tile of logits: of 4,096 tokens and 32,768 words they are 3 GB.
             labels = kwargs.pop("labels")[:, 1:]
+            if labels.device.type not in ("cuda", "xpu"):
+                chunked_logprob.TOKEN_CHUNK_SIZE = 512
             scored = labels != -100
             kwargs["shift_labels"] = labels[scored][None]
         with _observed(self, blank_image, scored) as seen:
