@@ -87,6 +87,8 @@ class TestModel:
         assert torch.equal(output.image_hidden_states, features)
         assert torch.equal(output.get("image_hidden_states"), features)
         assert text.image_hidden_states is text.get("image_hidden_states") is None
+        if output.image_outputs is not None:  # from transformers 5.24 on
+            assert torch.equal(torch.cat(list(output.image_outputs.pooler_output)), features)
 
     @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
     def test_generates_the_same_tokens(self, raw, model, processor, kwargs):

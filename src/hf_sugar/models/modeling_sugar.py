@@ -39,6 +39,7 @@ class SugarOutput(ModelOutput):
             L2-normalised embedding of the prefix that ends at each slice, zero where a sample has fewer slices.
         embedding_mask (`torch.LongTensor` of shape `(batch, slices)`, *optional*, returned when `slice_ids` is passed):
             1 where the sample has that slice.
+        image_outputs (`ModelOutput`, *optional*): What the vision tower gives, where the backbone returns it (transformers 5.24).
     """
 
     loss: torch.Tensor | None = None
@@ -52,6 +53,7 @@ class SugarOutput(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
     embeddings: torch.Tensor | None = None
     embedding_mask: torch.Tensor | None = None
+    image_outputs: ModelOutput | None = None
 
 
 def pool_slices(hidden_states: torch.Tensor, slice_ids: torch.Tensor, image_pooling: str = "mean"):
@@ -245,6 +247,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, PreTrainedModel, Gener
             image_hidden_states=_image_features(outputs),
             embeddings=embeddings,
             embedding_mask=mask,
+            image_outputs=outputs.get("image_outputs"),
         )
         return output if return_dict else output.to_tuple()
 
