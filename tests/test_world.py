@@ -303,7 +303,7 @@ def test_training_is_reproducible_and_learns(tmp_path, monkeypatch):
         lambda: train_clip(images, texts, batch_size=32, **settings),
         lambda: train_dinov2(images, batch_size=32, **settings),
         lambda: train_bert(pairs, batch_size=32, **settings),
-        lambda: pretrain_llava(rows, tower[0], tokens_per_batch=512, **settings),
+        lambda: pretrain_llava(rows, rows["images"], tower[0], tokens_per_batch=512, **settings),
     ):
         model, processor, losses = train()
         assert train()[2] == losses and len(losses) == 12 and np.mean(losses[-3:]) < np.mean(losses[:3])
