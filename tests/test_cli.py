@@ -11,6 +11,7 @@ import sys
 import pytest
 import tiny
 import yaml
+from huggingface_hub import HfApi
 from PIL import Image
 from rows import llava, mmc4, write
 from tiny_runs import caption, conversation, rows, story
@@ -243,12 +244,22 @@ def test_a_mistake_is_one_line(argv, message, monkeypatch, capsys):
     assert console() == 2 and "Traceback" in capsys.readouterr().err
 
 
+def test_without_network(hub, monkeypatch, capsys):
+    def push_checkpoint(*args, **kwargs):
+        HfApi("http://127.0.0.1:9").create_repo("me/sugar", token="a")
+
+    monkeypatch.setattr("hf_sugar.cli.push.push_checkpoint", push_checkpoint)
+    monkeypatch.setattr(sys, "argv", ["hf-sugar", "push", "sugar", "--repo_id", "me/sugar"])
+    assert console() == 2 and capsys.readouterr().err.startswith("error: The Hub cannot be reached")
+
+
 def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_sugar.SugarForConditionalGeneration.from_pretrained", None)
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "config.json").write_text('{"model_type": "sugar"}')
     (tmp_path / "sft" / "sugar_run.json").write_text('{"settings": {"structure_weight": 0}}')
     data, llava = str(place / "llava.json"), str(place / "llava")
+    trained = ["--teachers", "tiny", "--output_dir", str(tmp_path / "unused")]
     for message, argv in {
         "`k` is 0": ["search", llava, "x", "--k", "0"],
         "nosuch/index.json does not exist": ["search", llava, "x", "--index", "nosuch"],
@@ -256,6 +267,12 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monke
         "`teachers` is 'tinny'": ["train", llava, data, "--teachers", "tinny", "--output_dir", "unused"],
         "`train_data` is not set": ["train", llava, "--output_dir", "unused"],
         "No data": ["evaluate", llava],
+        "`batch_size` is 0": ["index", llava, data, "--batch_size", "0"],
+        "`max_new_tokens` is 0": ["evaluate", llava, "--generation_data", data, "--max_new_tokens", "0"],
+        "`revision`: .*llava is a directory": ["search", llava, "x", "--revision", "v2"],
+        "`rerank` needs an `index`": ["chat", llava, "--rerank", "2"],
+        "`rerank_rows` is mined, and so": ["mine", llava, data, "--output", "mined", "--rerank_rows", "mined"],
+        "nowhere.json does not exist": ["train", llava, data, "--generation_data", "nowhere.json", *trained],
         "not trained .llava is a plain 'llava' model": ["embed", llava, data, "--output", str(tmp_path / "e")],
         "not trained .it was trained with `structure_weight` 0": ["index", str(tmp_path / "sft"), data],
     }.items():

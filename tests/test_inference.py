@@ -77,6 +77,18 @@ def test_short_embeddings(pair):
             SugarEmbedder(*pair, truncate_dim=wrong)(["a"])
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes(pair, size):
+    for make, name in (
+        (SugarEmbedder, "batch_size"),
+        (SugarEmbedder, "max_batch_tokens"),
+        (SugarGenerator, "batch_size"),
+        (SugarGenerator, "max_new_tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` is {size}; it must be 1 or more"):
+            make(*pair, **{name: size})
+
+
 def test_without_the_projector(pair):
     model, processor = pair
     items = ["a much longer text than the other", ["a blue square", tiny.image(1)]]

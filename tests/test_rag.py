@@ -233,6 +233,10 @@ def test_rag(corpus, embed):
     assert cut.note.startswith("1 of 2 examples left out")
     shorter = rag.generator.inputs([{"messages": cut.messages, "images": cut.images}])
     assert short.max_length >= shorter["input_ids"].shape[1] + 6
+    with pytest.raises(ValueError, match="`rerank` is 1 and `k` 2"):
+        SugarRAG(embed.model, embed.processor, index, k=2, rerank=1)
+    with pytest.raises(ValueError, match="`k` is 0"):
+        SugarRAG(embed.model, embed.processor, index, k=0)
     with pytest.raises(ValueError, match="context holds 10"):
         SugarRAG(embed.model, embed.processor, index, max_new_tokens=6, max_length=10).prompt(question)
     with pytest.raises(ValueError, match="last turn of the question is the assistant's"):

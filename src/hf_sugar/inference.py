@@ -21,6 +21,13 @@ from .models.fingerprint_sugar import fingerprint
 from .models.rows_sugar import as_row, check_row, fill_images, instructed, row_name, row_text
 
 
+def require_sizes(**sizes: int | None) -> None:
+    """A `ValueError` names the size that is below 1; `None` is none."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"`{name}` is {size}; it must be 1 or more.")
+
+
 class SugarEmbedder:
     """
     Embedding function of a model: called with items, it returns their embeddings.
@@ -69,6 +76,7 @@ class SugarEmbedder:
             raise ValueError(f"`pooling` is {pooling!r}; use 'slice' or 'mean'.")
         if pooling == "mean" and model.config.image_pooling != "mean":
             raise ValueError("`pooling='mean'` needs a model with `image_pooling='mean'`.")
+        require_sizes(batch_size=batch_size, max_batch_tokens=max_batch_tokens)
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.project, self.pooling, self.progress = project, pooling, progress
         whole = model.config.retrieval_dim if project else model.config.get_text_config().hidden_size
@@ -226,6 +234,7 @@ class SugarGenerator:
         progress: bool = False,
         **generation_kwargs: Any,
     ):
+        require_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens)
         self.model, self.processor, self.batch_size, self.progress = model, processor, batch_size, progress
         self.generation_kwargs = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_kwargs}
         self.max_length = model.config.get_text_config().max_position_embeddings

@@ -30,6 +30,8 @@ class ChatArguments:
 
 def chat(model: ModelArguments, args: ChatArguments) -> None:
     """Answer the lines of the standard input on the standard output; all else goes to the standard error."""
+    if args.index is None and args.rerank is not None:
+        raise ValueError("`rerank` needs an `index` to choose examples from: leave it out, or set one.")
     index = None if args.index is None else model.load_index(args.index, args.k)
     loaded = model.load(distributed_state().device) if index is None else (index.embed.model, index.embed.processor)
     rag = SugarRAG(*loaded, index, args.k, args.max_new_tokens, rerank=args.rerank)

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarIndex, SugarProcessor
 from hf_sugar.distributed import distributed_state
 from hf_sugar.hub.card import RUN_FILE
+from hf_sugar.inference import require_sizes
 from hf_sugar.retrieval.storage import stored_truncate_dim
 
 from .arguments import setting
@@ -23,6 +24,10 @@ class CheckpointArguments:
     model_name_or_path: str = setting("Full checkpoint, adapter repository or plain backbone: directory or Hub id.")
     revision: str | None = setting("Branch, tag or commit of a checkpoint on the Hub.", None)
     dtype: str = setting("Precision of the model; by default that of the checkpoint.", "auto")
+
+    def __post_init__(self):
+        if self.revision not in (None, "main") and Path(self.model_name_or_path).is_dir():
+            raise ValueError(f"`revision`: {self.model_name_or_path} is a directory, which has none. Leave it out.")
 
     def stored_config(self) -> dict[str, Any]:
         """What the checkpoint's `config.json` says. The `OSError` of one that cannot be reached names it."""
@@ -60,6 +65,11 @@ class ModelArguments(CheckpointArguments):
     truncate_dim: int | None = setting(
         "Length to cut embeddings to; with an index, by default that of the index.", None
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = ("batch_size", "max_batch_tokens", "truncate_dim", "max_new_tokens")
+        require_sizes(**{name: getattr(self, name, None) for name in names})
 
     def embedder(self) -> SugarEmbedder:
         """The model as an embedder. One whose projector is not trained is refused."""

@@ -113,22 +113,22 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
         print(f"the report in {output_dir} will be replaced")
     settings, seeds = {**WORLD_TRAINING, **(args.training or {})}, args.seeds or [0]
     lora = {**WORLD_LORA, **(args.lora or {})}
+    config, peft_config = SugarTrainingConfig(str(output_dir), **settings), LoraConfig(**lora)
     model_path = args.model_name_or_path or str(checkpoint("llava"))
     teachers = args.teachers or world_teachers()
     if data.train_data is None:
         print("1/4 rendering the world")
         args.benchmarks = {**render_world(output_dir / "world", data, evaluation), **(args.benchmarks or {})}
     benchmarks = load_benchmarks(args.benchmarks or {})
-    train_dataset = load_data(data.train_data, on_bad_row=data.on_bad_row)
-    eval_dataset = None
-    if data.eval_data is not None:
-        eval_dataset = load_data(data.eval_data, "validation", on_bad_row=data.on_bad_row)
+    reading = {"on_bad_row": data.on_bad_row, "image_root": data.image_root}
+    train_dataset = load_data(data.train_data, **reading)
+    eval_dataset = None if data.eval_data is None else load_data(data.eval_data, "validation", **reading)
     processor = SugarProcessor.from_pretrained(model_path)
     device = distributed_state().device
 
     print("2/4 chance, the labels and the untouched checkpoint")
     encoder = TripleEncoder.from_teachers(teachers, device=device)
-    tasks, config = load_tasks(evaluation), SugarTrainingConfig(str(output_dir), **settings)
+    tasks = load_tasks(evaluation)
     normalize = None if config.label_normalization == "none" else config.label_normalization
     labels = label_ceilings(tasks, encoder, delta=config.delta, normalize=normalize, label_kernel=config.label_kernel)
     columns: dict[str, list[dict[str, Any]]] = {"chance": [chance(tasks)], "labels": [labels]}
@@ -152,7 +152,7 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
                 args=SugarTrainingConfig(str(output_dir / directory), **wanted),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                peft_config=LoraConfig(**lora),
+                peft_config=peft_config,
             )
             trainer.train()
             trainer.save_model()

@@ -38,6 +38,7 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
     output_dir = Path(args.output_dir)
     if (output_dir / "report.json").exists() and not args.overwrite:
         raise ValueError(f"{output_dir} holds a report already. Name another directory, or set `overwrite`.")
+    output_dir.mkdir(parents=True, exist_ok=True)
     # what is wrong with the data shows before the model is loaded
     benchmarks = load_benchmarks(args.benchmarks or {}, args.tasks)
     tasks = load_tasks(data, args.split, args.on_bad_row)

@@ -40,6 +40,8 @@ class MineArguments:
 def mine(model: ModelArguments, args: MineArguments) -> Dataset:
     """Add hard negatives to a dataset and write it, to be trained on: see [`~retrieval.mine_negatives`]."""
     outputs = [Path(path) for path in (args.output, args.rerank_rows) if path is not None]
+    if len({output.absolute() for output in outputs}) < len(outputs):
+        raise ValueError(f"`rerank_rows` is {args.rerank_rows}, and so is `output`. Name another directory.")
     for output in outputs:
         if output.exists() and not args.overwrite:
             raise ValueError(f"{output} is there already. Name another directory, or set `overwrite` to replace it.")

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from hf_sugar.data import load_data, row_name, row_slices
 from hf_sugar.data.images import undecoded
 from hf_sugar.distributed import distributed_state
+from hf_sugar.files import replacing
 from hf_sugar.teachers import TripleEncoder, add_teacher_embeddings
 from hf_sugar.training import SugarCollator
 from hf_sugar.training.config import LabelSettings
@@ -52,7 +53,8 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
         rows = add_teacher_embeddings(rows, encoder, args.teacher_cache_dir, counts=counts)
         if state.is_main_process:
             if args.dataset_dir:
-                rows.save_to_disk(Path(args.dataset_dir) / name)
+                with replacing(Path(args.dataset_dir) / name) as path:
+                    rows.save_to_disk(path)
             if name == "train":
                 counted = counts.copy()  # a stream is read, and counted, once more
                 collator = SugarCollator(

@@ -1,8 +1,10 @@
 """Train Sugar on a LLaVA checkpoint: supervised fine-tuning with the structure loss."""
 
 import copy
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -11,7 +13,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_sugar.data import load_data
 from hf_sugar.distributed import loaded_whole
-from hf_sugar.evaluation import EvaluationData, evaluate_tasks, plot_losses, write_report
+from hf_sugar.evaluation import EvaluationData, load_tasks, plot_losses, write_report
+from hf_sugar.evaluation.tasks import run_tasks
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.memory import MemoryEstimate, estimate_memory
 from hf_sugar.models import SugarConfig, SugarForConditionalGeneration
@@ -21,6 +24,9 @@ from hf_sugar.training.loading import projector_settings
 
 from .arguments import StreamedDataArguments, setting
 from .checkpoint import CheckpointArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -95,6 +101,9 @@ def train(
         return found
     if getattr(args, "accelerate_config", None) is not None:
         raise ValueError("`accelerate_config` is for `estimate_memory`. To train by it, use `accelerate launch`.")
+    idle = [f.name for f in fields(model) if f.name.startswith("lora_") and getattr(model, f.name) != f.default]
+    if idle and not model.use_peft:
+        logger.warning("`use_peft` is off: all weights are trained, and %s has no effect.", ", ".join(idle))
     if data.train_data is None:
         raise ValueError("`train_data` is not set: name the data to train on.")
     if args.teachers is not None and args.structure_weight > 0:
@@ -108,6 +117,8 @@ def train(
     train_dataset = load_data(data.train_data, streaming=data.streaming, **reading)
     if data.streaming:  # what is read ahead is shuffled; other data are shuffled by the sampler
         train_dataset = train_dataset.shuffle(seed=args.seed)
+    # what is wrong with data that are measured afterwards shows before
+    tasks = load_tasks(evaluation, on_bad_row=data.on_bad_row) if evaluation is not None and evaluation.any() else None
     trainer = SugarTrainer(
         model=model.model_name_or_path,
         args=args,
@@ -122,15 +133,15 @@ def train(
     trainer.train({"true": True, "false": False}.get(resume, args.resume_from_checkpoint))
     trainer.save_model()
     if trainer.is_world_process_zero():
-        if evaluation is not None and evaluation.any():
-            report(trainer, model, evaluation)
+        if tasks is not None:
+            report(trainer, model, evaluation, tasks)
         print(f"The model is in {args.output_dir}, trained for {trainer.state.global_step} steps.")
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer
 
 
-def report(trainer: SugarTrainer, model: ModelConfig, evaluation: EvaluationData) -> None:
+def report(trainer: SugarTrainer, model: ModelConfig, evaluation: EvaluationData, tasks: list[Any]) -> None:
     """Measure what was trained, and write it down beside the model."""
     output_dir, project = Path(trainer.args.output_dir), trainer.args.structure_weight > 0
     trained = trainer.model
@@ -139,7 +150,7 @@ def report(trainer: SugarTrainer, model: ModelConfig, evaluation: EvaluationData
             trained = SugarForConditionalGeneration.from_pretrained(output_dir, dtype="auto").to(trainer.args.device)
     trained = (trained, trainer.processing_class, trainer.args.per_device_eval_batch_size)
     embed = SugarEmbedder(*trained, project=project, progress=True)
-    results = evaluate_tasks(evaluation, embed, SugarGenerator(*trained, progress=True))
+    results = run_tasks(tasks, embed, SugarGenerator(*trained, progress=True))
     plot_losses({"": trainer.state.log_history}, output_dir / "losses.png")
     settings = {"model": vars(model), "untrained": not project, **vars(evaluation)}
     note = "The retrieval projector is not trained (`structure_weight` 0): pooled hidden states are compared instead."

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ..data import row_slices
-from ..inference import SugarGenerator
+from ..inference import SugarGenerator, require_sizes
 from ..models.rows_sugar import as_row, fill_images
 from .base import Hit, Index
 
@@ -155,6 +155,9 @@ class SugarRAG:
         rerank: int | None = None,
         **generation_kwargs: Any,
     ):
+        require_sizes(k=k, max_new_tokens=max_new_tokens, max_length=max_length)
+        if rerank is not None and rerank < k:
+            raise ValueError(f"`rerank` is {rerank} and `k` {k}: look again at no fewer hits than you ask for.")
         self.generator = SugarGenerator(model, processor)
         self.index, self.k, self.rerank = index, k, rerank
         self.max_length = max_length or self.generator.max_length
