@@ -397,6 +397,9 @@ class TestSources:
             ({"path": path, "loss_on": "images"}, "`loss_on` is 'images'. Use one of answers, captions, text"),
             ({"path": path, "structure": "no"}, "`structure` is 'no'. Use one of True, False"),
             ({"path": path, "rename": "x"}, "`rename` is 'x'. Write it as"),
+            ({"path": path, "rename": {"alt": "id"}}, "`rename` is of a field 'alt', which no row has"),
+            *(({"path": path, key: "v1"}, f"a.json: `{key}` is of a dataset on the Hub") for key in ("name", "revision")),
+            ({"path": str(root), "revision": "v1"}, "`revision` is of a dataset on the Hub"),
             (str(root / "red.png"), "what kind of file"),
         ]:  # fmt: skip
             with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hf_sugar.models.rows_sugar import IMAGE_SUFFIXES, LOSS_ON, LOSSES, UNREAD, row_problems
 
 from .checks import Problem
-from .files import damaged, file_records, first_record, load_located, locate
+from .files import JSON_SUFFIXES, damaged, file_records, first_record, load_located, locate
 from .images import undecoded
 from .layouts import LAYOUTS, UNREAD_MEMBERS, BadRow, layout_of
 
@@ -107,7 +107,7 @@ def load_data(
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"`on_bad_row` is {on_bad_row!r}. Use 'error' or 'skip'.")
     for n, source in enumerate(sources):
-        name = source.get("path", f"source {n + 1}")
+        name = str(source.get("path", f"source {n + 1}"))
         for key, value in source.items():
             if key not in _SOURCE_KEYS:
                 near = difflib.get_close_matches(str(key), _SOURCE_KEYS, n=1)
@@ -119,6 +119,12 @@ def load_data(
             raise ValueError(f"{name} has no `path`.")
         if not isinstance(source.get("rename") or {}, dict):
             raise ValueError(f"{name}: `rename` is {source['rename']!r}. Write it as {{name: new name}}.")
+        is_file = name.endswith((*JSON_SUFFIXES, ".tar", ".parquet"))
+        for key in ("name", "revision") if is_file else ("revision",) if os.path.isdir(name) else ():
+            if source.get(key) is not None:
+                raise ValueError(
+                    f"{name}: `{key}` is of a dataset on the Hub, and would have no effect. Leave it out."
+                )
     weights = [source["weight"] for source in sources if source.get("weight") is not None]
     numbers = [isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights]
     if weights and (len(weights) < len(sources) or not all(numbers)):
@@ -182,6 +188,7 @@ class _Reading:
         self.source, self.split, self.bad_rows = source, split, bad_rows
         self.path, self.skip = str(source["path"]), on_bad_row == "skip"
         self.layout, self.root, self.features = "", source.get("image_root"), ROW_FEATURES
+        self.unseen = {*(source.get("rename") or ())}  # of the fields to be renamed
 
     def keep_beside(self, fields: set[str]) -> None:
         beside = {name: List(Value("string")) for name in BESIDE if name in fields}
@@ -201,8 +208,7 @@ class _Reading:
         tables = []
         while chunk := list(itertools.islice(rows, 10_000)):
             tables.append(Dataset.from_list(chunk, features=self.features))
-        if not tables:
-            raise ValueError(self.report())
+        self.require_rows(tables)
         return concatenate_datasets(tables)
 
     def collect_stored(self, table: Dataset, columns: list[str]) -> Dataset:
@@ -218,8 +224,7 @@ class _Reading:
             row["images"] = [] if column else [image for _, image in row["images"]]
             groups.setdefault((column, nth), [none] * len(table))[number - 1] = none | row
             found.append(((column, nth), number - 1))
-        if not found:
-            raise ValueError(self.report())
+        self.require_rows(found)
         tables = []
         for (column, _), rows in groups.items():
             rows = Dataset.from_list(rows, features=self.features)
@@ -267,6 +272,7 @@ class _Reading:
             raise record
         if not isinstance(record, dict):
             raise BadRow("record", f"is a {type(record).__name__}, not an object. Write it as docs/data.md shows.")
+        self.unseen -= record.keys()
         record = _renamed(record, self.source)
         for field in (*UNREAD, *UNREAD_MEMBERS):
             if record.get(field):
@@ -293,6 +299,14 @@ class _Reading:
                 raise BadRow(field, problem, kind)
             row.update({name: bool(row.get(name, True)) for name in LOSSES})
         return rows
+
+    def require_rows(self, rows: list[Any]) -> None:
+        if not rows:
+            raise ValueError(self.report())
+        if self.unseen:
+            raise ValueError(
+                f"{self.path}: `rename` is of a field {min(self.unseen)!r}, which no row has. Correct it."
+            )
 
     def report(self) -> str:
         if not self.total:
