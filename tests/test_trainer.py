@@ -225,6 +225,7 @@ class TestErrors:
         [
             *(("structure_weight", value) for value in (-1.0, math.nan, math.inf, 1e200)),
             *(("delta", value) for value in (0.0, 1e200, math.nan)),
+            *((name, math.nan) for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon")),
             *((name, 0) for name in ("positions_per_sample", "retrieval_dim", "max_length")),
             *(("per_device_train_batch_size", 0), ("label_kernel", "dtw"), ("teacher_mode", "offline")),
             # what TRL would take and nothing here would heed
@@ -235,6 +236,11 @@ class TestErrors:
     def test_settings_that_cannot_be_meant(self, tmp_path, name, value):
         with pytest.raises(ValueError, match=f"`{name}`"):
             config(tmp_path, **{name: value})
+
+    def test_no_step(self, make):
+        trainer = make(per_device_train_batch_size=64, dataloader_drop_last=True)
+        with pytest.raises(ValueError, match="No step was made"):
+            trainer.train()
 
     def test_dataset_with_transform(self, make):
         with pytest.raises(ValueError, match="with_transform.*`map`"):

@@ -24,6 +24,8 @@ _WITHOUT_EFFECT = {
 }
 # Smallest and largest value.
 _RANGES = {
+    "learning_rate": (0, 1e6),
+    "weight_decay": (0, 1e6),
     "structure_weight": (0, 1e6),
     "contrastive_weight": (0, 1e6),
     "contrastive_temperature": (1e-3, 1e3),
@@ -234,6 +236,9 @@ class SugarTrainingConfig(LabelSettings, SFTConfig):
 
         if on_bad_row not in ("error", "skip"):
             raise ValueError(f"`on_bad_row` is {on_bad_row!r}; it must be error or skip.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"`{name}` is nan; it must be a number.")
         for name, remedy in _WITHOUT_EFFECT.items():
             if getattr(self, name) not in (None, self.__dataclass_fields__[name].default):
                 raise ValueError(f"`{name}` would have no effect. {remedy}")

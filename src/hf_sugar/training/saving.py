@@ -50,7 +50,12 @@ class SavingMixin:
             last = last_whole_checkpoint(directory)
             remedy = f"Resume from {last}." if last else "Start without `resume_from_checkpoint`."
             raise ValueError(f"{checkpoint} is no whole checkpoint. {remedy}")
-        return super().train(checkpoint or None, *args, **kwargs)
+        output = super().train(checkpoint or None, *args, **kwargs)
+        if self.state.global_step == 0:
+            raise ValueError(
+                "No step was made: `max_steps` and `num_train_epochs` have to allow one, and the dataset to hold a batch."
+            )
+        return output
 
     # Upstream restores nothing into a LLaVA resumed from full weights, because the names of the parameters in the file
     # are those of the older layout (huggingface/transformers#43701): load through the class, which converts them.
