@@ -200,10 +200,16 @@ def test_bad_conversations_are_named(pair, monkeypatch):
         (row("word " * 700, id="x"), "the limit is 512"),
         (row({"bytes": b"no image", "path": None}), r"images\[0\]: image of 8 bytes cannot be decoded"),
         (row("please refuse"), "cannot be put before the model: not this one"),
+        (
+            {**good, "messages": [*good["messages"], {"role": "assistant", "content": "hm"}]},
+            "last turn is the assistant's",
+        ),
     ):
         name = "row 2 \\(x\\)" if bad.get("id") else "row 2"
         with pytest.raises(ValueError, match=f"^{name}.*{says}"):
             generate([good, good, bad])
+    with pytest.raises(TypeError, match="`conversations` is a single dict"):
+        generate(good)
 
 
 def test_a_stream_ends_with_its_reader_and_passes_errors_on(pair, monkeypatch):

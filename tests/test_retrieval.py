@@ -75,6 +75,7 @@ def test_what_is_refused(tmp_path):
         "`by` is 'answer'": lambda: SugarIndex.build(["a"], letters, by="answer"),
         "needs a `SugarEmbedder`": lambda: SugarIndex.build(["a"], letters, every_slice=True),
         "item 0 has nothing to index by 'images'": lambda: SugarIndex.build(["q"], letters, by="images"),
+        "`rescore_multiplier` is nan": lambda: SugarIndex.build(["a"], letters, rescore_multiplier=np.nan),
         "`on_bad_row='drop'`": lambda: SugarIndex.build(["a"], letters, on_bad_row="drop"),
         "was built with another model": lambda: SugarIndex.load(tmp_path, fingerprint="model@2"),
     }.items():
@@ -83,6 +84,8 @@ def test_what_is_refused(tmp_path):
     index = SugarIndex.build(["a"], letters)
     for error, call in {
         "Put it in a list": lambda: index.search("text"),
+        "`items` is a single str": lambda: SugarIndex.build("redcircle", letters),
+        "`items` is a single dict": lambda: index.add({"messages": [{"role": "user", "content": "a"}]}),
         "item 1 is or holds float; give a text": lambda: SugarIndex.build(["a", 1.5], letters),
         "not JSON serializable": lambda: SugarIndex(vectors(1), [{"image": Image.new("RGB", (2, 2))}]),
     }.items():

@@ -28,6 +28,12 @@ def require_sizes(**sizes: int | None) -> None:
             raise ValueError(f"`{name}` is {size}; it must be 1 or more.")
 
 
+def require_several(name: str, items: Any) -> None:
+    """A `TypeError` if what should be several items is a single one."""
+    if isinstance(items, str | dict | Path | Image.Image):
+        raise TypeError(f"`{name}` is a single {type(items).__name__}. Put it in a list.")
+
+
 class SugarEmbedder:
     """
     Embedding function of a model: called with items, it returns their embeddings.
@@ -130,8 +136,7 @@ class SugarEmbedder:
             role (`str`, *optional*): As for whole items.
         """
         instruction = self.instruction(role)
-        if isinstance(items, str | dict | Path | Image.Image):
-            raise TypeError(f"`items` is a single {type(items).__name__}. Put it in a list.")
+        require_several("items", items)
         if len(items) == 0:
             raise ValueError("There are no items to embed.")
         names = names or [f"item {n}" for n in range(len(items))]
@@ -243,6 +248,7 @@ class SugarGenerator:
     def __call__(self, conversations: Sequence[dict[str, Any]]) -> list[str]:
         """Answers to conversations, rows in the conversational vision format whose last turn is the user's: only new tokens,
         without special tokens. A `ValueError` names the row that is malformed, too long, or refused by the chat template."""
+        require_several("conversations", conversations)
         answers, read = [""] * len(conversations), conversations.__getitem__
         with _evaluating(self.model):
             for rows in _batches(self, len(conversations), read, "Generating"):
@@ -265,6 +271,9 @@ class SugarGenerator:
         `max_length` tokens are one."""
         names = names or [row_name(row, n) for n, row in enumerate(conversations)]
         filled = [_filled(row, name) for row, name in zip(conversations, names, strict=True)]
+        for messages, name in zip(filled, names):
+            if (last := messages[-1]["role"]) != "user":
+                raise ValueError(f"{name}: the last turn is the {last}'s; there is nothing to answer.")
         try:
             inputs = self.processor.apply_chat_template(
                 filled,

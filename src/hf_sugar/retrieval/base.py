@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import undecoded
 from ..distributed import distributed_state
-from ..inference import SugarEmbedder, in_role
+from ..inference import SugarEmbedder, in_role, require_several
 from ..models.fingerprint_sugar import same_fingerprint
 from ..models.rows_sugar import fill_images, iter_slices, row_name
 from .documents import PARTS, Document, checked, embedded_part
@@ -147,8 +147,9 @@ class Index(ABC):
         if late and not self.every_slice:
             raise ValueError("`late` needs an index of every slice: build it with `every_slice=True`.")
         if not isinstance(queries, np.ndarray):
-            if not isinstance(queries, Sequence) or isinstance(queries, str):
-                raise TypeError(f"`queries` is a single {type(queries).__name__}. Put it in a list.")
+            require_several("queries", queries)
+            if not isinstance(queries, Sequence):
+                raise TypeError(f"`queries` is a {type(queries).__name__}. Give a list, or an array of embeddings.")
             if embed is None:
                 raise ValueError("The index has no `embed` function. Pass one to `SugarIndex.load`.")
             if len(queries) == 0:
@@ -216,6 +217,7 @@ class Index(ABC):
         self, items: Iterable[Any], metadata: Sequence[dict] | None, shard_size: int, on_bad_row: str, progress: bool
     ) -> Iterator[tuple[int, list[Document]]]:
         """The documents of this process's blocks of `shard_size` items, with the number of the block."""
+        require_several("items", items)
         total = len(items) if hasattr(items, "__len__") else None
         if shard_size < 1 or on_bad_row not in ("error", "skip"):
             raise ValueError(f"`shard_size={shard_size}`, `on_bad_row={on_bad_row!r}`: use 1 or more, error or skip.")

@@ -86,8 +86,8 @@ class SugarIndex(Index):
         self._arrange([Shard(to_table([Document("", None, e, None, []) for e in entries], embeddings[:, None]))])
 
     def _set(self, embed, fingerprint, by, every_slice, factory, search_options, rescore_multiplier):
-        if rescore_multiplier < 0:
-            raise ValueError(f"`rescore_multiplier` is {rescore_multiplier}; it must be 0 or more.")
+        if not isinstance(rescore_multiplier, int) or rescore_multiplier < 0:
+            raise ValueError(f"`rescore_multiplier` is {rescore_multiplier}; it must be an integer, 0 or more.")
         self._set_model(embed, fingerprint, by, every_slice)
         self.factory, self.search_options, self.rescore_multiplier = factory, search_options, rescore_multiplier
         self.directory: Path | None = None

@@ -2,16 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from PIL.Image import Image as PILImage
 
 from ..data.images import stored_image, undecoded
-from ..inference import SugarGenerator
+from ..inference import SugarGenerator, require_several
 from ..models.rows_sugar import as_row, fill_images, iter_slices, row_name
 from .base import Hit
 from .mine import question_and_answers
@@ -98,8 +96,7 @@ class SugarReranker:
         Raises:
             `TypeError`, `ValueError`: as for [`SugarEmbedder`]; names the query or the document.
         """
-        if isinstance(documents, str | dict | Path | PILImage):
-            raise TypeError(f"`documents` is a single {type(documents).__name__}. Put it in a list.")
+        require_several("documents", documents)
         names = [f"document {n}" for n in range(len(documents))]
         scores = self.score([(query, document) for document in documents], names)
         return [Hit(int(n), float(scores[n]), {}) for n in np.argsort(-scores, kind="stable")]
