@@ -223,6 +223,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "name, value",
         [
+            ("learning_rate", "1e-4"),
             *(("structure_weight", value) for value in (-1.0, math.nan, math.inf, 1e200)),
             *(("delta", value) for value in (0.0, 1e200, math.nan)),
             *((name, math.nan) for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon")),
@@ -236,6 +237,13 @@ class TestErrors:
     def test_settings_that_cannot_be_meant(self, tmp_path, name, value):
         with pytest.raises(ValueError, match=f"`{name}`"):
             config(tmp_path, **{name: value})
+
+    def test_settings_of_a_projector_that_is_there(self, make, caplog):
+        model = make().model
+        make(model=model)
+        assert "has no effect" not in caplog.text
+        make(model=model, retrieval_dim=8)
+        assert "`retrieval_dim` has no effect: the model was made with 16" in caplog.text
 
     def test_no_step(self, make):
         trainer = make(per_device_train_batch_size=64, dataloader_drop_last=True)

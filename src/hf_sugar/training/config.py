@@ -72,8 +72,8 @@ class LabelSettings:
     def __post_init__(self):
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name, None)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"`{name}` is {value}; it must be from {least} to {most:g}.")
+            if value is not None and not (isinstance(value, int | float) and least <= value <= most):
+                raise ValueError(f"`{name}` is {value!r}; it must be from {least} to {most:g}.")
         _check_delta(self.delta)
         # transformers' own fields have choices too, and hold what is made of them
         ours = [cls for cls in type(self).__mro__ if issubclass(cls, LabelSettings)]

@@ -208,6 +208,9 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             processing_class = loading.load_processor(processing_class, loaded.config.name_or_path, args)
         model = loading.enter(loaded, args, peft_config)
         base = model.get_base_model() if is_peft_model(model) else model
+        for name, value in loading.projector_settings(args).items():
+            if value not in (args.__dataclass_fields__[name].default, getattr(base.config, name)):
+                logger.warning("`%s` has no effect: the model was made with %r.", name, getattr(base.config, name))
         if self._structure:
             args.matryoshka_dims = base.config.matryoshka_dims = loading.matryoshka_dims(args, base.config)
         if peft_config is not None:
