@@ -415,6 +415,8 @@ def test_the_data_of_a_task_say_what_they_leave_out(mixed):
         "generation_data: 1 of 4 rows have more than one answer; the last one is compared.",
     ]
     assert evaluate_tasks(EvaluationData(generation_data=source), embed) == {}
+    named = EvaluationData(generation_data=[{"a": source, "b": source}])  # as on the command line
+    assert [task.prefix for task in load_tasks(named)] == ["a/", "b/"]
     with pytest.raises(ValueError, match="has no column caption_0, caption_1, image_0, image_1, but"):
         load_tasks(EvaluationData(winoground_data=[source]))  # a list, as on the command line
 

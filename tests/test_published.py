@@ -257,6 +257,8 @@ def test_webqa_moves_the_useful_pair(published):
 
 
 def test_rag_gain(published):
+    with pytest.raises(ValueError, match="`k` is 0"):
+        load_benchmarks({"rag": {**published["rag"], "k": 0}})
     benchmark = load_benchmarks({"rag": published["rag"]})["rag"]
     questions = load_data(published["rag"]["questions"])
     right = [row["messages"][-1]["content"][0]["text"] for row in questions]

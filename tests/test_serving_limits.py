@@ -342,6 +342,12 @@ def test_a_stop_lets_the_stream_end(pair, endless):
         assert not server.thread.is_alive()
 
 
+@pytest.mark.parametrize("name, value", [("port", 2**16), ("max_requests", 0), ("max_body_mb", float("nan"))])
+def test_limits_that_cannot_be_meant(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
+        ServeArguments(**{name: value})
+
+
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(served):
     with pytest.raises(OSError, match=f"127.0.0.1, port {served.port}: .*in use. Set another `port`"):
         main(["serve", "no-such-model", "--port", str(served.port)])

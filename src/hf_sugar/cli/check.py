@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from hf_sugar.data import Problem, check_dataset, load_data
+from hf_sugar.data.load import source_weights
 
 from .arguments import DataArguments, setting
 
@@ -29,6 +30,7 @@ def check(data: DataArguments, args: CheckArguments) -> int:
         if max_length is None:
             config = SugarConfig.from_pretrained(args.model_name_or_path)
             max_length = config.get_text_config().max_position_embeddings
+    source_weights(data.train_data)
     # every row once: a mixture by weights repeats those of small sources
     sources = [{**each, "weight": None} if isinstance(each, dict) else each for each in data.train_data]
     bad_rows: list[Problem] = []

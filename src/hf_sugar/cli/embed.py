@@ -38,6 +38,8 @@ class CorpusArguments:
         """Rows or files."""
         if (self.data is None) == (self.files is None):
             raise ValueError("Set one of `data` (datasets) and `files` (images and texts).")
+        if self.files and self.split != "train":
+            raise ValueError("`split` is of datasets, and `files` have none. Leave it out.")
         return find_files(self.files) if self.files else load_data(self.data, self.split, on_bad_row=self.on_bad_row)
 
 

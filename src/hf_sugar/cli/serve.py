@@ -28,9 +28,8 @@ def serve(model: ModelArguments, args: ServeArguments) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((args.host, args.port))  # before the model is loaded
-    except (OSError, OverflowError) as error:
-        problem = getattr(error, "strerror", None) or "a port is a number up to 65535"
-        raise OSError(f"{args.host}, port {args.port}: {problem}. Set another `port` or `host`.") from error
+    except OSError as error:
+        raise OSError(f"{args.host}, port {args.port}: {error.strerror}. Set another `port` or `host`.") from error
     index = None if args.index is None else model.load_index(args.index)
     embed = model.embedder() if index is None else index.embed
     if args.host not in LOOPBACK and args.api_key is None:

@@ -125,10 +125,7 @@ def load_data(
                 raise ValueError(
                     f"{name}: `{key}` is of a dataset on the Hub, and would have no effect. Leave it out."
                 )
-    weights = [source["weight"] for source in sources if source.get("weight") is not None]
-    numbers = [isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights]
-    if weights and (len(weights) < len(sources) or not all(numbers)):
-        raise ValueError("Give every source a `weight` greater than 0, or none of them.")
+    weights = source_weights(sources)
 
     datasets = [_load_source(source, split, on_bad_row, streaming, bad_rows) for source in sources]
     if not streaming:
@@ -142,6 +139,15 @@ def load_data(
     if streaming:
         return interleave_datasets(datasets, stopping_strategy="all_exhausted_without_replacement")
     return concatenate_datasets(datasets).shuffle(seed=seed)
+
+
+def source_weights(sources: list[Any]) -> list[float]:
+    """The weights of sources, for each or for none: otherwise a `ValueError`."""
+    weights = [source["weight"] for source in sources if isinstance(source, dict) and source.get("weight") is not None]
+    numbers = [isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights]
+    if weights and (len(weights) < len(sources) or not all(numbers)):
+        raise ValueError("Give every source a `weight` greater than 0, or none of them.")
+    return weights
 
 
 def _load_source(

@@ -70,7 +70,10 @@ class Task(NamedTuple):
 
 
 def named_sources(sources: Any) -> dict[str, Any]:
-    """The sources of a field of [`EvaluationData`] by name; a source without one is named `""`."""
+    """The sources of a field of [`EvaluationData`] by name; a source without one is named `""`. A mapping may be the one entry of
+    a list, as the command line has it."""
+    if isinstance(sources, list) and len(sources) == 1 and isinstance(sources[0], dict):
+        [sources] = sources
     if isinstance(sources, dict) and "path" not in sources:
         return sources
     return {"": sources} if sources else {}

@@ -29,6 +29,15 @@ class ServeArguments:
     request_timeout: float = setting("Seconds that a request may take after that.", 300)
     shutdown_timeout: float = setting("Seconds that answers have to end in, once the server is to stop.", 30)
 
+    def __post_init__(self):
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"`port` is {self.port}; it must be from 0 to 65535.")
+        for name, value in vars(self).items():
+            if (name.startswith("max_") or name in ("body_timeout", "request_timeout")) and not 0 < value < float(
+                "inf"
+            ):
+                raise ValueError(f"`{name}` is {value}; it must be above 0.")
+
     @property
     def max_body(self) -> int:
         return int(self.max_body_mb * 1e6)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...data import load_data
+from ...inference import require_sizes
 from ...models.rows_sugar import row_name
 from ...retrieval.index import SugarIndex
 from ...retrieval.rag import rag_generator
@@ -169,6 +170,7 @@ class RagGain(Benchmark):
     """
 
     def __init__(self, questions: Any, knowledge: Any, k: int = 1, split: str = "test"):
+        require_sizes(k=k)
         self.questions, self.knowledge, self.k = load_data(questions, split), load_data(knowledge, split), k
         for n, row in enumerate(self.questions.remove_columns("images")):
             if not row["messages"] or row["messages"][-1]["role"] != "assistant":
