@@ -256,6 +256,21 @@ BAD = [
     ("captions", {"image": "red.png", "caption": []}, "caption", "is an empty list"),
     ("captions", {"caption": "x"}, "image", "no image"),
     ("captions", {"image": "https://a/b.png", "caption": "x"}, "image", "is a web address"),
+    *(
+        (
+            "conversational",
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", name: "blue.png"}]},
+                    {"role": "assistant", "content": "blue"},
+                ],
+                "images": ["red.png"],
+            },
+            f"messages[0].content[0].{name}",
+            "is not read. Put the image into `images`",
+        )
+        for name in ("image", "url", "path")
+    ),
     ("conversational", chat(answer=None), "images", "holds 0 images but `messages` has 1 image parts"),
     ("conversational", chat(images=0, answer=None), "messages", "no answer. Add an assistant turn, or set loss_on='text'"),
     ("conversational", chat() | {"images": "red.png"}, "images", "is not a list"),

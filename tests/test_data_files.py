@@ -223,6 +223,9 @@ class TestFiles:
             (root / "bad.tar").write_bytes(bad)
             with pytest.raises(ValueError, match=r"bad.tar cannot be read \(ReadError.*download it again"):
                 list(load_data(root / "bad.tar", streaming=streaming))
+        tar(root / "none.tar", [])
+        with pytest.raises(ValueError, match="none.tar holds no rows"):
+            load_data(root / "none.tar")
         tar(root / "twice.tar", [("0.png", png("blue.png", root)), ("0.txt", b"a"), ("0.TXT", b"b")])
         with pytest.raises(ValueError, match="twice.tar: the sample 0 has two members txt"):
             list(load_data(root / "twice.tar", streaming=streaming))

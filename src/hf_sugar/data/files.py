@@ -283,6 +283,8 @@ def tar_table(files: list[str]) -> Dataset:
     files = DownloadManager().download(files)
     members = itertools.chain.from_iterable(map(_tar_members, files))
     features = {field: _tar_feature(field) for _, field, *_ in members}
+    if not features:
+        raise ValueError(f"{', '.join(files)} holds no rows.")
     features = Features({"__key__": Value("string"), "__url__": Value("string"), **features})
     stats = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
 

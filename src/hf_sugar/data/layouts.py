@@ -90,6 +90,12 @@ def _conversational_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             images = [(field, record[field])]
     for kind, field, problem in row_problems(record, len(images)):
         raise BadRow(field, problem, kind)
+    for m, message in enumerate(record["messages"]):
+        for c, part in enumerate(message["content"] if isinstance(message["content"], list) else []):
+            for name in ("image", "url", "path"):
+                if part.get(name) is not None:
+                    field = f"messages[{m}].content[{c}].{name}"
+                    raise BadRow(field, "is not read. Put the image into `images`, in the order of the image parts.")
     messages = []
     for message in fill_images(record["messages"], [None] * len(images)):
         messages.append({"role": message["role"], "content": [_part(part.get("text")) for part in message["content"]]})
