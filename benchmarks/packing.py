@@ -16,6 +16,7 @@ python benchmarks/packing.py train --hidden 64 --layers 2 --steps 1 && python be
 import argparse
 import importlib.util
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -231,6 +232,8 @@ def main():
     parser.add_argument("--before", help="directory of an earlier build, from which the padded way is then")
     args = parser.parse_args()
     logging.set_verbosity_error()
+    # or glibc keeps what is freed in blocks below 32 MB, and the peak is its heap's
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         {"train": train, "embed": embed}[args.what](args, Path(directory))
