@@ -18,7 +18,6 @@ from tiny_runs import PAPER, caption, config, conversation, history, rows, story
 from hf_sugar import SugarForConditionalGeneration
 from hf_sugar.alignment import IMAGE, TEXT, label_matrix
 from hf_sugar.alignment.calibration import BLOCKS, block_statistics, calibrate, label_blocks
-from hf_sugar.training import ContrastiveLoss
 from hf_sugar.training.cached import compare_ahead
 from hf_sugar.training.discriminative import (
     NEGATIVE,
@@ -34,63 +33,6 @@ from hf_sugar.training.labels import label_statistics, measure_labels
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-class TestContrastiveLoss:
-    def test_one_positive_each_is_cross_entropy(self):
-        queries, candidates = randn(6, 8), randn(9, 8, seed=1)
-        scores = F.cosine_similarity(queries[:, None], candidates[None], dim=-1) / 0.07
-        expected = F.cross_entropy(scores, torch.arange(6)) + F.cross_entropy(scores.T[:6], torch.arange(6))
-        loss = ContrastiveLoss(0.07)(3 * queries, candidates, torch.eye(6, 9, dtype=torch.bool))
-        assert loss.item() == pytest.approx(expected.item() / 2, rel=1e-6)
-
-    @pytest.mark.extras
-    def test_equals_sentence_transformers(self):
-        losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-        queries, positives, negatives = (randn(5, 8, seed=seed) for seed in range(3))
-        pairs = torch.eye(5, 10, dtype=torch.bool)
-        theirs = losses.MultipleNegativesRankingLoss(
-            None, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
-        )
-        expected = theirs.compute_loss_from_embeddings([queries, positives, negatives], None)
-        found = ContrastiveLoss(1 / 20)(queries, torch.cat([positives, negatives]), pairs)
-        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-
-    def test_several_positives_and_pairs_that_are_ignored(self):
-        queries, candidates = randn(4, 8), randn(5, 8, seed=1)
-        positives = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0] * 5, [0, 0, 0, 1, 0]]).bool()
-        ignored = torch.tensor([[0, 0, 1, 0, 0], [0] * 5, [1] * 5, [0, 0, 0, 0, 1]]).bool()
-        scores = F.normalize(queries, dim=1) @ F.normalize(candidates, dim=1).T / 0.1
-
-        def one_way(scores, positives, ignored):
-            terms = []
-            for i, j in positives.nonzero().tolist():
-                others = [k for k in range(len(scores[i])) if not positives[i, k] and not ignored[i, k]]
-                if others:
-                    terms.append(-math.log(1 / (1 + sum(math.exp(scores[i, k] - scores[i, j]) for k in others))))
-            return sum(terms) / len(terms)
-
-        expected = one_way(scores, positives, ignored) + one_way(scores.T, positives.T, ignored.T)
-        loss = ContrastiveLoss()(queries, candidates, positives, ignored)
-        assert loss.item() == pytest.approx(expected / 2, rel=1e-9)
-
-    def test_temperature_can_be_learnt(self):
-        loss, pairs = ContrastiveLoss(learn_temperature=True), torch.eye(3, 4, dtype=torch.bool)
-        value = loss(randn(3, 8), randn(4, 8, seed=1), pairs)
-        assert value.item() == pytest.approx(
-            ContrastiveLoss()(randn(3, 8), randn(4, 8, seed=1), pairs).item(), rel=1e-6
-        )
-        value.backward()
-        assert loss.log_temperature.grad != 0
-
-    def test_nothing_to_tell_apart(self):
-        queries = randn(3, 8).requires_grad_()
-        for positives in (torch.zeros(3, 4).bool(), torch.ones(3, 4).bool()):
-            loss = ContrastiveLoss()(queries, randn(4, 8), positives)
-            loss.backward()
-            assert loss.item() == 0 and not queries.grad.any()
-        with pytest.raises(ValueError, match=r"`ignored` must have shape \(3, 4\)"):
-            ContrastiveLoss()(queries, randn(4, 8), torch.ones(3, 4).bool(), torch.ones(4, 3).bool())
 
 
 class TestCalibration:
