@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Image, List
 from peft import LoraConfig
+from tiny import randn
 from tiny_runs import PAPER, caption, config, conversation, history, rows, story
 
 from hf_sugar import SugarForConditionalGeneration
@@ -29,10 +30,6 @@ from hf_sugar.training.discriminative import (
 )
 from hf_sugar.training.heads import embed_rows
 from hf_sugar.training.labels import label_statistics, measure_labels
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class TestCalibration:

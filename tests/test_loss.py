@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import randn
 
 from hf_sugar.training import ContrastiveLoss
 from hf_sugar.training.loss import StructureLoss
@@ -106,10 +107,6 @@ def test_docstring_example():
     for example in doctest.DocTestParser().get_examples(StructureLoss.__doc__):
         exec(example.source, names)
     assert names["embeddings"].grad.shape == (5, 8) and names["embeddings"].grad.any()
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class TestContrastiveLoss:

@@ -1,6 +1,7 @@
 """Random models of real architectures, small enough to build in a test."""
 
 import numpy as np
+import torch
 import transformers as T
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -101,6 +102,10 @@ def llava(
         tie_word_embeddings=tied,
     )
     return LlavaForConditionalGeneration(config).eval()
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def image(seed: int = 0, height: int = 30, width: int = 30) -> Image.Image:

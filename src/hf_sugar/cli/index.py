@@ -36,11 +36,9 @@ def index(model: ModelArguments, corpus: CorpusArguments, args: IndexArguments) 
     settings = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
     given = [f.name for f in fields(corpus) if getattr(corpus, f.name) != f.default]
     if args.merge:
-        for each, names in (
-            (model, ("batch_size", "max_batch_tokens", "truncate_dim")),
-            (args, ("add", "shard_size")),
-        ):
-            given += [f.name for f in fields(each) if f.name in names and getattr(each, f.name) != f.default]
+        idle = ("batch_size", "max_batch_tokens", "truncate_dim", "add", "shard_size")
+        both = [(each, f) for each in (model, args) for f in fields(each)]
+        given += [f.name for each, f in both if f.name in idle and getattr(each, f.name) != f.default]
         if given:
             raise ValueError(f"With `merge` nothing is embedded: leave out {', '.join(given)}.")
         found = SugarIndex.merge(args.merge, args.index, **settings)

@@ -62,9 +62,8 @@ def console() -> int | None:
         if debug:
             traceback.print_exc()
         expected = isinstance(error, ValueError | TypeError | OSError | ImportError | NotImplementedError)
-        if any(
-            kind.__name__ == "TransportError" for kind in type(error).__mro__
-        ):  # of the Hub's client, httpx or httpx2
+        # of the Hub's client, httpx or httpx2
+        if "TransportError" in [kind.__name__ for kind in type(error).__mro__]:
             expected, error = True, ConnectionError(f"The Hub cannot be reached: {error}")
         message = str(error) if expected and str(error) else f"{type(error).__name__}: {error} (--debug shows where)"
         print(f"error: {' '.join(message.split())}", file=sys.stderr)

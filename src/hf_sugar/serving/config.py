@@ -1,5 +1,6 @@
 """What `hf-sugar serve` can be told. Nothing here imports torch."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +34,9 @@ class ServeArguments:
         if not 0 <= self.port < 2**16:
             raise ValueError(f"`port` is {self.port}; it must be from 0 to 65535.")
         for name, value in vars(self).items():
-            if (name.startswith("max_") or name in ("body_timeout", "request_timeout")) and not 0 < value < float(
-                "inf"
-            ):
-                raise ValueError(f"`{name}` is {value}; it must be above 0.")
+            limit = name.startswith("max_") or name in ("body_timeout", "request_timeout")
+            if limit and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` is {value}; it must be a number above 0.")
 
     @property
     def max_body(self) -> int:
