@@ -5,7 +5,8 @@ What the teachers' embeddings cost: preparing them, and reading them at every st
 the same batches. Architectures of full size (DINOv2-base, CLIP ViT-L/14, BERT-base) with random weights.
 `tiny`: cold and warm runs with the tiny teachers of this package, and memory.
 `collator`: milliseconds of collating a batch of 8 rows of an image of 336 pixels and a text, with and without the column.
-`padding`: how much of what the text teachers compute is padding, for a block of 512 texts, of captions and of documents.
+`padding`: how much of a block of 512 texts, of captions and of documents, is padding where texts of like length share a batch, and
+how much faster the text teacher is with them laid end to end (of every fourth batch).
 
 python benchmarks/prepare.py full --images 64
 python benchmarks/prepare.py tiny --rows 1000 20000
@@ -18,7 +19,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -186,31 +186,33 @@ def collator(args, directory: Path):
     )
 
 
+@torch.no_grad()
 def padding(args, directory: Path):
-    encoder = TripleEncoder.from_teachers(full_teachers(directory / "teachers", 1), device="cpu")
-    masks, widths = [], {teacher: teacher.width for teacher in (encoder._text, encoder._cross, encoder._image)}
-
-    def count(teacher, texts):
-        inputs = teacher.tokenizer(
-            texts, padding=True, truncation=True, max_length=teacher.max_length, return_tensors="pt"
-        )
-        masks.append(inputs["attention_mask"])
-        return torch.ones(len(texts), widths[teacher])
-
-    for teacher in (encoder._text, encoder._cross):
-        teacher._features = partial(count, teacher)  # in place of the model
-    random = np.random.RandomState(0)
-    print("| texts | words | tokens | padding, sorted by length | in the order given |\n|---|---|---|---|---|")
+    encoder = TripleEncoder.from_teachers(full_teachers(directory / "teachers", args.layers), device="cpu")
+    teacher, random = encoder._text, np.random.RandomState(0)
+    assert teacher.padding_free
+    print("| texts | words | tokens | padding, sorted by length | padded (texts/s) | end to end (texts/s) | ratio |")
+    print("|---|---|---|---|---|---|---|")
     for kind, least, most in (("captions", 5, 25), ("parts of documents", 20, 400)):
         counts = np.exp(random.uniform(np.log(least), np.log(most), 512)).astype(int)
-        texts, shares = [" ".join(random.choice(WORDS, count)) for count in counts], []
-        for batches in ([texts], [texts[n : n + encoder.batch_size] for n in range(0, 512, encoder.batch_size)]):
-            masks.clear()
-            for batch in batches:
-                encoder.encode(batch)
-            tokens = sum(int(mask.sum()) for mask in masks)
-            shares.append(1 - tokens / sum(mask.numel() for mask in masks))
-        print(f"| {kind} | {least} to {most} | {tokens} | {shares[0]:.1%} | {shares[1]:.1%} |", flush=True)
+        texts = sorted((" ".join(random.choice(WORDS, count)) for count in counts), key=len)
+        batches = [texts[start : start + encoder.batch_size] for start in range(0, len(texts), encoder.batch_size)]
+        masks = [teacher.tokenizer(batch, padding=True, return_tensors="pt")["attention_mask"] for batch in batches]
+        tokens = sum(int(mask.sum()) for mask in masks)
+        speeds = []
+        for _ in range(args.repeats + 1):
+            speeds.append([])
+            for teacher.padding_free in (False, True):
+                started = time.perf_counter()
+                count = sum(len(teacher.texts(batch)) for batch in batches[::4])
+                speeds[-1].append(count / (time.perf_counter() - started))
+        padded, laid = (statistics.median(column) for column in zip(*speeds[1:]))  # the first warms up
+        ratio = statistics.median(b / a for a, b in speeds[1:])
+        share = 1 - tokens / sum(mask.numel() for mask in masks)
+        print(
+            f"| {kind} | {least} to {most} | {tokens} | {share:.1%} | {padded:.1f} | {laid:.1f} | {ratio:.2f} |",
+            flush=True,
+        )
 
 
 def main():

@@ -27,7 +27,7 @@ def in_both_ways(model, inputs):
     model.padding_free = False
     padded, _ = model.embed_slices(**inputs)
     model.padding_free = True
-    return padded, model.embed_slices(**inputs)[0], lay_rows(model, dict(inputs))[1] is not None
+    return padded, model.embed_slices(**inputs)[0], lay_rows(model.vlm, dict(inputs))[1] is not None
 
 
 @pytest.mark.parametrize("family", tiny_backbones.EVERY_FAMILY)
@@ -106,7 +106,7 @@ def test_logits_and_answers_stay_those_of_the_backbone():
 
 def test_rows_of_one_length_and_other_attention_stay_padded():
     model, processor = built("llava")
-    assert lay_rows(model, dict(processor.embed_inputs(["star"] * 3)))[1] is None
+    assert lay_rows(model.vlm, dict(processor.embed_inputs(["star"] * 3)))[1] is None
     model.vlm.set_attn_implementation("eager")
     assert "eager" in why_padded(model.vlm)
     padded, free, laid = in_both_ways(model, processor.encode_conversations(CONVERSATIONS))

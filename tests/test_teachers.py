@@ -20,6 +20,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from hf_sugar.models.packing_sugar import ROWS
 from hf_sugar.teachers import TripleEncoder
 from hf_sugar.world import checkpoint
 
@@ -223,6 +224,53 @@ def test_pooling(checkpoints, tmp_path, config, pooling):
         hidden = bert(**tokens(path, text)).last_hidden_state[0]
         expected = {"cls": hidden[0], "mean": hidden.mean(0), "lasttoken": hidden[-1]}[pooling]
         torch.testing.assert_close(found, unit(expected), atol=1e-5, rtol=0)
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+@pytest.mark.parametrize(
+    ("config", "padding_free"),
+    [
+        (T.BertConfig(**SMALL), True),
+        (T.XLMRobertaConfig(**SMALL, pad_token_id=0), True),  # BGE-M3 and multilingual E5
+        (T.ModernBertConfig(**SMALL, local_attention=8), True),
+        (T.Qwen3Config(**SMALL, num_key_value_heads=2), True),
+        (T.MPNetConfig(**SMALL), False),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_texts_laid_end_to_end(checkpoints, tmp_path, caplog, config, padding_free, pooling):
+    """One after the other nothing is padded. Most of these texts is padding where they share a batch."""
+    path = bert_with(checkpoints, tmp_path / "other", **{"1_Pooling/config": {"pooling_mode": pooling}})
+    torch.manual_seed(0)
+    model = T.AutoModel.from_config(config)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)  # positions count
+    model.save_pretrained(path)
+    encoder = TripleEncoder(None, path, None, device="cpu")
+    texts = ["star", "a small star left of the large blue circle and of the red square above it", "two", "a red star"]
+    together = encoder.encode(texts)
+    torch.testing.assert_close(together, torch.cat([encoder.encode([text]) for text in texts]), atol=1e-5, rtol=0)
+    assert encoder._text.padding_free == padding_free == (encoder._text.model.config._attn_implementation == ROWS)
+    assert ("are padded" in caplog.text) != padding_free
+
+
+def test_a_text_encoder_that_counts_positions_otherwise_is_padded(checkpoints, monkeypatch, caplog):
+    forward = T.BertModel.forward
+
+    def shifted(self, input_ids, attention_mask, position_ids=None, **kwargs):
+        position_ids = None if position_ids is None else position_ids + 1
+        return forward(self, input_ids, attention_mask, position_ids=position_ids, **kwargs)
+
+    monkeypatch.setattr(T.BertModel, "forward", shifted)
+    encoder = TripleEncoder(None, checkpoints["bert"], None, device="cpu")
+    together = encoder.encode(["star", "a small star left of the circle"])
+    assert torch.allclose(together[0], encoder.encode(["star"])[0], atol=1e-5)
+    assert caplog.messages == [
+        f"The texts of {encoder._text.name} are padded: it counts positions in a way of its own."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, PreTrainedModel, Gener
         Returns:
             `tuple[torch.FloatTensor, torch.LongTensor]`: embeddings `(batch, slices, dim)`, mask `(batch, slices)`.
         """
-        inputs, mask = lay_rows(self, inputs)
+        inputs, mask = lay_rows(self.vlm, inputs, self.padding_free)
         hidden_states = self.base_model(**inputs, use_cache=False, return_dict=True)[0]
         return self.project_slices(unlay_rows(hidden_states, mask), slice_ids, project, truncate_dim)
 

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from hf_sugar.distributed import loaded_whole
+from hf_sugar.models.packing_sugar import lay_rows, unlay_rows, why_padded
 
 
 logger = logging.getLogger(__name__)
@@ -238,10 +239,29 @@ class Teacher:
         if self.dual:
             inputs = {"input_ids": inputs["input_ids"]} if siglip else inputs
             return self.model.get_text_features(**inputs).pooler_output.float()
-        hidden = self.model(**inputs).last_hidden_state
+        return self._pooled(inputs, self.padding_free)
+
+    @cached_property
+    def padding_free(self) -> bool:
+        """Whether texts laid end to end get the embeddings that they get padded, which is tried. Of short texts on a GPU a call
+        of attention for each would cost more than the padding."""
+        if self.device.type != "cpu":
+            return False
+        if not (reason := why_padded(self.model)):
+            inputs = self.tokenizer(["a", "a a a a a a a a"], return_tensors="pt", padding=True).to(self.device)
+            padded, laid = (self._pooled(inputs, padding_free) for padding_free in (False, True))
+            if not torch.allclose(padded, laid, rtol=0, atol=torch.finfo(self.dtype).eps ** 0.5):
+                reason = "it counts positions in a way of its own"
+        if reason:
+            logger.warning("The texts of %s are padded: %s.", self.name, reason)
+        return not reason
+
+    def _pooled(self, inputs, padding_free: bool) -> torch.Tensor:
         mask = inputs["attention_mask"]
+        inputs, rows = lay_rows(self.model, inputs, padding_free)
+        hidden = unlay_rows(self.model(**inputs).last_hidden_state, rows)
         if self.pooling == "mean":
             return ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).float()
         # the first or last token that is not padding, on whichever side the tokenizer pads
         first, last = mask.argmax(1), mask.shape[1] - 1 - mask.flip(1).argmax(1)
-        return hidden[torch.arange(len(texts)), first if self.pooling == "cls" else last].float()
+        return hidden[torch.arange(len(mask)), first if self.pooling == "cls" else last].float()

@@ -54,7 +54,7 @@ def add_structure_head(model: SugarForConditionalGeneration, padding_free: bool 
             return embed_rows(self, slice_ids, singles, blank_image, **kwargs)
         if not fused_lm_head:
             return type(self).forward(self, *args, slice_ids=slice_ids, **kwargs)
-        kwargs, rows = lay_rows(self, kwargs)
+        kwargs, rows = lay_rows(self.vlm, kwargs, self.padding_free)
         if isinstance(head := self.get_output_embeddings(), FSDPModule):
             # TRL 1.16 uses its weight without a call of it, and would leave out the other processes' gradients
             head.unshard()
