@@ -7,15 +7,18 @@ import resource
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
+import torch
 import yaml
 from huggingface_hub import HfApi
 from PIL import Image
 from rows import llava, mmc4, write
 from tiny_runs import caption, conversation, rows, story
 
+from hf_sugar.cli.demo import _second_process
 from hf_sugar.cli.main import COMMANDS, console, main
 from hf_sugar.cli.parsing import UsageError, command_settings, parse
 from hf_sugar.training.config import _WITHOUT_EFFECT
@@ -306,7 +309,7 @@ def test_demo_on_own_data(place, capsys, monkeypatch):
     for name in ("losses", "similarities", "alignment", "gallery", "recall"):
         with Image.open(place / "demo" / f"{name}.png") as picture:
             assert min(picture.size) > 100
-    printed = capsys.readouterr().out.split("4/4 the report\n")[1]
+    printed = capsys.readouterr().out.split("\nthe report\n")[1]
     assert "report.md" in printed and max(map(len, printed.splitlines()[:20])) <= 100
     text = (place / "demo" / "report.md").read_text()
     assert "36 rows, 2 steps, seed 0, " in text and "| test: image to text R@1 | 8.3 |" in text
@@ -315,3 +318,25 @@ def test_demo_on_own_data(place, capsys, monkeypatch):
         words = shlex.split(command)
         monkeypatch.setattr(f"hf_sugar.cli.{words[1]}.{words[1]}", lambda *settings: None)
         main(words[1:])
+
+
+def test_baselines_of_the_demo_run_in_a_second_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", (threads := []).append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    log = tmp_path / "new" / "log"
+    with _second_process(log) as call:
+        process, printed, failed = call(os.getpid), call(print, "seen"), call(int, "three")
+        assert threads == [2]
+        assert process() != os.getpid() and printed() is None
+        with pytest.raises(ValueError, match="'three'"):
+            failed()
+    assert threads == [2, 4] and log.read_text() == "seen\n"
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), _second_process(log) as call:  # what it is at is not waited for
+        call(time.sleep, 300)
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 60
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with _second_process(log) as call:
+        assert call(os.getpid)() == os.getpid()

@@ -1,8 +1,15 @@
 """Train on the embedded world (or on your own data) with and without the discriminative loss, compare, report."""
 
+import os
 import shlex
+import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +120,12 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
         print(f"the report in {output_dir} will be replaced")
     settings, seeds = {**WORLD_TRAINING, **(args.training or {})}, args.seeds or [0]
     lora = {**WORLD_LORA, **(args.lora or {})}
-    config, peft_config = SugarTrainingConfig(str(output_dir), **settings), LoraConfig(**lora)
+    config = SugarTrainingConfig(str(output_dir), **settings)
+    LoraConfig(**lora)  # what it refuses, before any work
     model_path = args.model_name_or_path or str(checkpoint("llava"))
     teachers = args.teachers or world_teachers()
     if data.train_data is None:
-        print("1/4 rendering the world")
+        print("rendering the world")
         args.benchmarks = {**render_world(output_dir / "world", data, evaluation), **(args.benchmarks or {})}
     benchmarks = load_benchmarks(args.benchmarks or {})
     reading = {"on_bad_row": data.on_bad_row, "image_root": data.image_root}
@@ -125,54 +133,51 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
     eval_dataset = None if data.eval_data is None else load_data(data.eval_data, "validation", **reading)
     processor = SugarProcessor.from_pretrained(model_path)
     device = distributed_state().device
-
-    print("2/4 chance, the labels and the untouched checkpoint")
     encoder = TripleEncoder.from_teachers(teachers, device=device)
-    tasks = load_tasks(evaluation)
-    normalize = None if config.label_normalization == "none" else config.label_normalization
-    labels = label_ceilings(tasks, encoder, delta=config.delta, normalize=normalize, label_kernel=config.label_kernel)
-    columns: dict[str, list[dict[str, Any]]] = {"chance": [chance(tasks)], "labels": [labels]}
-    model = SugarForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32).to(device)
-    columns |= {f"untouched ({name})": [results] for name, results in _untrained(model, processor, evaluation).items()}
 
-    compared = {"SFT": {"structure_weight": 0.0}, "Sugar": {}}
+    compared, several = {"Sugar": {}}, len(seeds) > 1
     if args.ablations:
-        alone = {"Sugar, paper": PAPER}
-        alone |= {f"Sugar, {loss}": {"discriminative_loss": loss} for loss in ("structure", "contrastive")}
-        compared = {"SFT": compared["SFT"], **alone, "Sugar": {}}  # what is shown in pictures is trained last
-    logs, found, several = {}, {}, len(seeds) > 1
-    for seed in seeds:
-        for run, changes in compared.items():
-            print(f"3/4 training {run}" + (f", seed {seed}" if several else ""))
-            directory = run.lower().replace(", ", "-") + (f"-{seed}" if several else "")
-            wanted = {"teacher_cache_dir": str(output_dir / "teacher_cache"), **settings, **changes}
-            wanted |= {"teachers": teachers, "seed": seed}
-            trainer = SugarTrainer(
-                model=model_path,
-                args=SugarTrainingConfig(str(output_dir / directory), **wanted),
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                peft_config=peft_config,
-            )
-            trainer.train()
-            trainer.save_model()
-            logs[run] = trainer.state.log_history
-            trained = trainer.model.eval()
-            if run == "SFT":
-                found[run] = best_hits(SugarEmbedder(trained, processor, project=False), evaluation)
-                for pooling, results in _untrained(trained, processor, evaluation).items():
-                    columns.setdefault(f"SFT ({pooling})", []).append(results)
-            else:
+        alone = {f"Sugar, {loss}": {"discriminative_loss": loss} for loss in ("structure", "contrastive")}
+        compared = {"Sugar, paper": PAPER, **alone, "Sugar": {}}  # what is shown in pictures is trained last
+
+    def training(run: str, seed: int, **changes) -> tuple:
+        directory = run.lower().replace(", ", "-") + (f"-{seed}" if several else "")
+        wanted = {"teacher_cache_dir": str(output_dir / "teacher_cache"), **settings, **changes}
+        wanted |= {"output_dir": str(output_dir / directory), "teachers": teachers, "seed": seed}
+        return run + (f", seed {seed}" if several else ""), model_path, wanted, lora, train_dataset, eval_dataset
+
+    measured, logs = {}, {}
+    with _second_process(output_dir / "second_process.log") as call:
+        untouched = call(_untouched, model_path, evaluation)
+        baselines = [call(_fine_tuned, evaluation, *training("SFT", seed, structure_weight=0.0)) for seed in seeds]
+        print("chance and the labels")
+        tasks = load_tasks(evaluation)
+        normalize = None if config.label_normalization == "none" else config.label_normalization
+        labels = label_ceilings(
+            tasks, encoder, delta=config.delta, normalize=normalize, label_kernel=config.label_kernel
+        )
+        for seed in seeds:
+            for run, changes in compared.items():
+                trainer = _train(*training(run, seed, **changes))
+                logs[run] = trainer.state.log_history
+                trained = trainer.model.eval()
                 embed = SugarEmbedder(trained, processor, progress=True)
                 generate = SugarGenerator(trained, processor, progress=True)
                 results = evaluate_tasks(evaluation, embed, generate)
                 for name, benchmark in benchmarks.items():
                     results |= {f"{name}/{metric}": value for metric, value in benchmark.run(embed, generate).items()}
-                columns.setdefault(run, []).append(results)
+                measured.setdefault(run, []).append(results)
+        columns = {"chance": [chance(tasks)], "labels": [labels]}
+        columns |= {f"untouched ({pooling})": [results] for pooling, results in untouched().items()}
+        for baseline in baselines:
+            by_pooling, log, hits = baseline()
+            for pooling, results in by_pooling.items():
+                columns.setdefault(f"SFT ({pooling})", []).append(results)
+        logs, found = {"SFT": log, **logs}, {"SFT": hits, "Sugar": best_hits(embed, evaluation)}
 
-    print("4/4 the report")
-    found["Sugar"] = best_hits(embed, evaluation)
+    print("the report")
     pictures = write_pictures(output_dir, evaluation, embed, encoder, logs, found, delta=trainer.args.delta)
+    columns |= measured
     if any("@" in name for name in results):
         curves = {name: results[-1] for name, results in columns.items() if not name.endswith("(mean)")}
         plot_curves(curves, output_dir / "recall.png")
@@ -246,6 +251,69 @@ def render_world(directory: Path, data: DataArguments, evaluation: EvaluationDat
         sources[name] = str(directory / "facts" / f"{name}.parquet")
         Dataset.from_list(rows, features=facts.features).to_parquet(sources[name])
     return {"rag": sources}
+
+
+@contextmanager
+def _second_process(log: Path) -> Iterator[Callable[..., Callable[[], Any]]]:
+    """Gives a function that takes a call and returns one that gives its result. Small models do not fill the cores of a CPU:
+    there the calls are made meanwhile, one after another, by a process that has half of the threads and writes what it prints
+    to a file. Elsewhere each is made when its result is asked for."""
+    threads, state = torch.get_num_threads(), distributed_state()
+    if state.device.type != "cpu" or state.num_processes > 1 or threads == 1:
+        yield partial
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = (log, threads // 2)
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_start_second_process, initargs=start)
+    torch.set_num_threads(threads - threads // 2)
+    print(f"the untouched checkpoint and SFT in a second process, which writes to {log}")
+    try:
+        yield lambda function, *args: pool.submit(function, *args).result
+    except BaseException:
+        for process in active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
+        torch.set_num_threads(threads)
+
+
+def _start_second_process(log: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    with open(log, "w") as stream:
+        os.dup2(stream.fileno(), sys.stdout.fileno())
+        os.dup2(stream.fileno(), sys.stderr.fileno())
+
+
+def _train(
+    name: str, model_path: str, settings: dict[str, Any], lora: dict[str, Any], train_dataset, eval_dataset
+) -> SugarTrainer:
+    print(f"training {name}", flush=True)
+    trainer = SugarTrainer(
+        model=model_path,
+        args=SugarTrainingConfig(**settings),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=LoraConfig(**lora),
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def _fine_tuned(evaluation: EvaluationData, *training) -> tuple[dict[str, Any], list[dict[str, float]], list]:
+    """Of supervised fine-tuning: results by pooling, the log, and what it finds."""
+    trainer = _train(*training)
+    processor = trainer.processing_class
+    hits = best_hits(SugarEmbedder(trainer.model.eval(), processor, project=False), evaluation)
+    return _untrained(trainer.model, processor, evaluation), trainer.state.log_history, hits
+
+
+def _untouched(model_path: str, evaluation: EvaluationData) -> dict[str, dict[str, Any]]:
+    print("the untouched checkpoint", flush=True)
+    model = SugarForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32)
+    processor = SugarProcessor.from_pretrained(model_path)
+    return _untrained(model.to(distributed_state().device), processor, evaluation)
 
 
 def _untrained(model, processor, evaluation: EvaluationData) -> dict[str, dict[str, Any]]:
