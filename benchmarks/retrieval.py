@@ -88,12 +88,12 @@ def main():
     names = [worker.stdout.readline().strip().split("|") for worker in workers][0]
     for name in names:
         times = []
-        for _ in range(args.repeats + 1):
+        for repeat in range(args.repeats + 1):
             seconds = []
-            for worker in workers:
+            for worker in workers if repeat % 2 else workers[::-1]:  # each goes first as often as the other
                 print(name, file=worker.stdin, flush=True)
                 seconds.append(float(worker.stdout.readline()))
-            times.append(seconds)
+            times.append(seconds if repeat % 2 else seconds[::-1])
         here, *other = (statistics.median(column) for column in zip(*times[1:], strict=True))  # the first warms up
         ratio = "".join(f", other {1e3 * o:.1f} ms" for o in other)
         if other:
