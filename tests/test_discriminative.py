@@ -11,6 +11,7 @@ import tiny
 import tiny_runs
 import torch
 import torch.nn.functional as F
+import transformers
 from datasets import Image, List
 from peft import LoraConfig
 from tiny import randn
@@ -116,6 +117,7 @@ class TestCalibration:
         assert not torch.allclose(first, stored)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.23", reason="its random DINOv2 has other weights")
 def test_the_papers_loss_is_what_it_was(make):
     """Values of the version before the contrastive loss, of the same seed."""
     trainer = make((conversation, caption, story), **PAPER)

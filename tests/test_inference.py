@@ -199,6 +199,8 @@ def test_bad_conversations_are_named(pair, monkeypatch):
         ({**row(image, "a"), "images": []}, "holds 0 images but `messages` has 1"),
         (row("word " * 700, id="x"), "the limit is 512"),
         (row({"bytes": b"no image", "path": None}), r"images\[0\]: image of 8 bytes cannot be decoded"),
+        (row("hm </s>"), "contains '</s>', a special token"),
+        (row("an <image>", image), "contains '<image>', a special token"),
         (row("please refuse"), "cannot be put before the model: not this one"),
         (
             {**good, "messages": [*good["messages"], {"role": "assistant", "content": "hm"}]},

@@ -104,7 +104,8 @@ HOSTILE = [
     (CHAT, user([{"type": "text"}]), 400, "a part of the type 'text'"),
     (CHAT, user([{"type": "text", "text": 1}]), 400, r"content\[0\].text`"),
     (CHAT, user("\ud800"), 400, "surrogate"),
-    (CHAT, user("hello <image>"), 400, "image"),
+    (CHAT, user("hello <image>"), 400, "contains '<image>', a special token"),
+    (CHAT, user("hello </s>"), 400, "contains '</s>', a special token"),
     (CHAT, {"messages": [{"role": "assistant", "content": "hello"}]}, 400, "assistant"),
     (
         CHAT,

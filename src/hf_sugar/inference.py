@@ -272,6 +272,7 @@ class SugarGenerator:
         names = names or [row_name(row, n) for n, row in enumerate(conversations)]
         filled = [_filled(row, name) for row, name in zip(conversations, names, strict=True)]
         for messages, name in zip(filled, names):
+            self.processor.refuse_special_tokens(messages, name)
             if (last := messages[-1]["role"]) != "user":
                 raise ValueError(f"{name}: the last turn is the {last}'s; there is nothing to answer.")
         try:

@@ -324,12 +324,24 @@ class SugarProcessor(ProcessorMixin):
             batch["labels"] = labels
         return batch
 
+    @property
+    def _special_tokens(self) -> re.Pattern:
+        image_tokens = self.tokenizer.convert_ids_to_tokens(self._feature_token_ids)
+        return _special_tokens(self.tokenizer, len(self.tokenizer), self.image_token, *image_tokens)
+
+    def refuse_special_tokens(self, messages: list[dict[str, Any]], name: str) -> None:
+        """`ValueError` for a text in which a special token is typed: it would end a turn, or stand for an image."""
+        special = self._special_tokens
+        for text in [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]:
+            if typed := special.search(text):
+                problem = f"the text {text[:60]!r} contains {typed.group()!r}, a special token"
+                raise ValueError(f"{name}: {problem}. Take it out; an image is a part of its own.")
+
     def _render(self, messages: list[dict[str, Any]], name: str) -> tuple[str, list[tuple]]:
         """The text of a conversation and, for each slice in order: is it an image, where its text starts and ends,
         where its loss ends, and the kinds of loss that cover it."""
         texts, slices, marked, ends_turn = [], [], [], set()
-        image_tokens = self.tokenizer.convert_ids_to_tokens(self._feature_token_ids)
-        special = _special_tokens(self.tokenizer, len(self.tokenizer), self.image_token, *image_tokens)
+        self.refuse_special_tokens(messages, name)
         for message in messages:
             role, parts = message["role"], []
             kinds = {"text", "answers"} if role == "assistant" and message.get("learn", True) else {"text"}
@@ -339,10 +351,6 @@ class SugarProcessor(ProcessorMixin):
                     slices.append((None, kinds))
                     parts.append({"type": "image"})
                     continue
-                if typed := special.search(part["text"]):
-                    raise ValueError(
-                        f"{name}: the text {part['text'][:60]!r} contains {typed.group()!r}, a special token. Take it out; an image is a part of its own."
-                    )
                 if role != "system":
                     slices.append((len(texts), kinds))
                 parts.append({"type": "text", "text": _MARK.format(len(texts))})
@@ -373,7 +381,7 @@ class SugarProcessor(ProcessorMixin):
             if number in ends_turn:
                 # what ends the turn belongs to the answer: the model has to learn to stop
                 rest = rendered[cursor:].lstrip()
-                if stop := special.match(rest):
+                if stop := self._special_tokens.match(rest):
                     loss_end += len(rendered) - cursor - len(rest) + stop.end()
             spans[number] = start, len(text), loss_end
         text += rendered[cursor:]
