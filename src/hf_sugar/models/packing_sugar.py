@@ -45,6 +45,8 @@ def why_padded(vlm: PreTrainedModel) -> str | None:
         return "its attention does not go through transformers' attention interface"
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         return "it takes no positions"
+    if hasattr(getattr(decoder, "embeddings", None), "position_embedding"):  # CLIP's text model and its kin
+        return "it takes no more tokens in all than positions"
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if decoder._is_stateful or others:
         return f"its layers carry a state from token to token ({', '.join(sorted(others)) or 'recurrent'})"
