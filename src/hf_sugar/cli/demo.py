@@ -9,8 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, get_start_method, parent_process, set_start_method
 from pathlib import Path
+from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -263,14 +265,20 @@ def _second_process(log: Path) -> Iterator[Callable[..., Callable[[], Any]]]:
         yield partial
         return
     log.parent.mkdir(parents=True, exist_ok=True)
-    start = (log, threads // 2)
+    log.write_text("")
+    start, others, script = (log, threads // 2, get_start_method()), active_children(), sys.modules["__main__"]
     pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_start_second_process, initargs=start)
+    sys.modules["__main__"] = ModuleType("__main__")  # what calls this is not run again there, guarded or not
+    try:
+        pool.submit(int)  # starts it
+    finally:
+        sys.modules["__main__"] = script
     torch.set_num_threads(threads - threads // 2)
     print(f"the untouched checkpoint and SFT in a second process, which writes to {log}")
     try:
         yield lambda function, *args: pool.submit(function, *args).result
     except BaseException:
-        for process in active_children():
+        for process in set(active_children()).difference(others):
             process.terminate()
         raise
     finally:
@@ -278,11 +286,18 @@ def _second_process(log: Path) -> Iterator[Callable[..., Callable[[], Any]]]:
         torch.set_num_threads(threads)
 
 
-def _start_second_process(log: Path, threads: int) -> None:
+def _start_second_process(log: Path, threads: int, start_method: str) -> None:
+    set_start_method(start_method, force=True)  # data is loaded as in the first process
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     with open(log, "w") as stream:
         os.dup2(stream.fileno(), sys.stdout.fileno())
         os.dup2(stream.fileno(), sys.stderr.fileno())
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
 
 
 def _train(
