@@ -12,7 +12,6 @@ from functools import partial
 from multiprocessing import active_children, get_context, get_start_method, parent_process, set_start_method
 from pathlib import Path
 from threading import Thread
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -266,19 +265,14 @@ def _second_process(log: Path) -> Iterator[Callable[..., Callable[[], Any]]]:
         return
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
-    start, others, script = (log, threads // 2, get_start_method()), active_children(), sys.modules["__main__"]
+    start = (log, threads // 2, get_start_method())
     pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_start_second_process, initargs=start)
-    sys.modules["__main__"] = ModuleType("__main__")  # what calls this is not run again there, guarded or not
-    try:
-        pool.submit(int)  # starts it
-    finally:
-        sys.modules["__main__"] = script
     torch.set_num_threads(threads - threads // 2)
     print(f"the untouched checkpoint and SFT in a second process, which writes to {log}")
     try:
         yield lambda function, *args: pool.submit(function, *args).result
     except BaseException:
-        for process in set(active_children()).difference(others):
+        for process in active_children():
             process.terminate()
         raise
     finally:
@@ -287,7 +281,7 @@ def _second_process(log: Path) -> Iterator[Callable[..., Callable[[], Any]]]:
 
 
 def _start_second_process(log: Path, threads: int, start_method: str) -> None:
-    set_start_method(start_method, force=True)  # data is loaded as in the first process
+    set_start_method(start_method, force=True)  # of those that load data
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     with open(log, "w") as stream:
