@@ -1,12 +1,8 @@
 """The data that several commands take. Nothing here imports torch."""
 
-from dataclasses import MISSING, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def setting(help: str, default: Any = MISSING, **metadata: Any) -> Any:
-    """A field of a dataclass of settings, required without a default; `metadata` may have `choices` and `aliases`."""
-    return field(default=default, metadata={"help": help, **metadata})
+from hf_sugar.settings import setting
 
 
 @dataclass

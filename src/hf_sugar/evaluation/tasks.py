@@ -5,7 +5,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from ..data.images import answers_to_image, load_image, row_slices, undecoded
 from ..inference import in_role
 from ..models.rows_sugar import conversation_row, row_name
 from ..retrieval.rag import split_answer
+from ..settings import setting
 from .metrics import Estimate, recall_at_k
 
 
@@ -43,18 +44,14 @@ class EvaluationData:
     names to sources, each measured apart.
     """
 
-    image_text_data: list[str] | None = field(
-        default=None, metadata={"help": "Rows with one image and an answer or caption: retrieval both ways."}
+    image_text_data: list[str] | None = setting(
+        "Rows with one image and an answer or caption: retrieval both ways.", None
     )
-    interleaved_data: list[str] | None = field(
-        default=None, metadata={"help": "Documents: retrieval of the next image given what precedes it."}
+    interleaved_data: list[str] | None = setting(
+        "Documents: retrieval of the next image given what precedes it.", None
     )
-    generation_data: list[str] | None = field(
-        default=None, metadata={"help": "Conversations: exact match of the last answer."}
-    )
-    winoground_data: list[str] | None = field(
-        default=None, metadata={"help": "Dataset with image_0, image_1, caption_0, caption_1."}
-    )
+    generation_data: list[str] | None = setting("Conversations: exact match of the last answer.", None)
+    winoground_data: list[str] | None = setting("Dataset with image_0, image_1, caption_0, caption_1.", None)
 
     def any(self) -> bool:
         return any(vars(self).values())

@@ -1,12 +1,9 @@
 """What `hf-sugar serve` can be told. Nothing here imports torch."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def setting(help: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": help})
+from ..settings import setting
 
 
 @dataclass

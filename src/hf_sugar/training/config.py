@@ -2,11 +2,11 @@ import math
 from dataclasses import InitVar, dataclass
 
 import torch
-from transformers.hf_argparser import HfArg
 from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
-from ..alignment.kernel import _check_delta
+from ..alignment.kernel import LARGEST_DELTA, SMALLEST_DELTA
+from ..settings import setting
 
 
 logger = logging.get_logger(__name__)
@@ -30,7 +30,7 @@ _RANGES = {
     "contrastive_weight": (0, 1e6),
     "contrastive_temperature": (1e-3, 1e3),
     "contrastive_mask_above": (-1, math.inf),
-    "delta": (0, 1e6),
+    "delta": (SMALLEST_DELTA, LARGEST_DELTA),
     "singles_per_sample": (0, math.inf),
     "eval_retrieval_rows": (0, math.inf),
     **dict.fromkeys(
@@ -45,28 +45,24 @@ _RANGES = {
 class LabelSettings:
     """What the labels of pairs depend on, beside teachers and data. A `ValueError` names a value out of range."""
 
-    delta: float = HfArg(
-        default=1.0,
-        help="Bandwidth of the alignment kernel: sigma = delta * sqrt((n + m) / 2) for sequences of n and m slices.",
+    delta: float = setting(
+        "Bandwidth of the alignment kernel: sigma = delta * sqrt((n + m) / 2) for sequences of n and m slices.", 1.0
     )
-    label_kernel: str = HfArg(
-        default="gak",
-        help="'gak' aligns the slice sequences, 'mean' averages over all slice pairs (the 'w/o GAK' ablation).",
-        metadata={"choices": ["gak", "mean"]},
+    label_kernel: str = setting(
+        "'gak' aligns the slice sequences, 'mean' averages over all slice pairs (the 'w/o GAK' ablation).",
+        "gak",
+        choices=["gak", "mean"],
     )
-    label_normalization: str = HfArg(
-        default="self+count",
-        help="Normalisation of the alignment kernel.",
-        metadata={"choices": ["none", "self", "count", "self+count"]},
+    label_normalization: str = setting(
+        "Normalisation of the alignment kernel.", "self+count", choices=["none", "self", "count", "self+count"]
     )
-    positions_per_sample: int = HfArg(
-        default=4,
-        help="How many slice ends of each sample are drawn at every step; a sample with fewer slices gives all.",
+    positions_per_sample: int = setting(
+        "How many slice ends of each sample are drawn at every step; a sample with fewer slices gives all.", 4
     )
-    singles_per_sample: int = HfArg(
-        default=1,
-        help="How many of the later slices of a row, images before texts, stand beside it as sequences of their own; of a "
+    singles_per_sample: int = setting(
+        "How many of the later slices of a row, images before texts, stand beside it as sequences of their own; of a "
         "conversation its further images.",
+        1,
     )
 
     def __post_init__(self):
@@ -74,7 +70,6 @@ class LabelSettings:
             value = getattr(self, name, None)
             if value is not None and not (isinstance(value, int | float) and least <= value <= most):
                 raise ValueError(f"`{name}` is {value!r}; it must be from {least} to {most:g}.")
-        _check_delta(self.delta)
         # transformers' own fields have choices too, and hold what is made of them
         ours = [cls for cls in type(self).__mro__ if issubclass(cls, LabelSettings)]
         for name in (name for cls in ours for name in cls.__annotations__):
@@ -96,112 +91,107 @@ class SugarTrainingConfig(LabelSettings, SFTConfig):
         `ValueError`: for a value out of range, and for a setting of [`~trl.SFTConfig`] that would have no effect.
     """
 
-    learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
-    lr_scheduler_type: str = HfArg(default="cosine", help="Learning rate schedule.")
-    warmup_steps: float = HfArg(default=0.03, help="Warm-up: a number of steps, or below 1 a share of all steps.")
-    max_length: int | None = HfArg(
-        default=None,
-        help="Longest sequence allowed, image tokens included; a longer sample is an error, never cut. Defaults to what the "
+    learning_rate: float = setting("Peak learning rate.", 1e-4)
+    lr_scheduler_type: str = setting("Learning rate schedule.", "cosine")
+    warmup_steps: float = setting("Warm-up: a number of steps, or below 1 a share of all steps.", 0.03)
+    max_length: int | None = setting(
+        "Longest sequence allowed, image tokens included; a longer sample is an error, never cut. Defaults to what the "
         "model takes.",
+        None,
     )
 
-    padding_free: bool = HfArg(
-        default=False,
-        help="Lay the rows of a batch end to end instead of padding them, with the same losses ('sdpa' or flash attention).",
+    padding_free: bool = setting(
+        "Lay the rows of a batch end to end instead of padding them, with the same losses ('sdpa' or flash attention).",
+        False,
     )
-    max_batch_tokens: int | None = HfArg(
-        default=None,
-        help="About so many tokens, images expanded, are a training batch of a device, instead of a number of rows. Needs "
+    max_batch_tokens: int | None = setting(
+        "About so many tokens, images expanded, are a training batch of a device, instead of a number of rows. Needs "
         "`padding_free`.",
+        None,
     )
 
     # Discriminative loss
-    structure_weight: float | None = HfArg(
-        default=None,
-        help="Weight of the discriminative loss (alpha in Eq. 1); 0 is plain supervised fine-tuning. Defaults to 0.01, and to "
+    structure_weight: float | None = setting(
+        "Weight of the discriminative loss (alpha in Eq. 1); 0 is plain supervised fine-tuning. Defaults to 0.01, and to "
         "0.3 for the structure loss alone.",
+        None,
     )
-    discriminative_loss: str = HfArg(
-        default="both",
-        help="'structure' is the paper's loss, 'contrastive' InfoNCE of pairs that belong together, 'both' is structure_loss + "
+    discriminative_loss: str = setting(
+        "'structure' is the paper's loss, 'contrastive' InfoNCE of pairs that belong together, 'both' is structure_loss + "
         "contrastive_weight * contrastive_loss.",
-        metadata={"choices": ["structure", "contrastive", "both"]},
+        "both",
+        choices=["structure", "contrastive", "both"],
     )
-    contrastive_weight: float = HfArg(
-        default=40.0, help="Weight of the contrastive loss within the discriminative loss."
-    )
-    contrastive_temperature: float = HfArg(default=0.1, help="Temperature of the contrastive loss.")
-    contrastive_mask_above: float = HfArg(
-        default=0.95,
-        help="Candidates that the teachers call so similar to the right one are no negatives; 0 is the mean of such pairs, 1 is "
+    contrastive_weight: float = setting("Weight of the contrastive loss within the discriminative loss.", 40.0)
+    contrastive_temperature: float = setting("Temperature of the contrastive loss.", 0.1)
+    contrastive_mask_above: float = setting(
+        "Candidates that the teachers call so similar to the right one are no negatives; 0 is the mean of such pairs, 1 is "
         "equal.",
+        0.95,
     )
-    label_calibration: str = HfArg(
-        default="blocks",
-        help="'blocks' brings each kind of pair to one mean and spread, 'none' leaves the paper's labels.",
-        metadata={"choices": ["blocks", "none"]},
+    label_calibration: str = setting(
+        "'blocks' brings each kind of pair to one mean and spread, 'none' leaves the paper's labels.",
+        "blocks",
+        choices=["blocks", "none"],
     )
-    matrix_batch_size: int | None = HfArg(
-        default=None,
-        help="Rows of a device that are compared with one another; `per_device_train_batch_size`, the default, are in memory at a "
+    matrix_batch_size: int | None = setting(
+        "Rows of a device that are compared with one another; `per_device_train_batch_size`, the default, are in memory at a "
         "time.",
+        None,
     )
-    structure_reduction: str = HfArg(
-        default="row_mean",
-        help="Reduction of the structure loss: 'row_mean' is Eq. 3 (1/n), 'mean' is 1/n^2, 'sum' is neither.",
-        metadata={"choices": ["row_mean", "mean", "sum"]},
+    structure_reduction: str = setting(
+        "Reduction of the structure loss: 'row_mean' is Eq. 3 (1/n), 'mean' is 1/n^2, 'sum' is neither.",
+        "row_mean",
+        choices=["row_mean", "mean", "sum"],
     )
-    gather_across_devices: bool = HfArg(
-        default=True,
-        help="Whether to compare the positions of all processes with one another. Gradient accumulation does not enlarge "
+    gather_across_devices: bool = setting(
+        "Whether to compare the positions of all processes with one another. Gradient accumulation does not enlarge "
         "the comparison.",
+        True,
     )
-    allow_single_sample: bool = HfArg(
-        default=False,
-        help="Whether a label matrix may hold one sample alone, whose positions are all alike.",
+    allow_single_sample: bool = setting(
+        "Whether a label matrix may hold one sample alone, whose positions are all alike.", False
     )
-    flip_captions: bool = HfArg(
-        default=False,
-        help="Image-caption rows appear in either order at random, without generative loss where they are flipped, and no slices "
+    flip_captions: bool = setting(
+        "Image-caption rows appear in either order at random, without generative loss where they are flipped, and no slices "
         "stand beside rows.",
+        False,
     )
 
     # Teachers
-    teachers: dict | str | None = HfArg(
-        default=None,
-        help="Hub ids or directories of the frozen encoders: `image`, `text` and `cross` (a CLIP-like pair); `cross` alone "
+    teachers: dict | str | None = setting(
+        "Hub ids or directories of the frozen encoders: `image`, `text` and `cross` (a CLIP-like pair); `cross` alone "
         "is used for everything (the 'w/o TK' ablation). It may also hold `revisions`, `dtype`, `long_text` ('windows' or "
         "'truncate') and `batch_size`. 'tiny' stands for those in this package. Defaults to DINOv2-base, BGE-base and CLIP "
         "ViT-L/14, or to those that the embeddings in the data are from.",
+        None,
     )
-    teacher_mode: str = HfArg(
-        default="cache",
-        help="'cache' embeds every slice of the dataset that has no embedding once before training, 'online' batch by batch.",
-        metadata={"choices": ["cache", "online"]},
+    teacher_mode: str = setting(
+        "'cache' embeds every slice of the dataset that has no embedding once before training, 'online' batch by batch.",
+        "cache",
+        choices=["cache", "online"],
     )
-    teacher_cache_dir: str | None = HfArg(
-        default=None, help="Where embeddings are kept. Defaults to `teacher_cache` in `output_dir`."
+    teacher_cache_dir: str | None = setting(
+        "Where embeddings are kept. Defaults to `teacher_cache` in `output_dir`.", None
     )
 
     # Model
-    image_pooling: str = HfArg(
-        default="mean",
-        help="What represents an image: the mean of the hidden states of its tokens, or the last one.",
-        metadata={"choices": ["mean", "last"]},
+    image_pooling: str = setting(
+        "What represents an image: the mean of the hidden states of its tokens, or the last one.",
+        "mean",
+        choices=["mean", "last"],
     )
-    retrieval_dim: int = HfArg(default=768, help="Size of the embeddings, when the retrieval projector is made new.")
-    retrieval_hidden_size: int | None = HfArg(
-        default=None,
-        help="Width of the hidden layer of a new retrieval projector. Defaults to the language model's hidden size.",
+    retrieval_dim: int = setting("Size of the embeddings, when the retrieval projector is made new.", 768)
+    retrieval_hidden_size: int | None = setting(
+        "Width of the hidden layer of a new retrieval projector. Defaults to the language model's hidden size.", None
     )
-    freeze_vision_tower: bool = HfArg(
-        default=False,
-        help="Whether the vision tower stays as it is where full weights are trained.",
+    freeze_vision_tower: bool = setting(
+        "Whether the vision tower stays as it is where full weights are trained.", False
     )
-    matryoshka_dims: list[int] | None = HfArg(
-        default=None,
-        help="Lengths, besides the whole one, to which embeddings may be cut: the discriminative loss is the mean over all. "
+    matryoshka_dims: list[int] | None = setting(
+        "Lengths, besides the whole one, to which embeddings may be cut: the discriminative loss is the mean over all. "
         "Defaults to the model's.",
+        None,
     )
     # On the command line these two are settings of `trl.ModelConfig` and of the data, so they are no fields here. QLoRA:
     # a model that is named by id is loaded with NF4 weights, double quantization and bfloat16 compute.
@@ -210,10 +200,10 @@ class SugarTrainingConfig(LabelSettings, SFTConfig):
     on_bad_row: InitVar[str] = "error"
 
     # Evaluation
-    eval_retrieval_rows: int = HfArg(
-        default=512,
-        help="Image-text retrieval is measured too, among the first so many rows of the evaluation dataset that have one "
+    eval_retrieval_rows: int = setting(
+        "Image-text retrieval is measured too, among the first so many rows of the evaluation dataset that have one "
         "image and one answer or caption; 0 for none.",
+        512,
     )
 
     # parsed from JSON on the command line, as transformers does for its own dict fields
