@@ -9,10 +9,8 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """
-    A path to write a file or a directory to, which takes the name `path` when the block ends: what had that name is
-    replaced as a whole, or stays as it was. Directories above it are made.
-    """
+    """A path to write a file or a directory to, which takes the name `path` when the block ends: what had that name is
+    replaced as a whole, or stays as it was. Directories above it are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))

@@ -52,10 +52,8 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def _sum_alignments(
     local: torch.Tensor, rows: int, columns: int, n: torch.Tensor, m: torch.Tensor, linear: bool
 ) -> torch.Tensor:
-    """
-    Theorem 1: each cell is the sum of its three neighbours times its local kernel. `local` has shape `(cells, pairs)`, by
-    anti-diagonal and row of a grid; `n + m` increases.
-    """
+    """Theorem 1: each cell is the sum of its three neighbours times its local kernel. `local` has shape `(cells, pairs)`,
+    by anti-diagonal and row of a grid; `n + m` increases."""
     add, multiply, zero = (torch.add, torch.mul, 0.0) if linear else (torch.logaddexp, torch.add, LOG_ZERO)
     traced = local.requires_grad and torch.is_grad_enabled()
     ends = dict(zip(*(part.tolist() for part in (n + m - 2).unique_consecutive(return_counts=True))))

@@ -20,10 +20,9 @@ CLOSE = 0.1
 
 
 class Slices:
-    """
-    Packed slices, checked, and the squared distances between blocks of them. The texts of a block stand before its images,
-    so that every kind of pair is one product of the halves that Eq. 6 compares; without modalities all are texts.
-    """
+    """Packed slices, checked, and the squared distances between blocks of them. The texts of a block stand before its
+    images, so that every kind of pair is one product of the halves that Eq. 6 compares; without modalities all are
+    texts."""
 
     def __init__(
         self, embeddings: torch.Tensor, offsets: torch.Tensor, modality: torch.Tensor | None, split: int | None

@@ -146,11 +146,9 @@ def command_settings(command: str) -> dict[str, dict[str, Setting]]:
 
 
 def parse(command: str, positional: tuple[str, ...], argv: list[str]) -> list[Any]:
-    """
-    An instance of each dataclass that a command's function takes, from its arguments and, with `--config FILE`, from YAML,
-    where arguments win. Settings in `positional` may be given without their flags: the first is required, and a list takes
-    all that is left. Raises a `UsageError` that names the setting.
-    """
+    """An instance of each dataclass that a command's function takes, from its arguments and, with `--config FILE`, from
+    YAML, where arguments win. Settings in `positional` may be given without their flags: the first is required, and a
+    list takes all that is left. Raises a `UsageError` that names the setting."""
     groups = command_settings(command)
     settings = {key: each for group in groups.values() for key, each in group.items()}
     argv = _spelled_out(argv, {f"--{key}" for key, each in settings.items() if each.kind == "bool"})

@@ -65,10 +65,8 @@ def label_ceilings(
 
 
 def chance(tasks: Sequence[Task]) -> dict[str, Any]:
-    """
-    What tasks from [`~evaluation.load_tasks`] give by chance, in percent, under the names of their results: recall of
-    candidates in random order, Winoground's scores of random similarities. `"notes"` says what the results are worth.
-    """
+    """What tasks from [`~evaluation.load_tasks`] give by chance, in percent, under the names of their results: recall of
+    candidates in random order, Winoground's scores of random similarities. `"notes"` says what the results are worth."""
     notes = list(dict.fromkeys(WORTH[task.field] for task in tasks))
     return {**run_tasks(tasks, None, None), "notes": notes}
 

@@ -39,10 +39,8 @@ WINOGROUND_CHANCE = {"text_score": 25.0, "image_score": 25.0, "group_score": 100
 
 @dataclass
 class EvaluationData:
-    """
-    Which data each task is run on. Every field is a source as [`hf_sugar.data.load_data`] takes it, or a mapping of
-    names to sources, each measured apart.
-    """
+    """Which data each task is run on. Every field is a source as [`hf_sugar.data.load_data`] takes it, or a mapping of
+    names to sources, each measured apart."""
 
     image_text_data: list[str] | None = setting(
         "Rows with one image and an answer or caption: retrieval both ways.", None

@@ -39,11 +39,9 @@ def slice_end_template(processor: SugarProcessor) -> str:
 
 
 def find_inexact_input(processor: SugarProcessor, template: str) -> str | None:
-    """
-    What differs for an input that stock modules would embed in another way, if there is one. They take the last token of
-    the conversation as `template` (see [`slice_end_template`]) cuts it. That is the last slice's last token if the cut
-    conversation has the tokens of the whole one up to there, and no more.
-    """
+    """What differs for an input that stock modules would embed in another way, if there is one. They take the last token
+    of the conversation as `template` (see [`slice_end_template`]) cuts it. That is the last slice's last token if the cut
+    conversation has the tokens of the whole one up to there, and no more."""
     backbone_processor = processor.to_backbone()
     texts = ["circle", "A circle.", "(1)", "end\u2026", "\u5713", "\u2b55"]
     image = {"type": "image", "image": Image.new("RGB", (64, 48), "gray")}

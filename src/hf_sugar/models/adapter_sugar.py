@@ -163,10 +163,8 @@ class SugarAdapterMixin:
         return self
 
     def export_adapter(self, save_directory: str | Path) -> None:
-        """
-        Write the LoRA weights of the active adapter for the backbone's own class, without the retrieval projector:
-        `PeftModel.from_pretrained(backbone, save_directory)` generates what this model generates.
-        """
+        """Write the LoRA weights of the active adapter for the backbone's own class, without the retrieval projector:
+        `PeftModel.from_pretrained(backbone, save_directory)` generates what this model generates."""
         adapter = self._active_adapter()
         if adapter is None:
             raise ValueError("There is no adapter to export; `export_backbone` writes the whole backbone.")

@@ -104,10 +104,9 @@ class SugarCheckpointMixin(SugarAdapterMixin):
             ) from error
 
     def backbone_source(self) -> tuple[str, str | None]:
-        """
-        Name and commit of the place where the backbone's weights are. The name is empty where they are nowhere: not
-        loaded, or changed since then (merged, trained, resized). After saving them, say where by `config.name_or_path`.
-        """
+        """Name and commit of the place where the backbone's weights are. The name is empty where they are nowhere: not
+        loaded, or changed since then (merged, trained, resized). After saving them, say where by
+        `config.name_or_path`."""
         name, loaded = self._loaded_from
         if self.config.name_or_path == name and not same_fingerprint(loaded, fingerprint(self.vlm)):
             return "", None
@@ -123,10 +122,9 @@ class SugarCheckpointMixin(SugarAdapterMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """
-        Save a full checkpoint, or an adapter repository if an adapter is attached, with the code, so that the Auto classes
-        can load it without this library. Arguments are those of [`~transformers.PreTrainedModel.save_pretrained`].
-        """
+        """Save a full checkpoint, or an adapter repository if an adapter is attached, with the code, so that the Auto
+        classes can load it without this library. Arguments are those of
+        [`~transformers.PreTrainedModel.save_pretrained`]."""
         adapter = self._active_adapter()
         if adapter is None:
             self.config.backbone_name_or_path = self.config.backbone_revision = self.config.backbone_fingerprint = None

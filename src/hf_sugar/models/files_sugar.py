@@ -15,10 +15,9 @@ ADAPTER_SUBFOLDER = "adapter"
 
 @contextmanager
 def whole_directory(directory: str | Path) -> Iterator[Path]:
-    """
-    A place to write a checkpoint to. When the block ends, the files from there are moved into `directory`, new or not, and
-    what is left of another checkpoint goes; other files stay. Where the block is broken off, `directory` stays as it was.
-    """
+    """A place to write a checkpoint to. When the block ends, the files from there are moved into `directory`, new or not,
+    and what is left of another checkpoint goes; other files stay. Where the block is broken off, `directory` stays as it
+    was."""
     directory = Path(directory)
     new = directory / ".incomplete"
     shutil.rmtree(new, ignore_errors=True)

@@ -16,11 +16,9 @@ SAMPLED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def fingerprint(model: nn.Module, adapters: bool = False) -> str:
-    """
-    What tells models (or backbones) apart, to be compared by [`same_fingerprint`]: a few numbers of every weight, each beside
-    a checksum of the weight's name, as 16 characters; with `adapters` those of the active adapter too. Quantized weights and
-    those that are not whole on this process (sharded, offloaded) are left out.
-    """
+    """What tells models (or backbones) apart, to be compared by [`same_fingerprint`]: a few numbers of every weight, each
+    beside a checksum of the weight's name, as 16 characters; with `adapters` those of the active adapter too. Quantized
+    weights and those that are not whole on this process (sharded, offloaded) are left out."""
     weights = dict(_weights(model))
     if adapters and (adapter := model._active_adapter()) is not None:
         if not any(module.disable_adapters for _, module in model._adapter_modules()):
@@ -43,10 +41,8 @@ def fingerprint(model: nn.Module, adapters: bool = False) -> str:
 
 
 def same_fingerprint(first: str, second: str) -> bool:
-    """
-    Whether two [`fingerprint`]s are of the same weights, in whatever precision each was loaded. What only one of them
-    has, because the other was quantized, is not compared.
-    """
+    """Whether two [`fingerprint`]s are of the same weights, in whatever precision each was loaded. What only one of them
+    has, because the other was quantized, is not compared."""
     if not (first.startswith(PREFIX) and second.startswith(PREFIX)):
         return first == second
     tables = []

@@ -11,10 +11,8 @@ from .discriminative import ROW_COLUMNS, DiscriminativeLoss, discriminative_rows
 
 @dataclass
 class Compared:
-    """
-    A batch whose rows have been compared with those of other batches. Called with the rows computed again, it gives the loss
-    of the whole matrix, and sends the rows' share of its gradient back to them.
-    """
+    """A batch whose rows have been compared with those of other batches. Called with the rows computed again, it gives
+    the loss of the whole matrix, and sends the rows' share of its gradient back to them."""
 
     loss: torch.Tensor
     found: dict[str, torch.Tensor]
@@ -40,12 +38,10 @@ class Compared:
 def compare_ahead(
     model: torch.nn.Module, batches: list[dict[str, Any]], loss: DiscriminativeLoss, gather: bool
 ) -> None:
-    """
-    Compare the rows of several batches of [`SugarCollator`] with one another, and with `gather` with those of all processes:
-    their embeddings are computed without gradients, a batch at a time, and each batch gets a [`Compared`] under `"compared"`,
-    with which its own backward pass is that of the whole matrix. The model, as it is wrapped for several processes, is in
-    training mode, and the batches on its device.
-    """
+    """Compare the rows of several batches of [`SugarCollator`] with one another, and with `gather` with those of all
+    processes: their embeddings are computed without gradients, a batch at a time, and each batch gets a [`Compared`]
+    under `"compared"`, with which its own backward pass is that of the whole matrix. The model, as it is wrapped for
+    several processes, is in training mode, and the batches on its device."""
     rows, states = [], []
     for batch in batches:
         device = batch["input_ids"].device

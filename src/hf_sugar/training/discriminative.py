@@ -36,10 +36,8 @@ def discriminative_rows(
     modality: torch.Tensor,
     single_slices: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """
-    What [`DiscriminativeLoss`] takes, a line for each row: the embeddings of the sequences beside them `(singles, dim)` are
-    divided among the rows.
-    """
+    """What [`DiscriminativeLoss`] takes, a line for each row: the embeddings of the sequences beside them
+    `(singles, dim)` are divided among the rows."""
     if single_slices is None:
         single_slices = modality.new_empty(len(modality), 0)
     singles = embeddings.new_zeros(*single_slices.shape, embeddings.shape[-1])
@@ -58,15 +56,13 @@ def pad_rows(batches: Iterable[Iterable[torch.Tensor]]) -> list[torch.Tensor]:
 
 
 class DiscriminativeLoss(nn.Module):
-    """
-    The discriminative loss of a batch, `structure_loss + contrastive_weight * contrastive_loss`, over ends of slices drawn
-    from each row, and the sequences that stand beside the rows. It is L_d of Eq. 1 of
-    [Sugar](https://huggingface.co/papers/2411.00304), whose Eq. 3 is the structure loss; the rest belongs to this library.
-    With `matryoshka_dims` both are means over embeddings cut to each of these lengths and whole
+    """The discriminative loss of a batch, `structure_loss + contrastive_weight * contrastive_loss`, over ends of slices
+    drawn from each row, and the sequences that stand beside the rows. It is L_d of Eq. 1 of
+    [Sugar](https://huggingface.co/papers/2411.00304), whose Eq. 3 is the structure loss; the rest belongs to this
+    library. With `matryoshka_dims` both are means over embeddings cut to each of these lengths and whole
     ([Matryoshka](https://huggingface.co/papers/2205.13147), where they are sums). `split` is that of
-    [`~hf_sugar.alignment.label_matrix`]; the `statistics` `(5, 2)` are from [`label_statistics`], and may be missing where the
-    labels stay as they are and nothing is contrasted.
-    """
+    [`~hf_sugar.alignment.label_matrix`]; the `statistics` `(5, 2)` are from [`label_statistics`], and may be missing
+    where the labels stay as they are and nothing is contrasted."""
 
     def __init__(self, args: SugarTrainingConfig, split: int | None = None, statistics: torch.Tensor | None = None):
         super().__init__()

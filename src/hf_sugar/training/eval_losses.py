@@ -13,11 +13,10 @@ from .gather import gather_rows
 
 
 class EvalLosses:
-    """
-    Losses of the rows of an evaluation, the same however they are batched and divided among processes: the generative loss
-    is a mean over tokens, and label matrices are of `size` rows that follow one another. `discriminative_loss` takes what
-    [`~training.discriminative.discriminative_rows`] gives of them, and gives their loss and a `dict` of what is logged.
-    """
+    """Losses of the rows of an evaluation, the same however they are batched and divided among processes: the generative
+    loss is a mean over tokens, and label matrices are of `size` rows that follow one another. `discriminative_loss` takes
+    what [`~training.discriminative.discriminative_rows`] gives of them, and gives their loss and a `dict` of what is
+    logged."""
 
     def __init__(self, accelerator: Accelerator, size: int, discriminative_loss: Callable | None = None):
         self.accelerator = accelerator

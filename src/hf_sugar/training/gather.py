@@ -19,11 +19,9 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather_rows(rows: torch.Tensor, padding: float = 0) -> torch.Tensor:
-    """
-    The rows `(n, width, ...)` of all processes, in the order of ranks: `(total, widest, ...)`. Each process may have another
-    number of them, and another width, which is filled up with `padding`. Gradients go back to the process that a row came
-    from. A process that is alone gets its own rows.
-    """
+    """The rows `(n, width, ...)` of all processes, in the order of ranks: `(total, widest, ...)`. Each process may have
+    another number of them, and another width, which is filled up with `padding`. Gradients go back to the process that a
+    row came from. A process that is alone gets its own rows."""
     if not dist.is_initialized():
         return rows
     shapes = _AllGather.apply(torch.tensor(rows.shape[:2], device=rows.device))

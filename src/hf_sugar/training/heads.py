@@ -32,15 +32,13 @@ class FusedSugarOutput(FusedCausalLMOutput):
 
 
 def add_structure_head(model: SugarForConditionalGeneration, padding_free: bool = False) -> None:
-    """
-    Let a model that has TRL's fused LM head also return embeddings from the same call: with `slice_ids` those of slices, and
-    with `singles`, inputs of [`SugarForConditionalGeneration.embed`], those of other sequences. `image_index` among these
-    says which of the `images` of the batch each of their images is; the vision tower sees it once, in families whose
-    `get_image_features` gives a list of images. With `blank_image` nothing of the image is used, with `without_head` no loss
-    is computed, as in [`embed_rows`]. With `padding_free` the rows of a batch are laid end to end, see
-    [`~models.packing_sugar.lay_rows`]. What the fused head gives a token has the shape `(1, tokens with a label)`, or without
-    `slice_ids` that of the rows. A copy of the model computes with its own weights.
-    """
+    """Let a model that has TRL's fused LM head also return embeddings from the same call: with `slice_ids` those of
+    slices, and with `singles`, inputs of [`SugarForConditionalGeneration.embed`], those of other sequences. `image_index`
+    among these says which of the `images` of the batch each of their images is; the vision tower sees it once, in
+    families whose `get_image_features` gives a list of images. With `blank_image` nothing of the image is used, with
+    `without_head` no loss is computed, as in [`embed_rows`]. With `padding_free` the rows of a batch are laid end to end,
+    see [`~models.packing_sugar.lay_rows`]. What the fused head gives a token has the shape `(1, tokens with a label)`, or
+    without `slice_ids` that of the rows. A copy of the model computes with its own weights."""
     model.padding_free = padding_free
     # For anything but the fused head TRL's function goes on to the forward that this very object had, which a copy would
     # ask for its answers (seen in TRL 1.16; nothing to be done here once it looks that forward up on `self`).

@@ -29,13 +29,11 @@ class LengthGroups(LengthGroupedSampler):
 
 
 class TokenBatches(BatchRebalanceSampler):
-    """
-    Batches of one process that hold at most so many tokens. All batches of an epoch hold nearly as many as one another, so
-    that no process waits; each epoch has every row once, in other batches, and as many of them. (Upstream's own sampler keeps
-    to a number of rows, and the trainer takes one of its class for a sampler that knows its process.) `lengths` are the tokens
-    of each row, and `epoch` a tensor that holds the number of the epoch, because upstream's `set_epoch` does not reach a run
-    that several processes resume (transformers 5.24).
-    """
+    """Batches of one process that hold at most so many tokens. All batches of an epoch hold nearly as many as one
+    another, so that no process waits; each epoch has every row once, in other batches, and as many of them. (Upstream's
+    own sampler keeps to a number of rows, and the trainer takes one of its class for a sampler that knows its process.)
+    `lengths` are the tokens of each row, and `epoch` a tensor that holds the number of the epoch, because upstream's
+    `set_epoch` does not reach a run that several processes resume (transformers 5.24)."""
 
     drop_last = True  # there is no rest: the number of batches is a multiple of that of processes
 

@@ -19,11 +19,9 @@ def as_published(where: str) -> Iterator[None]:
 
 
 class Benchmark:
-    """
-    Built from its settings, which reads and checks the data without any model. `paper` has what the paper
+    """Built from its settings, which reads and checks the data without any model. `paper` has what the paper
     (https://huggingface.co/papers/2411.00304) reports for its 7B model, in percent, by the names of results; `axis` says
-    what the number after `@` in them counts.
-    """
+    what the number after `@` in them counts."""
 
     paper: ClassVar[dict[str, float]] = {}
     axis: ClassVar[str] = ""
