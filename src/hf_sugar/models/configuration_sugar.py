@@ -107,6 +107,3 @@ class SugarConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path} has no config.json of a model: it is missing or damaged. Download it again."
             )
         return config, kwargs
-
-
-__all__ = ["SugarConfig"]

@@ -9,10 +9,9 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, PreTraine
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 
-from .adapter_sugar import ADAPTER_SUBFOLDER, PEFT_PREFIX
 from .checkpoint_sugar import SugarCheckpointMixin
 from .configuration_sugar import SugarConfig
-from .fingerprint_sugar import fingerprint, same_fingerprint, unwrapped
+from .fingerprint_sugar import fingerprint, unwrapped
 from .packing_sugar import lay_rows, unlay_rows
 
 
@@ -357,13 +356,3 @@ def _image_features(outputs: ModelOutput) -> torch.Tensor | None:
     if features is None and outputs.get("image_outputs") is not None:
         features = outputs["image_outputs"].pooler_output
     return torch.cat(list(features)) if isinstance(features, list | tuple) else features
-
-
-__all__ = [
-    "ADAPTER_SUBFOLDER",
-    "PEFT_PREFIX",
-    "SugarForConditionalGeneration",
-    "SugarOutput",
-    "fingerprint",
-    "same_fingerprint",
-]

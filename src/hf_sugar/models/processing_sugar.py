@@ -82,16 +82,6 @@ class SugarProcessor(ProcessorMixin):
 
     A chat template that does not keep the order of images and texts is replaced by one that does, and that equals
     LLaVA-1.5's in every other respect except that answers end with the end-of-sequence token.
-
-    Example:
-
-    ```python
-    >>> from pathlib import Path
-    >>> from hf_sugar import SugarProcessor
-
-    >>> processor = SugarProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf")
-    >>> inputs = processor.embed_inputs(["a red circle", Path("photo.jpg"), ["What is this?", Path("photo.jpg")]])
-    ```
     """
 
     @classmethod
@@ -406,6 +396,3 @@ def _with_slices(processor: ProcessorMixin) -> SugarProcessor:
 
 def _new(backbone_class: type) -> SugarProcessor:
     return _with_slices(backbone_class.__new__(backbone_class))
-
-
-__all__ = ["SugarProcessor"]
