@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from hf_sugar.models.rows_sugar import conversation_row, fill_images, iter_slices, row_name, to_rgb
+from hf_sugar.models.rows_sugar import conversation_row, fill_images, row_name, row_parts, to_rgb
 
 
 def load_image(image: Image.Image | str | Path | bytes | dict[str, Any], where: str = "image") -> Image.Image:
@@ -147,7 +147,7 @@ def row_slices(row: dict[str, Any], where: str = "row") -> list[str | Image.Imag
     numbers = iter(range(len(row["images"])))
     return [
         load_image(part["image"], f"{where}, images[{next(numbers)}]") if part["type"] == "image" else part["text"]
-        for part in iter_slices(fill_images(row["messages"], row["images"], where))
+        for part in row_parts(row, where)
     ]
 
 

@@ -249,6 +249,11 @@ def iter_slices(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield from message["content"]
 
 
+def row_parts(row: dict[str, Any], where: str | None = None) -> list[dict[str, Any]]:
+    """The slices of a row, with its images in them; `where` as for [`fill_images`]."""
+    return list(iter_slices(fill_images(row["messages"], row["images"], where)))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """
     8-bit RGB of any image, upright; an upright RGB image is returned as it is.

@@ -16,7 +16,7 @@ from ..data.images import undecoded
 from ..distributed import distributed_state
 from ..inference import SugarEmbedder, in_role, require_several
 from ..models.fingerprint_sugar import same_fingerprint
-from ..models.rows_sugar import fill_images, iter_slices, row_name
+from ..models.rows_sugar import row_name, row_parts
 from .documents import PARTS, Document, checked, embedded_part
 
 
@@ -181,7 +181,7 @@ class Index(ABC):
                 part = embedded_part(self.documents[hit.index], self.by, names[-1], False)
                 if hit.slice is not None:
                     if isinstance(part, dict):  # a whole conversation, of which a reranker reads the slices
-                        part = list(iter_slices(fill_images(part["messages"], part["images"])))
+                        part = row_parts(part)
                     part = part[: hit.slice + 1]
                 pairs.append((query, part))
         try:

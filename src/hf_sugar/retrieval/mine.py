@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
 from ..data.images import load_image, stored_image, undecoded
-from ..models.rows_sugar import check_row, conversation_row, fill_images, iter_slices, row_name
+from ..models.rows_sugar import check_row, conversation_row, row_name, row_parts
 from ..teachers import TripleEncoder
 from .base import Index
 
@@ -170,7 +170,7 @@ def _candidate(document: dict[str, Any], kind: type, name: str) -> str | dict[st
 
 
 def _slices(row: dict[str, Any], name: str) -> list[str | dict[str, Any]]:
-    parts = iter_slices(fill_images(row["messages"], row["images"]))
+    parts = row_parts(row)
     return [p["text"].strip() if p["type"] == "text" else stored_image(p["image"], name) for p in parts]
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from ..data.images import stored_image, undecoded
 from ..inference import SugarGenerator, require_several
-from ..models.rows_sugar import as_row, fill_images, iter_slices, row_name
+from ..models.rows_sugar import as_row, row_name, row_parts
 from .base import Hit
 from .mine import question_and_answers
 
@@ -36,7 +36,8 @@ def rerank_row(
     for piece in re.split(r"(\{query\}|\{document\})", prompt):
         parts = [{"type": "text", "text": piece}]
         if piece in given:
-            parts = _slices(*given[piece])
+            item, called = given[piece]
+            parts = row_parts(as_row(item, called), called)
         for part in parts:
             if part["type"] == "image":
                 images.append(part["image"])
@@ -49,11 +50,6 @@ def rerank_row(
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return {"messages": messages, "images": images, "loss_on": "answers", "structure": False, "id": None}
-
-
-def _slices(item: Any, name: str) -> list[dict[str, Any]]:
-    row = as_row(item, name)
-    return list(iter_slices(fill_images(row["messages"], row["images"], name)))
 
 
 class SugarReranker:
@@ -114,12 +110,15 @@ class SugarReranker:
 
 
 def _document_and_query(query: Any, document: Any, name: str) -> dict[str, Any]:
-    asked = _slices(query, "the query")
+    asked = row_parts(as_row(query, "the query"), "the query")
     if any(part["type"] == "image" for part in asked):
         raise ValueError(
             "the query has an image, which has no likelihood. Ask in words, or teach the model to answer and set `rerank_prompt`."
         )
-    parts = [*_slices(document, name), {"type": "text", "text": " ".join(part["text"] for part in asked)}]
+    parts = [
+        *row_parts(as_row(document, name), name),
+        {"type": "text", "text": " ".join(part["text"] for part in asked)},
+    ]
     images = [part["image"] for part in parts if part["type"] == "image"]
     content = [{"type": part["type"], "text": part.get("text")} for part in parts]
     return {"messages": [{"role": "user", "content": content}], "images": images}
