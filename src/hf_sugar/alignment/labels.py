@@ -35,22 +35,14 @@ def label_matrix(
     - what exceeds 1 is clamped to 1.
 
     Args:
-        embeddings (`torch.Tensor` of shape `(total_slices, dim)`):
-            Teacher embeddings of all slices of the batch, one sample after the other.
-        offsets (`torch.Tensor` of shape `(samples + 1,)`, int64):
-            Where each sample begins in `embeddings`, and the total.
-        prefixes (`torch.Tensor` of shape `(P, 2)`, int64):
-            Selected positions as rows `(sample, length)`: the first `length >= 1` slices of that sample.
-        delta (`float`, *optional*, defaults to `1.0`): Bandwidth of the kernel.
+        embeddings, offsets, prefixes, delta, modality, split:
+            As for [`packed_alignment_kernel`]: the teachers' embeddings of a batch, and the selected positions.
         normalize (`bool` or `str`, *optional*, defaults to `"self+count"`):
             Normalisation of the kernel, see [`global_alignment_kernel`]. `None` keeps the kernel itself, of which
             everything above 1 is then clamped.
         label_kernel (`str`, *optional*, defaults to `"gak"`):
             `"gak"`, or `"mean"` for the average cosine over all pairs of slices, which ignores order (the ablation
             without the alignment kernel; `delta` and `normalize` then have no effect).
-        modality (`torch.Tensor` of shape `(total_slices,)`, int64, *optional*):
-            0 for text and 1 for images; with `split`, switches on the triple kernel.
-        split (`int`, *optional*): Number of dimensions of the uni-modal half of an embedding.
 
     Returns:
         `tuple[torch.Tensor, float]`: labels of shape `(P, P)` in float32, without gradient, and the share of entries

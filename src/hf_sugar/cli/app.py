@@ -11,8 +11,6 @@ from .checkpoint import ModelArguments
 
 @dataclass
 class AppArguments:
-    """Settings of `hf-sugar app`."""
-
     index: str = setting("Directory of the index.", "index")
     k: int = setting("Documents that a search shows.", 4)
     examples: int = setting("Documents put before a question.", 1)

@@ -17,8 +17,6 @@ HELP = "/image FILE adds an image to the next question, /clear begins anew, /qui
 
 @dataclass
 class ChatArguments:
-    """Settings of `hf-sugar chat`."""
-
     index: str | None = setting("Index whose answered questions are put before each question.", None)
     k: int = setting("Examples for each question.", 1)
     rerank: int | None = setting(

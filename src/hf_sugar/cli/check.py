@@ -10,8 +10,6 @@ from .arguments import DataArguments, setting
 
 @dataclass
 class CheckArguments:
-    """Settings of `hf-sugar check`."""
-
     model_name_or_path: str | None = setting("Checkpoint whose processor counts the tokens of each sample.", None)
     max_length: int | None = setting("Longest sequence, with image tokens; by default what the model takes.", None)
     split: str = setting("Split of datasets that have several.", "train")

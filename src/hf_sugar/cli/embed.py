@@ -45,8 +45,6 @@ class CorpusArguments:
 
 @dataclass
 class EmbedArguments:
-    """Settings of `hf-sugar embed`."""
-
     output: str = setting(
         "File to write. Several processes write one each, NAME-00000-of-00016.safetensors: their rows one after the other "
         "are those of one process.",

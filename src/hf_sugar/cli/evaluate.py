@@ -15,8 +15,6 @@ from .checkpoint import ModelArguments
 
 @dataclass
 class EvaluateArguments(ModelArguments):
-    """Settings of `hf-sugar evaluate`."""
-
     output_dir: str = setting("Where report.json and report.md are written.", "runs/evaluate")
     split: str = setting("Split of datasets that have several.", "test")
     max_new_tokens: int = setting("Longest generated answer.", 64)

@@ -11,8 +11,6 @@ from .checkpoint import CheckpointArguments
 
 @dataclass(kw_only=True)
 class ExportArguments(CheckpointArguments):
-    """Settings of `hf-sugar export`."""
-
     output_dir: str = setting("Directory to write to, which must not exist, or be empty.", aliases=["--output"])
     format: str = setting("For sentence-transformers, or the plain backbone.", "sentence-transformers")
     truncate_dim: int | None = setting("Length to cut embeddings to, for sentence-transformers.", None)

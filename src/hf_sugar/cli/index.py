@@ -13,8 +13,6 @@ from .embed import CorpusArguments
 
 @dataclass
 class IndexArguments:
-    """Settings of `hf-sugar index`."""
-
     index: str = setting("Directory of the index.", "index")
     merge: list[str] | None = setting("Directories of indexes, of which this one is made; nothing is embedded.", None)
     add: bool = setting("Add to the index that is there, by its settings; by default it is replaced.", False)

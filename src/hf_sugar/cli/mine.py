@@ -17,8 +17,6 @@ from .checkpoint import ModelArguments
 
 @dataclass
 class MineArguments:
-    """Settings of `hf-sugar mine`."""
-
     data: list[str] = setting("Rows to mine for: paths, Hub ids, or mappings as {path: a.json, image_root: b}.")
     output: str = setting("Directory that the dataset is written to.")
     index: str = setting("Directory of the index of candidates.", "index")

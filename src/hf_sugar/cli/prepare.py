@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PrepareArguments(LabelSettings):
-    """Settings of `hf-sugar prepare`."""
-
     teachers: dict | str | None = setting("Frozen encoders: {image: ..., text: ..., cross: ...}, or 'tiny'.", None)
     teacher_cache_dir: str = setting("Where the embeddings are kept.", "teacher_cache")
     dataset_dir: str | None = setting("Where rows and embeddings are written as a dataset, to be streamed.", None)

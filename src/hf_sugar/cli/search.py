@@ -14,8 +14,6 @@ from .checkpoint import ModelArguments
 
 @dataclass
 class SearchArguments:
-    """Settings of `hf-sugar search`."""
-
     query: list[str] = setting("Texts and image files; together they are one query, in this order.")
     index: str = setting("Directory of the index.", "index")
     k: int = setting("Hits to show.", 5)

@@ -22,15 +22,6 @@ class MTEBModel(AbsEncoder):
             `organization/model` under which mteb files the results. By default the name that the model was loaded by, under
             the organization `local`.
         truncate_dim (`int`, *optional*): As in [`SugarEmbedder`].
-
-    Example:
-
-    ```python
-    >>> import mteb
-    >>> from hf_sugar.evaluation.harness_mteb import MTEBModel
-
-    >>> mteb.evaluate(MTEBModel(model, processor), mteb.get_tasks(tasks=["Flickr30kT2IRetrieval"]))
-    ```
     """
 
     def __init__(

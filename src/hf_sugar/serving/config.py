@@ -8,8 +8,6 @@ from ..settings import setting
 
 @dataclass
 class ServeArguments:
-    """Settings of `hf-sugar serve`."""
-
     index: str | None = setting("Index to search, and whose answered questions a chat may ask to see first.", None)
     host: str = setting("Address to listen on; by default only this machine can connect.", "127.0.0.1")
     port: int = setting("Port to listen on.", 8000)

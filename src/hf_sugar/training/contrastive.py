@@ -91,9 +91,6 @@ class ContrastiveLoss(nn.Module):
             negatives = ~positives if ignored is None else ~(positives | ignored)
             return (_info_nce(scores, positives, negatives) + _info_nce(scores.T, positives.T, negatives.T)) / 2
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
-
 
 def _info_nce(scores: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
     """The mean over pairs that belong together, of those with something to be told from."""

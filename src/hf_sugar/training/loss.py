@@ -97,6 +97,3 @@ class StructureLoss(nn.Module):
             embeddings = F.normalize(embeddings, dim=-1)
             loss = (embeddings @ embeddings.T - labels.detach().to(embeddings.dtype)).square().sum()
         return loss / {"row_mean": n, "mean": n * n, "sum": 1}[self.reduction]
-
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
