@@ -215,8 +215,9 @@ def write_card(directory: str | Path, facts: dict[str, Any], **kwargs: Any) -> N
     with replacing(directory / RUN_FILE) as file:
         file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if writes_card(directory):
+        card = model_card(directory, **kwargs)
         with replacing(directory / "README.md") as file:
-            file.write_text(str(model_card(directory, **kwargs)), encoding="utf-8")
+            file.write_text(str(card), encoding="utf-8")
 
 
 def _public_sources(value: Any) -> Any:

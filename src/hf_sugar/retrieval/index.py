@@ -18,11 +18,12 @@ import pyarrow as pa
 from accelerate.utils import gather_object
 
 from ..distributed import distributed_state
+from ..files import replacing
 from ..inference import SugarEmbedder
 from .approximate import build_faiss, check_factory
 from .base import Hit, Index
 from .documents import Document, checked, stored_row, to_table
-from .storage import REBUILD, Shard, describe, read_faiss, read_json, write_atomically, write_json, writing
+from .storage import REBUILD, Shard, describe, read_faiss, read_json, write_json, writing
 
 
 logger = logging.getLogger(__name__)
@@ -400,7 +401,9 @@ class SugarIndex(Index):
                 shard.write(directory, os.urandom(16).hex())
         if self.factory != "Flat" and not is_there(self._faiss_file):
             index, file = self._approximate(), directory / f"faiss-{os.urandom(16).hex()}.index"
-            self._faiss_file = write_atomically(file, lambda path: faiss.write_index(index, str(path)))
+            with replacing(file) as path:
+                faiss.write_index(index, str(path))
+            self._faiss_file = file
         shards = [[shard.file.name, shard.file.stat().st_size] for shard in self._shards]
         approximate = None if self._faiss_file is None else describe(self._faiss_file)
         settings = {name: getattr(self, name) for name in SETTINGS}

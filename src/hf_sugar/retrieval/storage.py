@@ -5,7 +5,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -53,11 +53,11 @@ class Shard:
             raise ValueError(f"{file} cannot be read ({error}). {REBUILD}") from error
 
     def write(self, directory: Path, key: str) -> None:
-        def write(path: Path) -> None:
-            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, self.table.schema) as writer:
+        file = directory / f"shard-{key}-{self.digest}.arrow"
+        with replacing(file) as path, pa.OSFile(str(path), "wb") as sink:
+            with pa.ipc.new_stream(sink, self.table.schema) as writer:
                 writer.write_table(self.table)
-
-        self.file = write_atomically(directory / f"shard-{key}-{self.digest}.arrow", write)
+        self.file = file
 
 
 def read_faiss(file: Path, described: list[Any]) -> faiss.Index:
@@ -91,23 +91,11 @@ def writing(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_atomically(file: Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file whole, or say what can be done."""
-    try:
-        with replacing(file) as path:
-            write(path)
-        return file
-    except (OSError, RuntimeError) as error:  # FAISS raises the latter
-        raise OSError(
-            getattr(error, "errno", None),
-            f"{file} cannot be written ({error}). What stood there is as it was: make room and run the same again",
-        ) from error
-
-
 def write_json(file: Path, content: dict[str, Any]) -> str:
     """Write what names the files of an index, with its own checksum. Returns the text."""
     text = json.dumps({**content, "format_version": FORMAT_VERSION, "sha256": _checksum(content)}, indent=1)
-    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
+    with replacing(file) as path:
+        path.write_text(text, encoding="utf-8")
     return text
 
 
