@@ -41,10 +41,7 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
     encoder = TripleEncoder.from_teachers(args.teachers, device=state.device)
     counts = Counter(rows=0, skipped=0, encoded=0)
     reading = {"seed": args.seed, **{key: vars(data)[key] for key in ("on_bad_row", "streaming", "image_root")}}
-    for name, source, split in (
-        ("train", data.train_data, args.split),
-        ("validation", data.eval_data, "validation"),
-    ):
+    for name, source, split in (("train", data.train_data, args.split), ("validation", data.eval_data, "validation")):
         if source is None:
             continue
         rows = _usable(load_data(source, split, **reading), data.on_bad_row == "skip", counts)

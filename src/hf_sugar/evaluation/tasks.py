@@ -342,7 +342,9 @@ def interleaved_retrieval(
             if isinstance(part, str):
                 sentence = part
                 continue
-            target = numbers.setdefault(_image_key(part), len(numbers))
+            image = load_image(part)
+            key = hashlib.blake2b(image.tobytes(), key=repr(image.size).encode()).digest()
+            target = numbers.setdefault(key, len(numbers))
             if target == len(images):
                 images.append(part)
             if position >= 2:
@@ -360,11 +362,6 @@ def interleaved_retrieval(
         searches["last_sentence"] = Search(queries, images, targets, groups)
     copies = sum(not isinstance(part, str) for story in stories for part in story) - len(images)
     return {**recall(embed, searches, ks), "candidates": len(images), "duplicate_images": copies}
-
-
-def _image_key(image: Image.Image | Path) -> bytes:
-    image = load_image(image)
-    return hashlib.blake2b(image.tobytes(), key=repr(image.size).encode()).digest()
 
 
 def winoground(embed: EmbedFunction | None, rows: Sequence[dict[str, Any]]) -> dict[str, Estimate]:

@@ -1,12 +1,6 @@
 """The model, its configuration and its processor. Importing this package registers them with the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_sugar import SugarConfig
 from .modeling_sugar import SugarForConditionalGeneration, SugarOutput
