@@ -1,14 +1,11 @@
 """Compute the teacher embeddings of a dataset, and mean and spread of its labels, once."""
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset
-from tqdm.auto import tqdm
-
-from hf_sugar.data import load_data, row_name, row_slices
+from hf_sugar.data import load_data
+from hf_sugar.data.checks import readable_rows
 from hf_sugar.data.images import undecoded
 from hf_sugar.distributed import distributed_state
 from hf_sugar.files import replacing
@@ -18,9 +15,6 @@ from hf_sugar.training.config import LabelSettings
 from hf_sugar.training.labels import label_statistics
 
 from .arguments import StreamedDataArguments, setting
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,7 +38,13 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
     for name, source, split in (("train", data.train_data, args.split), ("validation", data.eval_data, "validation")):
         if source is None:
             continue
-        rows = _usable(load_data(source, split, **reading), data.on_bad_row == "skip", counts)
+        rows = undecoded(load_data(source, split, **reading))
+        if data.on_bad_row == "skip":
+            rows = readable_rows(rows, counts)
+        elif data.streaming:
+            rows = readable_rows(rows, counts, lambda *_: None)  # counts them
+        else:
+            counts["rows"] += len(rows)
         rows = add_teacher_embeddings(rows, encoder, args.teacher_cache_dir, counts=counts)
         if state.is_main_process:
             if args.dataset_dir:
@@ -61,27 +61,3 @@ def prepare(data: StreamedDataArguments, args: PrepareArguments) -> Counter:
     said = ", ".join(f"{count} {name}" for name, count in counts.items())
     state.print(f"{said} -> {args.dataset_dir or args.teacher_cache_dir}")
     return counts
-
-
-def _usable(rows: Dataset | IterableDataset, skip: bool, counts: Counter) -> Dataset | IterableDataset:
-    """The rows, counted; with `skip` those whose images can be opened."""
-
-    def usable(row, index):
-        counts["rows"] += 1
-        try:
-            if skip:
-                row_slices(row, row_name(row, index))
-        except ValueError as error:
-            counts["skipped"] += 1
-            if counts["skipped"] <= 5:
-                logger.warning("Skipped: %s", error)
-            return False
-        return True
-
-    rows = undecoded(rows)
-    if isinstance(rows, IterableDataset):
-        return rows.filter(usable, with_indices=True)
-    if not skip:
-        counts["rows"] += len(rows)
-        return rows
-    return rows.select([index for index, row in enumerate(tqdm(rows, desc="opening images")) if usable(row, index)])

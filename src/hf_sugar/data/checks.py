@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from hf_sugar.models.rows_sugar import (
@@ -21,8 +22,10 @@ from hf_sugar.models.rows_sugar import (
     row_problems,
 )
 
-from .images import load_image, undecoded
+from .images import load_image, row_slices, undecoded
 
+
+logger = logging.getLogger(__name__)
 
 _KIND_OF = {"answers": "conversations", "captions": "captions", "text": "documents"}
 KINDS = {
@@ -149,6 +152,29 @@ def text_rows(dataset: Dataset, name: str = "the dataset") -> Iterator[tuple[dic
         row = conversation_row(row)
         del row["images"]
         yield row, int(count or 0)
+
+
+def readable_rows(
+    rows: Dataset | IterableDataset, counts: Counter, check: Callable[[dict[str, Any], str], Any] = row_slices
+) -> Dataset | IterableDataset:
+    """The rows, images undecoded, that `check` of a row and its name does not refuse with a `ValueError`; `counts` gets how many
+    `rows` there were, and how many were `skipped`."""
+
+    def readable(row: dict[str, Any], index: int) -> bool:
+        counts["rows"] += 1
+        try:
+            check(row, row_name(row, index))
+        except ValueError as error:
+            counts["skipped"] += 1
+            if counts["skipped"] <= 5:
+                logger.warning("Skipped: %s", error)
+            return False
+        return True
+
+    rows = undecoded(rows)
+    if isinstance(rows, IterableDataset):
+        return rows.filter(readable, with_indices=True)
+    return rows.select([n for n, row in enumerate(tqdm(rows, desc="opening images")) if readable(row, n)])
 
 
 def validate_rows(dataset: Dataset, name: str = "dataset") -> None:

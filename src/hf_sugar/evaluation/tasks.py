@@ -1,9 +1,8 @@
 """Evaluation tasks as functions of an embedding or a generating function. Without one they give what chance gives."""
 
 import hashlib
-import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from ..data import load_data, load_table
+from ..data.checks import readable_rows
 from ..data.images import answers_to_image, load_image, row_slices, undecoded
 from ..inference import in_role
 from ..models.rows_sugar import conversation_row, row_name
@@ -21,8 +21,6 @@ from ..retrieval.rag import split_answer
 from ..settings import setting
 from .metrics import Estimate, recall_at_k
 
-
-logger = logging.getLogger(__name__)
 
 Slice = str | Image.Image | Path
 Item = Slice | list[Slice]
@@ -88,7 +86,11 @@ def load_tasks(data: EvaluationData, split: str = "test", on_bad_row: str = "err
             else:
                 rows, check = load_data(source, split, on_bad_row=on_bad_row, bad_rows=bad), row_slices
             if on_bad_row == "skip":
-                rows = _readable(rows, check, len(bad), notes)
+                counts: Counter = Counter()
+                rows = readable_rows(rows, counts, check)
+                if left_out := len(bad) + counts["skipped"]:
+                    total = len(bad) + counts["rows"]
+                    notes.append(f"{left_out} of {total} rows cannot be read and are left out.")
             run = prepare(undecoded(rows), notes)
             where = f"{name} {label}".strip()
             tasks.append(Task(name, label and f"{label}/", run, [f"{where}: {note}" for note in notes]))
@@ -124,21 +126,6 @@ def run_tasks(tasks: Sequence[Task], embed: EmbedFunction | None, generate: Gene
     results = {f"{task.prefix}{name}": v for task in tasks for name, v in task.run(embed, generate).items()}
     notes = [note for task in tasks for note in task.notes]
     return {**results, "notes": notes} if notes else results
-
-
-def _readable(rows: Dataset, check: Callable[[dict[str, Any], str], Any], bad: int, notes: list[str]) -> Dataset:
-    """The rows that `check` does not refuse; `bad` others were left out before."""
-    good = []
-    for index, row in enumerate(undecoded(rows)):
-        try:
-            check(row, row_name(row, index))
-            good.append(index)
-        except ValueError as error:
-            logger.warning("%s Left out.", error)
-    total = bad + len(rows)
-    if len(good) < total:
-        notes.append(f"{total - len(good)} of {total} rows cannot be read and are left out.")
-    return rows.select(good)
 
 
 class _Images(Sequence):
