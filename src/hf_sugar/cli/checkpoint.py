@@ -82,7 +82,6 @@ class ModelArguments(CheckpointArguments):
 
     def load_index(self, directory: str, k: int = 1, memory_map: bool = False) -> SugarIndex:
         """The index in a directory, of this model, which is loaded once the directory and the number of hits are right."""
-        if k < 1:
-            raise ValueError(f"`k` is {k}; ask for at least 1.")
+        require_sizes(k=k)
         self.truncate_dim = self.truncate_dim or stored_truncate_dim(directory)
         return SugarIndex.load(directory, embed=self.embedder(), memory_map=memory_map)

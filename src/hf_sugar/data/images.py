@@ -38,8 +38,6 @@ def load_image(image: Image.Image | str | Path | bytes | dict[str, Any], where: 
         name = f"image file {image['path']!r}" if image["path"] else f"image of {len(image['bytes'])} bytes"
         if image["bytes"] is None and image["path"].startswith(("http://", "https://")):
             raise ValueError(f"{where}: {name} is a web address. Download the images and give their local paths.")
-        if image["bytes"] == b"":
-            raise ValueError(f"{where}: {name} is empty (0 bytes). Replace the file or drop the row.")
     try:
         with warnings.catch_warnings():
             # between one and two times its limit Pillow only warns

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import undecoded
 from ..distributed import distributed_state
-from ..inference import SugarEmbedder, in_role, require_several
+from ..inference import SugarEmbedder, in_role, require_several, require_sizes
 from ..models.fingerprint_sugar import same_fingerprint
 from ..models.rows_sugar import row_name, row_parts
 from .documents import PARTS, Document, checked, embedded_part
@@ -137,8 +137,7 @@ class Index(ABC):
         """
         if len(self) == 0:
             raise ValueError("The index is empty. Add documents before you search.")
-        if k < 1:
-            raise ValueError(f"`k` is {k}; ask for at least 1 hit.")
+        require_sizes(k=k)
         if rerank is not None and rerank < k:
             raise ValueError(f"`rerank` is {rerank} and `k` {k}: look again at no fewer hits than you ask for.")
         items, embed = queries, in_role(self.embed, "query")
