@@ -50,8 +50,7 @@ def global_alignment_kernel(
             Second set of sequences. Without it the symmetric matrix of `x` with itself is computed.
         delta (`float`, *optional*, defaults to `1.0`):
             Bandwidth, from 0.001 to 1000. Small values tell slices apart sharply, large ones hardly at all.
-        normalize (`bool` or `str`, *optional*, defaults to `True`):
-            What the kernel is divided by.
+        normalize (`bool` or `str`, *optional*, defaults to `True`): What the kernel is divided by.
 
             - `None` or `False`: nothing. Values reach the number of alignments (3 for two against two slices).
             - `"self"` or `True`: the geometric mean of the two self-kernels, both at the pair's bandwidth.

@@ -210,8 +210,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, PreTrainedModel, Gener
                 passed, the output has `embeddings`.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*):
                 In place of `input_ids`.
-            kwargs:
-                Anything else that the backbone's forward takes.
+            kwargs: Anything else that the backbone's forward takes.
 
         Returns:
             [`SugarOutput`]: the logits are the backbone's, bit for bit.
@@ -289,11 +288,8 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, PreTrainedModel, Gener
         One embedding for every prefix of every sample that ends at a slice, from one pass without the LM head.
 
         Args:
-            slice_ids (`torch.LongTensor` of shape `(batch, length)`):
-                As in [`~SugarForConditionalGeneration.forward`].
-            project, truncate_dim: As in [`~SugarForConditionalGeneration.project_slices`].
-            inputs:
-                `input_ids`, `attention_mask`, `pixel_values` and whatever else the backbone takes.
+            slice_ids, project, truncate_dim: As in [`~SugarForConditionalGeneration.project_slices`].
+            inputs: `input_ids`, `attention_mask`, `pixel_values` and whatever else the backbone takes.
 
         Returns:
             `tuple[torch.FloatTensor, torch.LongTensor]`: embeddings `(batch, slices, dim)`, mask `(batch, slices)`.
@@ -328,8 +324,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, PreTrainedModel, Gener
 
         Args:
             vlm (`PreTrainedModel`): An image-text-to-text model.
-            config_kwargs:
-                Fields of [`SugarConfig`].
+            config_kwargs: Fields of [`SugarConfig`].
 
         Raises:
             `ValueError`: if it has an adapter.

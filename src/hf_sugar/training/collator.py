@@ -32,8 +32,7 @@ class SugarCollator:
     Args:
         processor ([`SugarProcessor`], *optional*):
             Processor of the model. Without it the batch has no model inputs, and images are left to the teachers.
-        max_length (`int`, *optional*):
-            Longest sequence that the model takes; a longer row is an error.
+        max_length (`int`, *optional*): Longest sequence that the model takes; a longer row is an error.
         teachers (`str`, *optional*):
             The teachers whose embeddings the rows carry, as the column `teachers` says it
             ([`~teachers.add_teacher_embeddings`]).
@@ -47,8 +46,7 @@ class SugarCollator:
             How many of the later slices of a caption row or document, images before texts, and of the further images of a
             conversation stand beside it as sequences of their own, besides the items of its columns `positives` and
             `negatives` (texts and images). Which ones depends on the same.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the flips and of that choice.
+        seed (`int`, *optional*, defaults to `0`): Seed of the flips and of that choice.
         fill_up (`bool`, *optional*, defaults to `False`):
             Whether a batch without images or sequences beside the rows gets a blank one, of which nothing is used: processes
             must call the same parts of a model, or they wait for one another for ever.

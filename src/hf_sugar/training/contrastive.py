@@ -19,8 +19,7 @@ class ContrastiveLoss(nn.Module):
     where `P` are the pairs that belong together and `N` those that do not.
 
     Args:
-        temperature (`float`, *optional*, defaults to `0.1`):
-            What cosines are divided by.
+        temperature (`float`, *optional*, defaults to `0.1`): What cosines are divided by.
         learn_temperature (`bool`, *optional*, defaults to `False`):
             Whether it is a parameter, `log_temperature`, for a training loop that optimises it.
 

@@ -15,8 +15,7 @@ class StructureLoss(nn.Module):
     $$L_s = \frac{1}{n} \sum_{i=1}^{n} \sum_{j=1}^{n} \left(\cos(r_i, r_j) - M_l[i, j]\right)^2$$
 
     Args:
-        reduction (`str`, *optional*, defaults to `"row_mean"`):
-            What the sum over all pairs is divided by.
+        reduction (`str`, *optional*, defaults to `"row_mean"`): What the sum over all pairs is divided by.
 
             - `"row_mean"`: `n`, as in the paper. A row's errors add up, so the loss, and with it the weight against
               the generative loss, grows with the number of positions in the batch.

@@ -109,23 +109,20 @@ class SugarTrainer(SavingMixin, SFTTrainer):
         model (`str` or `Path` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Hub id or directory of a plain backbone, a full Sugar checkpoint or an adapter repository; or a model. An adapter
             is trained on, or with a `peft_config` merged first, into a full model in `backbone` of `output_dir`.
-        args ([`SugarTrainingConfig`], *optional*):
-            Configuration.
+        args ([`SugarTrainingConfig`], *optional*): Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows in the conversational vision format: `messages` (or `prompt` and `completion`) and `images`; every
             content part is one slice. Optional columns: `loss_on` (`"answers"`, `"captions"` or `"text"`), `structure` and
             `generative` (`False` keeps a row out of the discriminative or the generative loss) and `id`, which error messages
             name.
-        eval_dataset (same types, or `dict` of them, *optional*):
-            Rows to evaluate on.
+        eval_dataset (same types, or `dict` of them, *optional*): Rows to evaluate on.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             The backbone's processor or a [`SugarProcessor`]. Defaults to the one saved with the model.
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration; `target_modules` defaults to the paper's `["q_proj", "v_proj"]`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization used when the model is loaded from an id. Defaults to what `args.load_in_4bit` says.
-        kwargs:
-            Other arguments of [`~trl.SFTTrainer`].
+        kwargs: Other arguments of [`~trl.SFTTrainer`].
 
     Raises:
         `ValueError`: before training, for rows that cannot be used (naming them), and for settings that cannot work
