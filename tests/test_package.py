@@ -1,12 +1,16 @@
 import doctest
+import errno
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import hf_sugar
+from hf_sugar.files import replacing
 
 
 LAZY = "trl", "datasets", "peft"
@@ -41,3 +45,15 @@ def test_examples_print_what_they_say(name):
     for item in doctest.DocTestFinder().find(module):
         runner.run(parser.get_doctest(item.docstring.replace("```", ""), item.globs, item.name, item.filename, 0))
     assert runner.summarize().attempted and not runner.failures
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    file = tmp_path / "report.md"
+    file.write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match="report.md cannot be written .*No space.*make room") as raised:
+            with replacing(file) as new:
+                new.write_text("new")
+    assert raised.value.errno == errno.ENOSPC
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
