@@ -131,17 +131,6 @@ class SugarRAG:
         max_length (`int`, *optional*): Tokens of the context. By default what the model's configuration allows.
         rerank (`int`, *optional*): How many hits the model looks at again to choose them, see [`SugarReranker`].
         generation_kwargs: Passed on to `model.generate`. Decoding is greedy unless `do_sample` says otherwise.
-
-    Example:
-
-    ```python
-    >>> embed = SugarEmbedder(model, processor)
-    >>> rag = SugarRAG(model, processor, SugarIndex.load("index", embed), k=2)
-    >>> prompt = rag.prompt([image, "What is behind it?"])
-    >>> for text in rag.stream(prompt):
-    ...     print(text, end="", flush=True)
-    >>> [hit.metadata["id"] for hit in prompt.citations]
-    ```
     """
 
     def __init__(

@@ -64,19 +64,10 @@ class SugarReranker:
         model ([`SugarForConditionalGeneration`]), processor ([`SugarProcessor`]):
             What scores. The model is in evaluation mode meanwhile, and in its former mode afterwards.
         batch_size (`int`, *optional*, defaults to `32`): Pairs in one forward pass. Those of similar length share a batch.
-        progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
-
-    Example:
-
-    ```python
-    >>> reranker = SugarReranker(model, processor)
-    >>> [(hit.index, round(hit.score, 2)) for hit in reranker.rank("a red circle", [Path("a.jpg"), Path("b.jpg")])]
-    [(1, 0.97), (0, 0.02)]
-    ```
     """
 
-    def __init__(self, model: torch.nn.Module, processor: Any, batch_size: int = 32, progress: bool = False):
-        self.generator = SugarGenerator(model, processor, batch_size, progress=progress)
+    def __init__(self, model: torch.nn.Module, processor: Any, batch_size: int = 32):
+        self.generator = SugarGenerator(model, processor, batch_size)
 
     def rank(self, query: Any, documents: Sequence[Any]) -> list[Hit]:
         """
