@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +236,7 @@ def _read_yaml(file: str, settings: dict[str, Setting], command: str) -> dict[st
         raise UsageError(f"`--config {file}` cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"`--config {file}` must hold settings, as `name: value`, a line each.")
+    os.environ.update({key: str(value) for key, value in (values.pop("env", None) or {}).items()})
     if command == "prepare":  # the file of a training will do
         others = {key for group in command_settings("train").values() for key in group}
         values = {key: value for key, value in values.items() if key in settings or key not in others}

@@ -27,6 +27,7 @@ import pyarrow as pa
 from datasets import Dataset, DownloadManager, Features, Image, IterableDataset, Json, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from huggingface_hub import HfFileSystem
 
 from hf_sugar.models.rows_sugar import IMAGE_SUFFIXES
 
@@ -130,6 +131,8 @@ def _not_found(path: str) -> FileNotFoundError:
 
 def _files(path: str) -> list[str]:
     """The files that a path or a glob names, in the order of their names."""
+    if path.startswith("hf://"):
+        return [f"hf://{file}" for file in HfFileSystem().glob(path)]
     files = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not os.path.isfile(path) else [path]
     if not files or not all(map(os.path.isfile, files)):
         raise _not_found(path)
