@@ -105,6 +105,21 @@ class SugarTrainer(SavingMixin, SFTTrainer):
     processes (`per_device_train_batch_size` rows that follow one another share a label matrix), and
     `eval_image_to_text_recall@1` and `eval_text_to_image_recall@1`.
 
+    Example:
+
+    ```python
+    >>> from hf_sugar import SugarTrainer, SugarTrainingConfig
+    >>> from peft import LoraConfig
+
+    >>> trainer = SugarTrainer(
+    ...     model="llava-hf/llava-1.5-7b-hf",
+    ...     args=SugarTrainingConfig(output_dir="sugar"),
+    ...     train_dataset=dataset,
+    ...     peft_config=LoraConfig(r=128, lora_alpha=256, target_modules=["q_proj", "v_proj"]),
+    ... )
+    >>> trainer.train()
+    ```
+
     Args:
         model (`str` or `Path` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Hub id or directory of a plain backbone, a full Sugar checkpoint or an adapter repository; or a model. An adapter
