@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import active_children, get_context, get_start_method, parent_process, set_start_method
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -265,7 +265,7 @@ def _second_process(log: Path) -> Iterator[Callable[..., Callable[[], Any]]]:
         return
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
-    start = (log, threads // 2, get_start_method())
+    start = (log, threads // 2)
     pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_start_second_process, initargs=start)
     torch.set_num_threads(threads - threads // 2)
     print(f"the untouched checkpoint and SFT in a second process, which writes to {log}")
@@ -280,8 +280,7 @@ def _second_process(log: Path) -> Iterator[Callable[..., Callable[[], Any]]]:
         torch.set_num_threads(threads)
 
 
-def _start_second_process(log: Path, threads: int, start_method: str) -> None:
-    set_start_method(start_method, force=True)  # of those that load data
+def _start_second_process(log: Path, threads: int) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     with open(log, "w") as stream:
