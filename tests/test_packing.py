@@ -51,6 +51,19 @@ def test_embeddings_are_those_of_padded_rows(family):
         assert counts[3] - tokens[3] + template == len(star)
 
 
+def test_a_family_whose_rows_are_padded_is_named(monkeypatch):
+    model, processor = built("gemma3")
+    said = []
+    monkeypatch.setattr("hf_sugar.models.packing_sugar.logger.warning_once", said.append)
+    embed = SugarEmbedder(model, processor)
+    embed(["star", "a red circle and a small star left of it"])
+    [line] = said
+    assert line.startswith("The rows of gemma3 are padded: its masks are its own")
+    model.padding_free = False
+    embed(["star", "a red circle and a small star left of it"])
+    assert said == [line]
+
+
 def test_a_sliding_window_stays_within_its_row():
     config = tiny.llava().config
     text = tiny_backbones.text("mistral", sliding_window=6)

@@ -1,5 +1,6 @@
 """Training in several processes that divide the model among them: FSDP2, here on the CPU."""
 
+import importlib
 import json
 import os
 import signal
@@ -382,3 +383,36 @@ def test_gpu_script_runs_dry(tmp_path):
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert result.returncode == 0 and not found["failed"], result.stderr[-3000:]
     assert len(found["found"]) > 20 and not any(row["wrong"] for row in found["found"])
+
+
+def test_gpu_script_goes_on(tmp_path, monkeypatch, capsys):
+    """A part that fails and a value that is wrong are in the table and in the exit status, and the other parts run."""
+    monkeypatch.syspath_prepend(CONFIGS.parents[1] / "benchmarks")
+    gpu = importlib.import_module("gpu")
+
+    class Bench(gpu.Bench):
+        def __init__(self, directory, dry):
+            self.found = []
+
+    def part(name, error=None, wrong=False):
+        def run(bench):
+            if error:
+                raise error
+            bench.add(name, 1.5, "ms", wrong)
+
+        return run
+
+    monkeypatch.setattr(gpu, "Bench", Bench)
+    monkeypatch.setattr(gpu.logging, "set_verbosity_error", lambda: None)
+    output = str(tmp_path / "gpu.json")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry", "--output", output])
+    for parts, line, status in (
+        ({"a": part("a", RuntimeError("no memory")), "b": part("b")}, "| a | failed | RuntimeError: no memory |", 1),
+        ({"a": part("a", wrong=True), "b": part("b")}, "| a | 1.5 ms | WRONG |", 1),
+        ({"a": part("a"), "b": part("b")}, "| a | 1.5 ms |  |", 0),
+    ):
+        monkeypatch.setattr(gpu, "PARTS", parts)
+        assert gpu.main() == status
+        printed = capsys.readouterr().out
+        assert line in printed and "| b | 1.5 ms |  |" in printed
+    assert [row["what"] for row in json.loads(Path(output).read_text())["found"]] == ["a", "b"]

@@ -7,7 +7,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 ROWS = "sdpa_rows"
 # Below this share of padding a batch stays as it is: one call for all rows is then as fast as one for each.
@@ -68,11 +71,14 @@ def lay_rows(
     tokens `(1, tokens)`, and the mask that [`unlay_rows`] takes. Without `padding_free`, or where the backbone cannot, they stay
     as they are, and there is no mask."""
     tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if not padding_free or tokens is None or mask is None or mask.shape != tokens.shape or why_padded(vlm):
+    if not padding_free or tokens is None or mask is None or mask.shape != tokens.shape:
         return inputs, None
     mask = mask.bool()
     lengths = mask.sum(dim=1).cpu()
     if lengths.sum() > (1 - LEAST_PADDING) * mask.numel():
+        return inputs, None
+    if reason := why_padded(vlm):
+        logger.warning_once(f"The rows of {vlm.config.model_type} are padded: {reason}.")
         return inputs, None
     positions, decoder = mask.cumsum(dim=1) - 1, vlm.get_decoder()
     if hasattr(embeddings := getattr(decoder, "embeddings", None), "create_position_ids_from_input_ids"):
