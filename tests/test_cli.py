@@ -223,6 +223,20 @@ def test_values_of_yaml_and_of_arguments(tmp_path):
         read("index", "my-sugar", "{path: [", "--files", "d")
 
 
+def test_environment_of_yaml(tmp_path, monkeypatch):
+    """As TRL's command line takes it."""
+    monkeypatch.setenv("SUGAR_VARIABLE", "0")
+    for env, outcome in (("{SUGAR_VARIABLE: 1}", "1"), ("[SUGAR_VARIABLE]", UsageError)):
+        (tmp_path / "a.yaml").write_text(f"env: {env}\n")
+        argv = ("train", "my-llava", "a.json", "--output_dir", "x", "--use_cpu", "--config", str(tmp_path / "a.yaml"))
+        if outcome is UsageError:
+            with pytest.raises(UsageError, match="`env` .* must be a mapping"):
+                read(*argv)
+        else:
+            read(*argv)
+            assert os.environ["SUGAR_VARIABLE"] == outcome
+
+
 def test_arguments_without_flags():
     data, args, model, _ = read("train", "--estimate-memory", "my-llava", "--use_cpu", "yes", "a.json", "b.json")
     assert model.model_name_or_path == "my-llava" and data.train_data == ["a.json", "b.json"] and args.estimate_memory

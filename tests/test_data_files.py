@@ -24,6 +24,7 @@ from hf_sugar.data import (
     load_table,
     stored_image,
 )
+from hf_sugar.data.files import _files
 from hf_sugar.data.images import undecoded
 from hf_sugar.models.rows_sugar import fill_images
 
@@ -381,3 +382,13 @@ class TestImages:
         Dataset.from_list(rows).to_parquet(root / "rows.parquet")
         images, captions = captions_by_image(load_data(root / "rows.parquet"))
         assert captions == [["1", "3"], ["2"]] and images[0].getpixel((0, 0)) == COLOURS["red.png"]
+
+
+def test_patterns_of_files_on_the_hub(monkeypatch):
+    """fsspec reads them by their whole names."""
+    found = ["datasets/me/rows/0.parquet"]
+    monkeypatch.setattr("huggingface_hub.HfFileSystem.glob", lambda self, path: found)
+    assert _files("hf://datasets/me/rows/*.parquet") == ["hf://datasets/me/rows/0.parquet"]
+    found.clear()
+    with pytest.raises(FileNotFoundError, match=r"rows/\*.parquet finds no file. Correct the `path`.$"):
+        load_data("hf://datasets/me/rows/*.parquet")

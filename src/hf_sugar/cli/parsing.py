@@ -236,7 +236,9 @@ def _read_yaml(file: str, settings: dict[str, Setting], command: str) -> dict[st
         raise UsageError(f"`--config {file}` cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"`--config {file}` must hold settings, as `name: value`, a line each.")
-    os.environ.update({key: str(value) for key, value in (values.pop("env", None) or {}).items()})
+    if not isinstance(env := values.pop("env", None) or {}, dict):
+        raise UsageError(f"`env` of `--config {file}` is {env!r}; it must be a mapping, as {{NAME: value}}.")
+    os.environ.update({key: str(value) for key, value in env.items()})
     if command == "prepare":  # the file of a training will do
         others = {key for group in command_settings("train").values() for key in group}
         values = {key: value for key, value in values.items() if key in settings or key not in others}

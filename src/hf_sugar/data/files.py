@@ -126,13 +126,16 @@ def _known_split(split: str, splits: Iterable[str], path: str) -> str:
 
 def _not_found(path: str) -> FileNotFoundError:
     found = "finds no file" if glob.has_magic(path) else "does not exist"
-    return FileNotFoundError(f"{path} {found}. Correct the `path`, relative to {os.getcwd()}.")
+    relative = "" if "://" in path else f", relative to {os.getcwd()}"
+    return FileNotFoundError(f"{path} {found}. Correct the `path`{relative}.")
 
 
 def _files(path: str) -> list[str]:
     """The files that a path or a glob names, in the order of their names."""
     if path.startswith("hf://"):
-        return [f"hf://{file}" for file in HfFileSystem().glob(path)]
+        if not (found := HfFileSystem().glob(path)):
+            raise _not_found(path)
+        return [f"hf://{file}" for file in found]
     files = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not os.path.isfile(path) else [path]
     if not files or not all(map(os.path.isfile, files)):
         raise _not_found(path)
