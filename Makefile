@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help demo demo-emoji demo-seeds test test-extras test-matrix gpu docs quality checkpoints kernels clean
 
 help:
-	@echo "make demo          set up, then the main job end to end on the embedded world (6 to 7 minutes on 2 cores)"
+	@echo "make demo          set up, then the main job end to end on the embedded world (5 to 7 minutes on 2 cores)"
 	@echo "make demo-emoji    the same on the emoji drawings of two vendors and their names"
 	@echo "make demo-seeds    the demo's comparison with 3 seeds"
 	@echo "make test          set up, then lint and tests"
