@@ -21,6 +21,8 @@ from tiny_runs import caption, conversation, rows, story
 from hf_sugar.cli.demo import _second_process
 from hf_sugar.cli.main import COMMANDS, console, main
 from hf_sugar.cli.parsing import UsageError, command_settings, parse
+from hf_sugar.evaluation import EvaluationData, label_ceilings, load_tasks, to_dict
+from hf_sugar.teachers import TripleEncoder
 from hf_sugar.training.config import _WITHOUT_EFFECT
 
 
@@ -45,6 +47,7 @@ def place(tmp_path_factory):
         "eval_data": [{"path": str(path / "llava.json")}],
         "teachers": tiny.teachers(path / "teachers"),
         "teacher_cache_dir": str(path / "cache"),
+        "delta": 2.0,
         "output_dir": str(path / "out"),
         "retrieval_dim": 16,
         "max_steps": 2,
@@ -64,7 +67,7 @@ def place(tmp_path_factory):
 
 def test_prepare_train_evaluate(place, capsys):
     """Raw files in two layouts, mixed, to a report, by the commands alone."""
-    keys = ("train_data", "eval_data", "teachers", "teacher_cache_dir")
+    keys = ("train_data", "eval_data", "teachers", "teacher_cache_dir", "delta")
     settings = yaml.safe_load((place / "train.yaml").read_text())
     (place / "prepare.yaml").write_text(yaml.safe_dump({key: settings[key] for key in keys}))
     main(["prepare", "--config", str(place / "prepare.yaml")])
@@ -85,19 +88,25 @@ def test_prepare_train_evaluate(place, capsys):
     assert (place / "out" / "losses.png").stat().st_size > 1000
     assert (place / "out" / "adapter" / "adapter_model.safetensors").exists()
 
-    evaluation = {key: settings[key] for key in ("image_text_data", "interleaved_data", "generation_data")}
+    evaluation = {key: settings[key] for key in ("image_text_data", "interleaved_data", "generation_data", "teachers")}
     (place / "evaluate.yaml").write_text(yaml.safe_dump(evaluation))
     arguments = ["--model_name_or_path", str(place / "out"), "--output_dir", str(place / "evaluated")]
     main(["evaluate", "--config", str(place / "evaluate.yaml"), *arguments])
     again = json.loads((place / "evaluated" / "report.json").read_text())
-    # what was saved is what was trained
-    assert again["runs"]["out"] == report["runs"]["trained"]
+    # what was saved is what was trained, and the labels are those that it was trained with
+    assert [*report["runs"]] == ["chance", "labels", "trained"]
+    assert again["runs"] == {name.replace("trained", "out"): results for name, results in report["runs"].items()}
+    assert again["runs"]["chance"]["test/image_to_text_recall@1"] == pytest.approx(100 / 12)
+    tasks = load_tasks(EvaluationData(interleaved_data=settings["interleaved_data"]))
+    encoder = TripleEncoder.from_teachers(settings["teachers"], device="cpu")
+    with_default, trained_with = (to_dict(label_ceilings(tasks, encoder, delta=delta)) for delta in (1.0, 2.0))
+    assert with_default != trained_with and trained_with.items() <= again["runs"]["labels"].items()
 
 
 def test_streamed_training(place, tmp_path, capsys):
     """What `prepare` read as a stream, training reads as a stream, with no teacher loaded."""
     settings = yaml.safe_load((place / "train.yaml").read_text())
-    prepare = {key: settings[key] for key in ("train_data", "eval_data", "teachers")} | {"streaming": True}
+    prepare = {key: settings[key] for key in ("train_data", "eval_data", "teachers", "delta")} | {"streaming": True}
     train = settings | prepare | {"output_dir": str(tmp_path / "out"), "logging_steps": 1}
     del train["image_text_data"], train["interleaved_data"], train["generation_data"]
     for name, mapping in (("prepare", prepare), ("train", train)):
@@ -288,6 +297,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monke
         "`split` is of datasets": ["embed", llava, "--files", str(place / "images"), "--split", "test"],
         "leave out batch_size, shard_size": ["index", llava, "--merge", "a", "--batch_size", "2", "--shard_size", "3"],
         "`batch_size` is 0": ["index", llava, data, "--batch_size", "0"],
+        "`teachers` are named": ["evaluate", llava, "--generation_data", data, "--teachers", "tiny"],
         "`max_new_tokens` is 0": ["evaluate", llava, "--generation_data", data, "--max_new_tokens", "0"],
         "`revision`: .*llava is a directory": ["search", llava, "x", "--revision", "v2"],
         "`rerank` needs an `index`": ["chat", llava, "--rerank", "2"],

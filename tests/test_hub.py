@@ -16,9 +16,10 @@ from peft import LoraConfig
 from tiny_runs import caption, config, conversation, rows, trainer
 
 from hf_sugar import SugarForConditionalGeneration, SugarProcessor, SugarTrainingConfig, models
+from hf_sugar.cli.checkpoint import CheckpointArguments
 from hf_sugar.cli.main import main
 from hf_sugar.hub import model_card
-from hf_sugar.hub.card import SETTINGS
+from hf_sugar.hub.card import RUN_FILE, SETTINGS
 
 
 # Whatever of this machine could be in a file: where the tests and their files are, who runs them, the token.
@@ -89,7 +90,7 @@ class TestPush:
     def test_full_checkpoint(self, hub, place, items, tmp_path):
         main(["push", str(place / "full"), "--repo_id", "full", "--private"])
         files = pushed(hub, "me/full")
-        assert set(files) == MODEL | CODE | PROCESSOR
+        assert set(files) == MODEL | CODE | PROCESSOR | {RUN_FILE}
         # the token and the paths are there to be found in what stayed behind
         assert set(secrets_in((place / "full" / "training_args.bin").read_bytes())) >= {USER, HubServer.token}
 
@@ -124,7 +125,7 @@ class TestPush:
     def test_adapter(self, hub, backbone, place, items, tmp_path):
         main(["push", str(place / "lora"), "--repo_id", "me/lora", "--base_model", backbone])
         files = pushed(hub, "me/lora")
-        assert set(files) == {"README.md", "config.json"} | ADAPTER | CODE | PROCESSOR
+        assert set(files) == {"README.md", "config.json", RUN_FILE} | ADAPTER | CODE | PROCESSOR
         commit = HfApi().model_info(backbone).sha
         stored = json.loads(files["config.json"])
         assert (stored["backbone_name_or_path"], stored["backbone_revision"]) == (backbone, commit)
@@ -199,6 +200,18 @@ class TestPush:
             make(lora=True, **settings)
         with pytest.raises(ValueError, match="all_checkpoints.*publishes"):
             make(hub_strategy="all_checkpoints", **settings)
+
+    def test_what_was_trained_is_known_of_a_repository(self, hub, backbone, place, make, tmp_path):
+        """A projector that nobody trained is random, on the Hub as on the machine where it was not trained."""
+        trainer = make(rows([conversation], 4), backbone, "sft", lora=True, structure_weight=0.0, max_steps=1)
+        trainer.train()
+        trainer.save_model()
+        main(["push", str(tmp_path / "sft"), "--repo_id", "me/sft"])
+        main(["push", str(place / "full"), "--repo_id", "me/sugar"])
+        sft, sugar, plain = map(CheckpointArguments, ("me/sft", "me/sugar", backbone))
+        assert sft.untrained_projector() == "it was trained with `structure_weight` 0"
+        assert sugar.untrained_projector() is None and sugar.training_settings()["delta"] == 1.0
+        assert "plain 'llava' model" in plain.untrained_projector() and plain.training_settings() == {}
 
     def test_model(self, hub, backbone, place, items, tmp_path):
         model = SugarForConditionalGeneration.from_pretrained(place / "full")

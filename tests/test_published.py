@@ -347,6 +347,7 @@ def test_the_command_runs_them_all(published, tmp_path, monkeypatch):
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump({"benchmarks": published}))
     out = ["--config", str(tmp_path / "evaluate.yaml"), "--output_dir", str(tmp_path / "out"), "--overwrite"]
     out += ["--model_name_or_path", str(tmp_path / "model"), "--max_new_tokens", "3", "--batch_size", "4"]
+    out += ["--teachers", "tiny"]
     main(["evaluate", *out])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     results, paper = report["runs"]["model"], report["runs"]["paper (7B)"]
@@ -357,8 +358,17 @@ def test_the_command_runs_them_all(published, tmp_path, monkeypatch):
     assert report["settings"]["benchmarks"] == published
     assert report["environment"]["transformers"]
     table = (tmp_path / "out" / "report.md").read_text()
-    assert "| metric | paper (7B) | model |" in table
-    assert "| winoground: group score of pairs | 27.0 | " in table
+    assert "| metric | chance | labels | paper (7B) | model |" in table
+    assert "| winoground: group score of pairs | 16.7 | " in table and " | 27.0 | " in table
+    # what bounds a model stands beside all that embeddings alone give, and beside nothing else
+    bounded = {name: value for name, value in results.items() if name.split("/")[0] in ("coco", "vist", "winoground")}
+    assert report["runs"]["labels"].keys() == bounded.keys() == report["runs"]["chance"].keys() - {"notes"}
+    assert report["runs"]["chance"]["coco/text_to_image_recall@1"] == pytest.approx(100 / 6)
+    assert all(
+        report["runs"]["labels"][name]["n"] == value["n"]
+        for name, value in bounded.items()
+        if "/" in name and isinstance(value, dict)
+    )
     for name, width in ("coco", 5.6), ("vist", 11.2), ("webqa", 4.5):  # a panel for each curve
         assert Image.open(tmp_path / "out" / f"{name}.png").width == int(150 * width)
 

@@ -52,7 +52,7 @@ def global_alignment_kernel(
             Bandwidth, from 0.001 to 1000. Small values tell slices apart sharply, large ones hardly at all.
         normalize (`bool` or `str`, *optional*, defaults to `True`): What the kernel is divided by.
 
-            - `None` or `False`: nothing. Values reach the number of alignments (3 for two against two slices).
+            - `None`, `False` or `"none"`: nothing. Values reach the number of alignments (3 for two against two slices).
             - `"self"` or `True`: the geometric mean of the two self-kernels, both at the pair's bandwidth.
             - `"count"`: the number of alignments, see [`log_delannoy`].
             - `"self+count"`: both, each kernel being divided by its own number of alignments first. Unlike `"self"`
@@ -152,7 +152,7 @@ def packed_alignment_kernel(
     Raises:
         `ValueError`: as [`global_alignment_kernel`].
     """
-    normalize = {True: "self", False: None}.get(normalize, normalize)
+    normalize = {True: "self", False: None, "none": None}.get(normalize, normalize)
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"`normalize` must be a bool or one of {NORMALIZATIONS}, got {normalize!r}.")
     _check_delta(delta)

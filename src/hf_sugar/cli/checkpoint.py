@@ -1,16 +1,16 @@
 """The checkpoint that a command works with."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.utils import cached_file
 
 from hf_sugar import SugarEmbedder, SugarForConditionalGeneration, SugarIndex, SugarProcessor
 from hf_sugar.distributed import distributed_state
-from hf_sugar.hub.card import RUN_FILE
+from hf_sugar.hub.card import RUN_FILE, read_json
 from hf_sugar.inference import require_sizes
 from hf_sugar.retrieval.storage import stored_truncate_dim
 
@@ -36,13 +36,20 @@ class CheckpointArguments:
         except OSError as error:
             raise OSError(f"The model {self.model_name_or_path!r} cannot be loaded. {error}") from error
 
+    def training_settings(self) -> dict[str, Any]:
+        """What [`SugarTrainer`] left of its settings with the checkpoint; empty for one that it did not make."""
+        missing = dict.fromkeys(
+            ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+        )
+        file = cached_file(self.model_name_or_path, RUN_FILE, revision=self.revision, **missing)
+        return {} if file is None else read_json(Path(file)).get("settings", {})
+
     def untrained_projector(self) -> str | None:
         """Why the retrieval projector is known to be random, if it is."""
         model_type = self.stored_config().get("model_type")
         if model_type != "sugar":
             return f"{Path(self.model_name_or_path).name} is a plain {model_type!r} model"
-        run = Path(self.model_name_or_path, RUN_FILE)
-        if run.is_file() and json.loads(run.read_text(encoding="utf-8"))["settings"].get("structure_weight") == 0:
+        if self.training_settings().get("structure_weight") == 0:
             return "it was trained with `structure_weight` 0"
         return None
 

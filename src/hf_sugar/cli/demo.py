@@ -27,6 +27,7 @@ from hf_sugar.evaluation import (
     best_hits,
     chance,
     evaluate_tasks,
+    kernel_settings,
     label_ceilings,
     load_benchmarks,
     load_tasks,
@@ -153,10 +154,7 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
         baselines = [call(_fine_tuned, evaluation, *training("SFT", seed, structure_weight=0.0)) for seed in seeds]
         print("chance and the labels")
         tasks = load_tasks(evaluation)
-        normalize = None if config.label_normalization == "none" else config.label_normalization
-        labels = label_ceilings(
-            tasks, encoder, delta=config.delta, normalize=normalize, label_kernel=config.label_kernel
-        )
+        labels = label_ceilings(tasks, encoder, **kernel_settings(vars(config)))
         for seed in seeds:
             for run, changes in compared.items():
                 trainer = _train(*training(run, seed, **changes))

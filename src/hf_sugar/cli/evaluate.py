@@ -5,9 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from hf_sugar.distributed import distributed_state
-from hf_sugar.evaluation import EvaluationData, load_benchmarks, load_tasks, plot_curves, write_report
-from hf_sugar.evaluation.tasks import run_tasks
+from hf_sugar.evaluation import (
+    EvaluationData,
+    chance,
+    kernel_settings,
+    label_ceilings,
+    load_benchmarks,
+    load_tasks,
+    plot_curves,
+    write_report,
+)
+from hf_sugar.evaluation.tasks import Task, run_tasks
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
+from hf_sugar.teachers import TripleEncoder
 
 from .arguments import setting
 from .checkpoint import ModelArguments
@@ -25,6 +35,11 @@ class EvaluateArguments(ModelArguments):
     overwrite: bool = setting("Replace the report that is in `output_dir`.", False)
     benchmarks: dict | None = setting("Files of published benchmarks by name, see examples/paper_table.yaml.", None)
     tasks: list[str] | None = setting("Benchmarks to run; by default all that `benchmarks` has.", None)
+    teachers: dict | str | None = setting(
+        "Teachers whose labels are measured beside the model, as it was trained: {image: ..., text: ..., cross: ...}, "
+        "'default' or 'tiny'.",
+        None,
+    )
 
 
 def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
@@ -40,6 +55,12 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
     # what is wrong with the data shows before the model is loaded
     benchmarks = load_benchmarks(args.benchmarks or {}, args.tasks)
     tasks = load_tasks(data, args.split, args.on_bad_row)
+    of_embeddings = [Task(b.field, f"{name}/", b.run, []) for name, b in benchmarks.items() if b.field]
+    bounded = [*tasks, *of_embeddings]
+    ceilings = {"chance": chance(bounded)}
+    encoder = args.teachers and TripleEncoder.from_teachers(args.teachers, device=distributed_state().device)
+    if encoder and not ceilings["chance"].keys() - {"notes"}:
+        raise ValueError("`teachers` are named, but nothing is searched for that they have labels of. Leave them out.")
     notes, reason = [], args.untrained_projector()
     if reason:
         notes = [f"The retrieval projector is not trained ({reason}): pooled hidden states are compared instead."]
@@ -56,7 +77,7 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
     title = Path(args.model_name_or_path).name
 
     def report() -> str:
-        runs = {**({"paper (7B)": paper} if paper else {}), title: results}
+        runs = {**ceilings, **({"paper (7B)": paper} if paper else {}), title: results}
         settings = {**vars(args), "untrained": bool(notes), **vars(data)}
         return write_report(output_dir, f"Evaluation of {title}", runs, settings, notes, pictures)
 
@@ -70,5 +91,9 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
             plot_curves({title: found, "paper (7B)": benchmark.paper}, output_dir / f"{name}.png", benchmark.axis)
             pictures.append((f"{name}.png", f"{name}: results by {benchmark.axis}, with 95% intervals."))
         table = report()  # each may take hours: what is done is kept if the next one fails
+    if encoder:
+        print("the labels ...")
+        ceilings["labels"] = label_ceilings(bounded, encoder, **kernel_settings(args.training_settings()))
+        table = report()
     print(table)
     return results

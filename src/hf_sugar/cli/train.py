@@ -13,7 +13,15 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_sugar.data import load_data
 from hf_sugar.distributed import loaded_whole
-from hf_sugar.evaluation import EvaluationData, load_tasks, plot_losses, write_report
+from hf_sugar.evaluation import (
+    EvaluationData,
+    chance,
+    kernel_settings,
+    label_ceilings,
+    load_tasks,
+    plot_losses,
+    write_report,
+)
 from hf_sugar.evaluation.tasks import run_tasks
 from hf_sugar.inference import SugarEmbedder, SugarGenerator
 from hf_sugar.memory import MemoryEstimate, estimate_memory
@@ -150,9 +158,13 @@ def report(trainer: SugarTrainer, model: ModelConfig, evaluation: EvaluationData
             trained = SugarForConditionalGeneration.from_pretrained(output_dir, dtype="auto").to(trainer.args.device)
     trained = (trained, trainer.processing_class, trainer.args.per_device_eval_batch_size)
     embed = SugarEmbedder(*trained, project=project, progress=True)
-    results = run_tasks(tasks, embed, SugarGenerator(*trained, progress=True))
+    columns = {"chance": chance(tasks)}
+    if trainer.encoder:
+        columns["labels"] = label_ceilings(tasks, trainer.encoder, **kernel_settings(vars(trainer.args)))
+        trainer.encoder.unload()
+    columns["trained"] = run_tasks(tasks, embed, SugarGenerator(*trained, progress=True))
     plot_losses({"": trainer.state.log_history}, output_dir / "losses.png")
     settings = {"model": vars(model), "untrained": not project, **vars(evaluation)}
     note = "The retrieval projector is not trained (`structure_weight` 0): pooled hidden states are compared instead."
-    print(write_report(output_dir, output_dir.name, {"trained": results}, settings, [] if project else [note]))
+    print(write_report(output_dir, output_dir.name, columns, settings, [] if project else [note]))
     trainer.create_model_card()

@@ -9,7 +9,7 @@ _NAMES = {
     "metrics": "Estimate bootstrap_interval ranks recall_at_k",
     "tasks": "WINOGROUND_CHANCE EvaluationData evaluate_tasks exact_match image_text_pairs image_text_retrieval "
     "interleaved_retrieval load_tasks winoground",
-    "ceilings": "chance label_ceilings",
+    "ceilings": "chance kernel_settings label_ceilings",
     "report": "report_table terminal_table to_dict write_report",
     "plots": "best_hits plot_alignment plot_curves plot_gallery plot_losses plot_similarities write_pictures",
     "published": "BENCHMARKS load_benchmarks",

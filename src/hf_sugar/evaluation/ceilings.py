@@ -1,11 +1,12 @@
 """What bounds the results of a model: the labels it was trained with, and chance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..alignment import IMAGE, TEXT, label_matrix
 from ..teachers import TripleEncoder
@@ -23,6 +24,12 @@ WORTH = {
     "generation_data": "Exact match: an answer counts if it is right word for word, so that a right one in other words is lost; labels "
     "have no part in it.",
 }
+
+
+def kernel_settings(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings of a training that its labels depend on, as [`label_ceilings`] takes them."""
+    names = {"delta": "delta", "label_normalization": "normalize", "label_kernel": "label_kernel"}
+    return {argument: training[name] for name, argument in names.items() if name in training}
 
 
 def label_ceilings(
@@ -49,7 +56,7 @@ def label_ceilings(
 
     def embed(items: Sequence[Item]) -> LabelledItems:
         sequences = []
-        for start in range(0, len(items), 256):
+        for start in tqdm(range(0, len(items), 256), "teachers", delay=5):
             window = [items[n] for n in range(start, min(start + 256, len(items)))]
             window = [item if isinstance(item, list) else [item] for item in window]
             slices = {id(part): part for item in window for part in item}  # contexts of a story share theirs
@@ -88,7 +95,7 @@ class LabelledItems:
 
     def __matmul__(self, other: "LabelledItems") -> np.ndarray:
         result = np.empty((len(self.sequences), len(other.sequences)), np.float32)
-        for i in range(0, len(self.sequences), BLOCK):
+        for i in tqdm(range(0, len(self.sequences), BLOCK), "labels", delay=5):
             rows = self.sequences[i : i + BLOCK]
             for j in range(0, len(other.sequences), BLOCK):
                 labels = self._labels(rows + other.sequences[j : j + BLOCK])

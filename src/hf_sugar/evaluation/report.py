@@ -44,7 +44,8 @@ def _cells(runs: dict[str, dict[str, Any]]) -> list[list[str]]:
         numbers = {
             metric: value for metric, value in results.items() if isinstance(value, Estimate | int | float | str)
         }
-        shown[run] = {metric: f"{v:.1f}" if isinstance(v, float) else str(v) for metric, v in numbers.items()}
+        if numbers:
+            shown[run] = {metric: f"{v:.1f}" if isinstance(v, float) else str(v) for metric, v in numbers.items()}
     metrics = dict.fromkeys(itertools.chain(*sorted(shown.values(), key=len, reverse=True)))
     lines = [[in_words(metric), *(results.get(metric, "") for results in shown.values())] for metric in metrics]
     return [["metric", *shown], *lines]
@@ -53,7 +54,7 @@ def _cells(runs: dict[str, dict[str, Any]]) -> list[list[str]]:
 def report_table(runs: dict[str, dict[str, Any]]) -> str:
     """
     Markdown table of the results of runs by their names: a line for each metric, in the order of the run that has most, and
-    a column for each run. Estimates, numbers and texts are shown; a list, such as that of misses, is left out.
+    a column for each run that has figures. Estimates, numbers and texts are shown; a list, such as that of misses, is left out.
 
     Example:
 
@@ -64,8 +65,9 @@ def report_table(runs: dict[str, dict[str, Any]]) -> str:
     | recall@1 | 20.0 [15.0, 25.0] | 40.0 |
     ```
     """
-    header, *rows = [f"| {' | '.join(line)} |" for line in _cells(runs)]
-    return "\n".join([header, "|" + "---|" * (len(runs) + 1), *rows])
+    cells = _cells(runs)
+    header, *rows = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([header, "|" + "---|" * len(cells[0]), *rows])
 
 
 def terminal_table(runs: dict[str, dict[str, Any]], width: int = 100) -> str:
@@ -74,11 +76,11 @@ def terminal_table(runs: dict[str, dict[str, Any]], width: int = 100) -> str:
     cells = _cells(runs)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     gap = "  "
-    if sum(widths) + 2 * len(runs) > width:
+    if sum(widths) + 2 * len(widths) - 2 > width:
         gap = " "
         cells[1:] = [[name, *(value.partition(" ")[0] for value in values)] for name, *values in cells[1:]]
         widths[1:] = [max(map(len, " ".join(column).split())) for column in list(zip(*cells, strict=True))[1:]]
-        widths[0] = max(12, min(widths[0], width - sum(widths[1:]) - len(runs)))
+        widths[0] = max(12, min(widths[0], width - sum(widths[1:]) - len(widths) + 1))
     lines = []
     for row in cells:
         broken = [textwrap.wrap(cell, size) for cell, size in zip(row, widths, strict=True)]

@@ -7,7 +7,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 from .. import __version__
 from ..models.adapter_sugar import ADAPTER_SUBFOLDER
-from .card import is_foreign, is_hub_id, model_card, public_name, read_json, writes_card
+from .card import RUN_FILE, is_foreign, is_hub_id, model_card, public_name, read_json, writes_card
 
 
 # Named one by one, so that nothing else in a training directory is ever published: optimizer states, `training_args.bin`
@@ -15,7 +15,7 @@ from .card import is_foreign, is_hub_id, model_card, public_name, read_json, wri
 FILES = (
     "config.json generation_config.json *.safetensors *.safetensors.index.json processor_config.json "
     "*preprocessor_config.json chat_template.* additional_chat_templates/*.jinja tokenizer*.json tokenizer.model "
-    "special_tokens_map.json added_tokens.json vocab.json merges.txt *_sugar.py README.md LICENSE* "
+    f"special_tokens_map.json added_tokens.json vocab.json merges.txt *_sugar.py README.md LICENSE* {RUN_FILE} "
     f"{ADAPTER_SUBFOLDER}/adapter_config.json {ADAPTER_SUBFOLDER}/*.safetensors"
 ).split()
 

@@ -76,7 +76,7 @@ def span_labels(
         torch.cat([counts.new_zeros(1), lengths.cumsum(0)]),
         torch.stack([sequence, end - first], dim=1),
         delta=settings.delta,
-        normalize=None if settings.label_normalization == "none" else settings.label_normalization,
+        normalize=settings.label_normalization,
         label_kernel=settings.label_kernel,
         modality=None if split is None else kinds,
         split=split,

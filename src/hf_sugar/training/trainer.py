@@ -323,6 +323,11 @@ class SugarTrainer(SavingMixin, SFTTrainer):
     def _cache_dir(self) -> Path:
         return Path(self.args.teacher_cache_dir or Path(self.args.output_dir, "teacher_cache"))
 
+    @property
+    def encoder(self) -> TripleEncoder | None:
+        """The teachers that this training embeds with; `None` if it needs none, or its data came with the embeddings."""
+        return vars(self).get("_encoder")
+
     @cached_property
     def _encoder(self) -> TripleEncoder:
         return TripleEncoder.from_teachers(self.args.teachers, device=self.args.device)

@@ -27,6 +27,7 @@ class Coco(Benchmark):
         **{f"image_to_text_recall@{k}": value for k, value in ((1, 25.6), (5, 53.6), (10, 66.7))},
     }
     axis = "candidates looked at"
+    field = "image_text_data"
 
     def __init__(self, path: str | os.PathLike, image_root: str | os.PathLike | None = None, split: str = "test"):
         source = {"path": str(path), "format": "coco", "image_root": image_root}
@@ -57,6 +58,7 @@ class Vist(Benchmark):
         **{f"5c+4i_unseen_recall@{k}": value for k, value in ((1, 21.9), (5, 46.7), (10, 59.2))},
     }
     axis = "candidates looked at"
+    field = "interleaved_data"
 
     def __init__(self, path: str | os.PathLike, image_root: str | os.PathLike):
         photographs = {file.stem: file for file in Path(image_root).iterdir()}
@@ -103,6 +105,7 @@ class Winoground(Benchmark):
     """
 
     paper = {"text_score": 40.0, "image_score": 36.3, "group_score": 27.0}
+    field = "winoground_data"
 
     def __init__(self, path: str | os.PathLike | dict[str, Any] = "facebook/winoground", split: str = "test"):
         self.rows = load_pairs(path, split)
