@@ -201,7 +201,7 @@ def test_no_file_but_the_page_is_served(port, facts):
 
 
 def test_loopback_unless_told_otherwise(port):
-    assert AppArguments().server_name == "127.0.0.1"
+    assert AppArguments().host == "127.0.0.1"
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", port), timeout=5)
 

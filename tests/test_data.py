@@ -271,6 +271,11 @@ BAD = [
         )
         for name in ("image", "url", "path")
     ),
+    ("llava", llava(conversations=[{"from": "human", "value": "hi", "loss": False}]), "conversations[0].loss", "is not read. Remove it"),
+    *(
+        ("conversational", {"messages": [*strings("hi")["messages"], {"role": "assistant", "content": "yo", **field}]}, f"messages[1].{[*field][0]}", "is not read. Remove it")
+        for field in ({"weight": 0}, {"loss": False}, {"tool_calls": [{"name": "look"}]}, {"thinking": "hm"})
+    ),
     ("conversational", chat(answer=None), "images", "holds 0 images but `messages` has 1 image parts"),
     ("conversational", chat(images=0, answer=None), "messages", "no answer. Add an assistant turn, or set loss_on='text'"),
     ("conversational", chat() | {"images": "red.png"}, "images", "is not a list"),
@@ -413,8 +418,10 @@ class TestSources:
             ({"path": path, "structure": "no"}, "`structure` is 'no'. Use one of True, False"),
             ({"path": path, "rename": "x"}, "`rename` is 'x'. Write it as"),
             ({"path": path, "rename": {"alt": "id"}}, "`rename` is of a field 'alt', which no row has"),
-            *(({"path": path, key: "v1"}, f"a.json: `{key}` is of a dataset on the Hub") for key in ("name", "revision")),
-            ({"path": str(root), "revision": "v1"}, "`revision` is of a dataset on the Hub"),
+            *(({"path": path, key: "v1"}, f"a.json: `{key}` is of a whole dataset") for key in ("name", "revision")),
+            ({"path": str(root), "revision": "v1"}, "`revision` is of a whole dataset"),
+            ({"path": path, "split": "test"}, "a.json: `split` would have no effect: a file of llava has none"),
+            ({"path": "a.parquet", "split": "test"}, "a.parquet: `split` is of a whole dataset"),
             (str(root / "red.png"), "what kind of file"),
         ]:  # fmt: skip
             with pytest.raises(ValueError, match=message):

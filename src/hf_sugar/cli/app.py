@@ -15,8 +15,12 @@ class AppArguments:
     k: int = setting("Documents that a search shows.", 4)
     examples: int = setting("Documents put before a question.", 1)
     max_new_tokens: int = setting("Longest answer.", 256)
-    server_name: str = setting("Address to listen on; by default only this machine can open the page.", "127.0.0.1")
-    server_port: int | None = setting("Port; by default the first free one from 7860.", None)
+    host: str = setting(
+        "Address to listen on; by default only this machine can open the page.", "127.0.0.1", aliases=["--server_name"]
+    )
+    port: int | None = setting(
+        "Port to listen on; by default the first free one from 7860.", None, aliases=["--server_port"]
+    )
     max_file_size: str = setting("Largest picture that is accepted.", "10mb")
 
 
@@ -30,7 +34,7 @@ def app(model: ModelArguments, args: AppArguments) -> None:
 
     index = model.load_index(args.index, args.k)
     rag = SugarRAG(index.embed.model, index.embed.processor, index, args.examples, args.max_new_tokens)
-    if args.server_name not in ("127.0.0.1", "localhost", "::1"):
-        print(f"Whoever reaches {args.server_name} can search this index and use this model.")
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"Whoever reaches {args.host} can search this index and use this model.")
     page = build_page(rag, Path(model.model_name_or_path).name, args.k, plot_alignment)
-    launch(page, args.server_name, args.server_port, args.max_file_size)
+    launch(page, args.host, args.port, args.max_file_size)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from hf_sugar.models.rows_sugar import fill_images, row_problems
+from hf_sugar.models.rows_sugar import fill_images, row_problems, unread_in_message
 
 
 IMAGE = "<image>"
@@ -121,6 +121,8 @@ def _llava_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             raise BadRow(f"{field}.value", f"contains {IMAGE}, which only a human turn may. Remove or move it.")
         else:
             parts = [_part(value)]
+        for name in unread_in_message(turn):
+            raise BadRow(f"{field}.{name}", "is not read. Remove it or drop the row; `loss_on` says what is learnt.")
         messages.append({"role": LLAVA_ROLES[turn["from"]], "content": parts})
     name = "images" if "images" in record else "image"
     images = record.get(name)

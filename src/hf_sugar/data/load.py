@@ -119,12 +119,14 @@ def load_data(
             raise ValueError(f"{name} has no `path`.")
         if not isinstance(source.get("rename") or {}, dict):
             raise ValueError(f"{name}: `rename` is {source['rename']!r}. Write it as {{name: new name}}.")
-        is_file = name.endswith((*JSON_SUFFIXES, ".tar", ".parquet"))
-        for key in ("name", "revision") if is_file else ("revision",) if os.path.isdir(name) else ():
+        unused = ("revision",) if os.path.isdir(name) else ()
+        if name.endswith((".tar", ".parquet")):
+            unused = ("name", "revision", "split")
+        elif name.endswith(JSON_SUFFIXES):  # that of Karpathy has splits
+            unused = ("name", "revision")
+        for key in unused:
             if source.get(key) is not None:
-                raise ValueError(
-                    f"{name}: `{key}` is of a dataset on the Hub, and would have no effect. Leave it out."
-                )
+                raise ValueError(f"{name}: `{key}` is of a whole dataset, and would have no effect. Leave it out.")
     weights = source_weights(sources)
 
     datasets = [_load_source(source, split, on_bad_row, streaming, bad_rows) for source in sources]
@@ -159,6 +161,10 @@ def _load_source(
     if kind == "json":
         fields = set(_renamed(first_record(files[0]), source))
         reading.layout = layout_of(fields, f"{files[0]}, first record") if layout == "auto" else layout
+        if source.get("split") and path.endswith(JSON_SUFFIXES) and LAYOUTS[reading.layout].records is None:
+            raise ValueError(
+                f"{path}: `split` would have no effect: a file of {reading.layout} has none. Leave it out."
+            )
         reading.keep_beside(fields)
         return reading.stream(files) if streaming else reading.collect(files)
     if kind == "tar" and streaming:

@@ -19,7 +19,9 @@ LOSS_ON = ("answers", "captions", "text")
 LOSSES = ("structure", "generative")  # which a row can stay out of
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEXT_SUFFIXES = (".txt", ".md")
-UNREAD = ("video", "videos", "audio", "audios")  # columns of other libraries that would have no effect
+# Columns and fields of messages of other libraries that would have no effect.
+UNREAD = ("video", "videos", "audio", "audios")
+UNREAD_IN_MESSAGES = ("loss", "weight", "tool_calls", "reasoning_content", "thinking")
 
 
 def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +115,11 @@ def row_text(row: dict[str, Any]) -> str:
     return "".join(c if isinstance(c, str) else "".join(part.get("text") or "" for part in c) for c in contents)
 
 
+def unread_in_message(message: dict[str, Any]) -> list[str]:
+    """The fields of a message that say something which would have no effect."""
+    return [name for name in UNREAD_IN_MESSAGES if message.get(name) not in (None, 1, "", [])]  # 1 is what is done
+
+
 def row_problems(row: dict[str, Any], num_images: int, loss: bool = True) -> list[tuple[str, str, str]]:
     """
     What is wrong with a row in the conversational vision format to which `num_images` images belong. They are not looked at.
@@ -140,6 +147,8 @@ def row_problems(row: dict[str, Any], num_images: int, loss: bool = True) -> lis
         field = f"messages[{m}].content"
         if role not in ROLES:
             add(f"messages[{m}].role", f"is {role!r}. Use one of {', '.join(ROLES)}.")
+        for name in unread_in_message(messages[m]):
+            add(f"messages[{m}].{name}", "is not read. Remove it or drop the row; `loss_on` says what is learnt.")
         if content is not None and not isinstance(content, list):
             add(field, _not_a_text(content))
             continue

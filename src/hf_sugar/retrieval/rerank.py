@@ -104,7 +104,8 @@ def _document_and_query(query: Any, document: Any, name: str) -> dict[str, Any]:
     asked = row_parts(as_row(query, "the query"), "the query")
     if any(part["type"] == "image" for part in asked):
         raise ValueError(
-            "the query has an image, which has no likelihood. Ask in words, or teach the model to answer and set `rerank_prompt`."
+            "the query has an image, which has no likelihood. Ask in words, do not rerank, or use a model that was taught to "
+            "(one with a `rerank_prompt`)."
         )
     parts = [
         *row_parts(as_row(document, name), name),
