@@ -439,6 +439,25 @@ def test_a_model_of_another_kind_in_a_teachers_place_is_refused(checkpoints, tmp
             TripleEncoder.from_teachers({role: str(path)}, device="cpu").encode([item])
 
 
+def test_a_clip_that_finds_no_end_of_a_text_is_refused(tmp_path):
+    """transformers 5.23 pools CLIP's texts at the first `eos_token_id` of the configuration (49407 by default), where there
+    is none at the first token, so that all texts have one embedding, and where it is 2 at the highest number."""
+    path = Path(tiny.encoder("clip", tmp_path / "clip"))
+    for eos_token_id, right in ((3, True), (49407, False), (2, False)):
+        model = T.CLIPModel.from_pretrained(path)
+        model.config.text_config.eos_token_id = eos_token_id
+        model.save_pretrained(path)
+        clip = TripleEncoder(None, None, str(path), device="cpu")
+        if right:
+            one, other = clip.encode(["a red circle", "star"])
+            assert (one - other).norm() > 0.1
+        else:
+            with pytest.raises(
+                ValueError, match="a CLIPModel, gives 'a' and 'a a' the same .* of its tokenizer, 3, not 2"
+            ):
+                clip.encode(["a red circle", "star"])
+
+
 def test_incomplete_and_pickled_checkpoints_are_refused(checkpoints, tmp_path):
     path = Path(tiny.encoder("clip", tmp_path / "clip"))
     model = T.CLIPModel.from_pretrained(path)

@@ -133,7 +133,15 @@ class Teacher:
                 raise ValueError(f"{self.name}, a {kind}, {problem}. Use a model that does not.")
             return first.shape[1]
         first, second = self.texts(["a"]), self.texts(["a a"])
-        if self.pooling == "cls" and not self.dual and torch.allclose(first, second, rtol=1e-4, atol=1e-5):
+        alike = bool(first.any()) and torch.allclose(
+            first, second, rtol=1e-4, atol=1e-5
+        )  # zeros are named with their slice
+        if alike and self.dual:
+            # CLIP pools the first token where its `eos_token_id` is not in a text, and the highest number where that is 2
+            problem = "gives 'a' and 'a a' the same embedding"
+            remedy = f"CLIP's text configuration needs the `eos_token_id` of its tokenizer, {self.tokenizer.eos_token_id}, not 2."
+            raise ValueError(f"{self.name}, a {kind}, {problem}. {remedy}")
+        if alike and self.pooling == "cls":
             problem = "is pooled by its first token, which does not see the text after it"
             remedy = "Use a text encoder such as BGE, or a model whose 1_Pooling/config.json says how it pools."
             raise ValueError(f"{self.name}, a {kind}, {problem}. {remedy}")
