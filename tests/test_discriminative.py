@@ -248,6 +248,12 @@ class TestNothingIsWithoutEffect:
                 "`positives` are for the contrastive loss",
             ),
             ({"contrastive_mask_above": math.nan}, {}, "`contrastive_mask_above` is nan"),
+            (
+                {"discriminative_loss": "structure", "contrastive_weight": 1.0},
+                {},
+                "`contrastive_weight` would have no effect",
+            ),
+            ({"activation_offloading": True, "use_cpu": True}, {}, "`activation_offloading` moves activations"),
             ({"matrix_batch_size": 8, "auto_find_batch_size": True}, {}, "`auto_find_batch_size` would change"),
             ({}, {"negatives": ["a"] * 6}, r"train_dataset: `negatives` is Value\('string'\). Make it a list"),
             ({}, {"negatives": [["a"], [" "], [], [], [], []]}, r"Row row-1, negatives\[0\] is empty"),

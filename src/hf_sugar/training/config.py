@@ -246,6 +246,16 @@ class SugarTrainingConfig(LabelSettings, SFTConfig):
                     f"`matrix_batch_size` is {self.matrix_batch_size}: it must be a multiple of `per_device_train_batch_size` and "
                     f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) 1 or a multiple of their quotient."
                 )
+        if self.activation_offloading and self.use_cpu:
+            raise ValueError(
+                "`activation_offloading` moves activations from an accelerator to the CPU: leave it out here."
+            )
+        if self.discriminative_loss == "structure":
+            for name in ("contrastive_weight", "contrastive_temperature", "contrastive_mask_above"):
+                if getattr(self, name) != self.__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"`{name}` would have no effect: `discriminative_loss` is 'structure'. Leave it out."
+                    )
         if self.flip_captions and self.discriminative_loss != "structure":
             raise ValueError("`flip_captions` leaves no pairs to contrast: set `discriminative_loss='structure'`.")
         if self.teacher_mode == "online" and self.dataloader_num_workers > 0:
