@@ -151,11 +151,10 @@ def demo(args: DemoArguments, data: DataArguments, evaluation: EvaluationData) -
     measured, logs = {}, {}
     with _second_process(output_dir / "second_process.log") as call:
         untouched = call(_untouched, model_path, evaluation)
+        baselines = [call(_fine_tuned, evaluation, *training("SFT", seed, structure_weight=0.0)) for seed in seeds]
         print("chance and the labels")
         tasks = load_tasks(evaluation)
         labels = label_ceilings(tasks, encoder, **kernel_settings(vars(config)))
-        # not before: if the process could not start, this says so, and nothing was trained for nothing
-        baselines = [call(_fine_tuned, evaluation, *training("SFT", seed, structure_weight=0.0)) for seed in seeds]
         for seed in seeds:
             for run, changes in compared.items():
                 trainer = _train(*training(run, seed, **changes))
