@@ -108,7 +108,7 @@ def test_streamed_training(place, tmp_path, capsys):
     settings = yaml.safe_load((place / "train.yaml").read_text())
     prepare = {key: settings[key] for key in ("train_data", "eval_data", "teachers", "delta")} | {"streaming": True}
     train = settings | prepare | {"output_dir": str(tmp_path / "out"), "logging_steps": 1}
-    del train["image_text_data"], train["interleaved_data"], train["generation_data"]
+    del train["interleaved_data"], train["generation_data"]
     for name, mapping in (("prepare", prepare), ("train", train)):
         mapping["teacher_cache_dir"] = str(tmp_path / "cache")
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(mapping))
@@ -120,6 +120,10 @@ def test_streamed_training(place, tmp_path, capsys):
         patch.setattr("hf_sugar.teachers.checkpoint.AutoModel", None)
         patch.setattr("hf_sugar.training.labels.measure_labels", None)
         main(["train", "--config", str(tmp_path / "train.yaml"), "--save_strategy", "steps", "--save_steps", "2"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [*report["runs"]] == ["chance", "trained"] and "labels reach is not measured: cannot load" in report[
+        "notes"
+    ][0]
     [state] = (tmp_path / "out").rglob("trainer_state.json")
     losses = [entry["structure_loss"] for entry in json.loads(state.read_text())["log_history"][:2]]
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
@@ -285,6 +289,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monke
     (tmp_path / "sft" / "config.json").write_text('{"model_type": "sugar"}')
     (tmp_path / "sft" / "sugar_run.json").write_text('{"settings": {"structure_weight": 0}}')
     data, llava = str(place / "llava.json"), str(place / "llava")
+    of_images = f"{{image: {tiny.encoder('dinov2', tmp_path / 'dinov2')}}}"
     trained = ["--teachers", "tiny", "--output_dir", str(tmp_path / "unused")]
     for message, argv in {
         "`k` is 0": ["search", llava, "x", "--k", "0"],
@@ -298,6 +303,14 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monke
         "leave out batch_size, shard_size": ["index", llava, "--merge", "a", "--batch_size", "2", "--shard_size", "3"],
         "`batch_size` is 0": ["index", llava, data, "--batch_size", "0"],
         "`teachers` are named": ["evaluate", llava, "--generation_data", data, "--teachers", "tiny"],
+        "slices.0. is a text, which the only teacher": [
+            "evaluate",
+            llava,
+            "--image_text_data",
+            data,
+            "--teachers",
+            of_images,
+        ],
         "`max_new_tokens` is 0": ["evaluate", llava, "--generation_data", data, "--max_new_tokens", "0"],
         "`revision`: .*llava is a directory": ["search", llava, "x", "--revision", "v2"],
         "`rerank` needs an `index`": ["chat", llava, "--rerank", "2"],

@@ -58,14 +58,18 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
     of_embeddings = [Task(b.field, f"{name}/", b.run, []) for name, b in benchmarks.items() if b.field]
     bounded = [*tasks, *of_embeddings]
     ceilings = {"chance": chance(bounded)}
-    encoder = args.teachers and TripleEncoder.from_teachers(args.teachers, device=distributed_state().device)
-    if encoder and not ceilings["chance"].keys() - {"notes"}:
+    if args.teachers and not ceilings["chance"].keys() - {"notes"}:
         raise ValueError("`teachers` are named, but nothing is searched for that they have labels of. Leave them out.")
     notes, reason = [], args.untrained_projector()
     if reason:
         notes = [f"The retrieval projector is not trained ({reason}): pooled hidden states are compared instead."]
     elif args.untrained:
         notes = ["Pooled hidden states are compared, without the retrieval projector."]
+    if args.teachers:  # which may refuse the data too
+        print("the labels ...")
+        encoder = TripleEncoder.from_teachers(args.teachers, device=distributed_state().device)
+        ceilings["labels"] = label_ceilings(bounded, encoder, **kernel_settings(args.training_settings()))
+        encoder.unload()
 
     loaded = (*args.load(distributed_state().device), args.batch_size)
     lengths = {"max_batch_tokens": args.max_batch_tokens, "truncate_dim": args.truncate_dim}
@@ -91,9 +95,5 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
             plot_curves({title: found, "paper (7B)": benchmark.paper}, output_dir / f"{name}.png", benchmark.axis)
             pictures.append((f"{name}.png", f"{name}: results by {benchmark.axis}, with 95% intervals."))
         table = report()  # each may take hours: what is done is kept if the next one fails
-    if encoder:
-        print("the labels ...")
-        ceilings["labels"] = label_ceilings(bounded, encoder, **kernel_settings(args.training_settings()))
-        table = report()
     print(table)
     return results

@@ -158,13 +158,19 @@ def report(trainer: SugarTrainer, model: ModelConfig, evaluation: EvaluationData
             trained = SugarForConditionalGeneration.from_pretrained(output_dir, dtype="auto").to(trainer.args.device)
     trained = (trained, trainer.processing_class, trainer.args.per_device_eval_batch_size)
     embed = SugarEmbedder(*trained, project=project, progress=True)
-    columns = {"chance": chance(tasks)}
+    columns, notes = {"chance": chance(tasks)}, []
+    if not project:
+        notes = [
+            "The retrieval projector is not trained (`structure_weight` 0): pooled hidden states are compared instead."
+        ]
     if trainer.encoder:
-        columns["labels"] = label_ceilings(tasks, trainer.encoder, **kernel_settings(vars(trainer.args)))
+        try:
+            columns["labels"] = label_ceilings(tasks, trainer.encoder, **kernel_settings(vars(trainer.args)))
+        except (OSError, ValueError) as error:  # their weights need not be here, if `hf-sugar prepare` ran elsewhere
+            notes.append(f"What the labels reach is not measured: {error}")
         trainer.encoder.unload()
     columns["trained"] = run_tasks(tasks, embed, SugarGenerator(*trained, progress=True))
     plot_losses({"": trainer.state.log_history}, output_dir / "losses.png")
     settings = {"model": vars(model), "untrained": not project, **vars(evaluation)}
-    note = "The retrieval projector is not trained (`structure_weight` 0): pooled hidden states are compared instead."
-    print(write_report(output_dir, output_dir.name, columns, settings, [] if project else [note]))
+    print(write_report(output_dir, output_dir.name, columns, settings, notes))
     trainer.create_model_card()
