@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, metadata_load
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from ..data.files import readable
 from ..evaluation.metrics import Estimate
 from ..evaluation.report import environment, report_table
 from ..files import replacing
@@ -48,7 +49,8 @@ PEFT_SETTINGS = "peft_type r lora_alpha lora_dropout target_modules use_dora use
 
 def read_json(file: Path) -> dict[str, Any]:
     """Content of a JSON file, empty if there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    with readable(str(file)):
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def is_hub_id(name_or_path: str) -> bool:
