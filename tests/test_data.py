@@ -406,6 +406,8 @@ class TestSources:
 
     def test_refused(self, root):
         path = str(write(root / "a.json", [llava()]))
+        vist = str(write(root / "vist.json", {"images": [], "annotations": story((0, "red.png", "x"))}))
+        Dataset.from_list([chat()]).save_to_disk(root / "saved")
         for sources, message in [
             ([], "is empty"),
             ([{"image_root": path}], "source 1 has no `path`"),
@@ -418,10 +420,12 @@ class TestSources:
             ({"path": path, "structure": "no"}, "`structure` is 'no'. Use one of True, False"),
             ({"path": path, "rename": "x"}, "`rename` is 'x'. Write it as"),
             ({"path": path, "rename": {"alt": "id"}}, "`rename` is of a field 'alt', which no row has"),
-            *(({"path": path, key: "v1"}, f"a.json: `{key}` is of a whole dataset") for key in ("name", "revision")),
-            ({"path": str(root), "revision": "v1"}, "`revision` is of a whole dataset"),
+            *(({"path": path, key: "v1"}, f"a.json: `{key}` would have no effect") for key in ("name", "revision")),
+            ({"path": str(root), "revision": "v1"}, "`revision` would have no effect"),
             ({"path": path, "split": "test"}, "a.json: `split` would have no effect: a file of llava has none"),
-            ({"path": "a.parquet", "split": "test"}, "a.parquet: `split` is of a whole dataset"),
+            ({"path": vist, "split": "test"}, "vist.json: `split` would have no effect: a file of vist has none"),
+            ({"path": "a.parquet", "split": "test"}, "a.parquet: `split` would have no effect"),
+            ({"path": str(root / "saved"), "split": "test"}, "saved: `split` would have no effect"),
             (str(root / "red.png"), "what kind of file"),
         ]:  # fmt: skip
             with pytest.raises(ValueError, match=message):

@@ -120,13 +120,13 @@ def load_data(
         if not isinstance(source.get("rename") or {}, dict):
             raise ValueError(f"{name}: `rename` is {source['rename']!r}. Write it as {{name: new name}}.")
         unused = ("revision",) if os.path.isdir(name) else ()
-        if name.endswith((".tar", ".parquet")):
+        if name.endswith((".tar", ".parquet")) or os.path.isfile(os.path.join(name, "dataset_info.json")):
             unused = ("name", "revision", "split")
         elif name.endswith(JSON_SUFFIXES):  # that of Karpathy has splits
             unused = ("name", "revision")
         for key in unused:
             if source.get(key) is not None:
-                raise ValueError(f"{name}: `{key}` is of a whole dataset, and would have no effect. Leave it out.")
+                raise ValueError(f"{name}: `{key}` would have no effect. Leave it out.")
     weights = source_weights(sources)
 
     datasets = [_load_source(source, split, on_bad_row, streaming, bad_rows) for source in sources]
@@ -161,7 +161,7 @@ def _load_source(
     if kind == "json":
         fields = set(_renamed(first_record(files[0]), source))
         reading.layout = layout_of(fields, f"{files[0]}, first record") if layout == "auto" else layout
-        if source.get("split") and path.endswith(JSON_SUFFIXES) and LAYOUTS[reading.layout].records is None:
+        if source.get("split") and path.endswith(JSON_SUFFIXES) and reading.layout != "coco":
             raise ValueError(
                 f"{path}: `split` would have no effect: a file of {reading.layout} has none. Leave it out."
             )
