@@ -282,8 +282,12 @@ class TestCard:
         for name in ("config.json", "sugar_run.json"):
             (tmp_path / name).write_bytes((place / "full" / name).read_bytes())
         figure = {"value": 41.25, "low": 30.0, "high": 52.5, "n": 12}
+        labels = {"seen/image_to_text_recall@1": {**figure, "value": 96.5}}
         report = {
-            "runs": {"trained": {"seen/image_to_text_recall@1": figure, "exact_match": figure, "pairs": 12}},
+            "runs": {
+                "labels": labels,
+                "trained": {"seen/image_to_text_recall@1": figure, "exact_match": figure, "pairs": 12},
+            },
             "settings": {
                 "image_text_data": {"seen": f"/home/{USER}/captions.parquet"},
                 "generation_data": ["org/questions"],
@@ -298,7 +302,8 @@ class TestCard:
         measured = {("captions.parquet", "image_to_text_recall@1"), ("org/questions", "exact_match")}
         assert results == {(*names, 41.25) for names in measured}
         text = str(card)
-        assert "| seen: image to text R@1 | 41.2 [30.0, 52.5] |" in text
+        assert "| seen: image to text R@1 | 96.5 [30.0, 52.5] | 41.2 [30.0, 52.5] |" in text
+        assert "over the queries. `labels` are the similarities of the teachers" in text
         assert "hf-sugar evaluate --config evaluate.yaml --model_name_or_path me/measured" in text
         assert "seen: captions.parquet" in text
 

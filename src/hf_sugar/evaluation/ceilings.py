@@ -16,7 +16,7 @@ from .tasks import Item, Task, run_tasks
 BLOCK = 128  # sequences in one label matrix, twice
 WORTH = {
     "image_text_data": "Images and texts: recall falls with the number of candidates, so that it compares models on this "
-    "set alone; what the labels miss, the structure loss cannot teach.",
+    "set alone; what the labels, the similarities of the teachers, miss, the structure loss cannot teach.",
     "interleaved_data": "Next images: the label of several slices with one image knows no order, and images of the context are most like "
     "it: what is found beyond the labels has another source than the structure loss.",
     "winoground_data": "Winoground scores: both captions have the same words, so that only their order tells the images apart; labels are the "
