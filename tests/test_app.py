@@ -38,7 +38,7 @@ def serve(model, index, log, *settings):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "hf_sugar.cli.main", "app", "--model_name_or_path", str(model)]
-    command += ["--index", str(index), "--server_port", str(port), *settings]
+    command += ["--index", str(index), "--port", str(port), *settings]
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ})
         try:

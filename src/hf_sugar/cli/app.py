@@ -15,12 +15,8 @@ class AppArguments:
     k: int = setting("Documents that a search shows.", 4)
     examples: int = setting("Documents put before a question.", 1)
     max_new_tokens: int = setting("Longest answer.", 256)
-    host: str = setting(
-        "Address to listen on; by default only this machine can open the page.", "127.0.0.1", aliases=["--server_name"]
-    )
-    port: int | None = setting(
-        "Port to listen on; by default the first free one from 7860.", None, aliases=["--server_port"]
-    )
+    host: str = setting("Address to listen on; by default only this machine can open the page.", "127.0.0.1")
+    port: int | None = setting("Port to listen on; by default the first free one from 7860.", None)
     max_file_size: str = setting("Largest picture that is accepted.", "10mb")
 
 

@@ -133,9 +133,8 @@ class Teacher:
                 raise ValueError(f"{self.name}, a {kind}, {problem}. Use a model that does not.")
             return first.shape[1]
         first, second = self.texts(["a"]), self.texts(["a a"])
-        alike = bool(first.any()) and torch.allclose(
-            first, second, rtol=1e-4, atol=1e-5
-        )  # zeros are named with their slice
+        # zeros are named with their slice
+        alike = bool(first.any()) and torch.allclose(first, second, rtol=1e-4, atol=1e-5)
         if alike and self.dual:
             # CLIP pools the first token where its `eos_token_id` is not in a text, and the highest number where that is 2
             problem = "gives 'a' and 'a a' the same embedding"
