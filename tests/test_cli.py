@@ -130,16 +130,16 @@ def test_streamed_training(place, tmp_path, capsys):
 
 
 @pytest.mark.extras
-def test_prepare_under_accelerate_launch(place, tmp_path):
+def test_prepare_in_two_processes(place, tmp_path):
     write(tmp_path / "rows.json", [llava(None, f"say {i}", f"it is {i}") for i in range(1100)])
     teachers = yaml.safe_load((place / "train.yaml").read_text())["teachers"]
     command = ["prepare", "--train_data", str(tmp_path / "rows.json"), "--teachers", json.dumps(teachers)]
     main([*command, "--teacher_cache_dir", str(tmp_path / "one")])
 
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hf_sugar.cli.main"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "hf_sugar.cli.main"]
     done = subprocess.run(
         [sys.executable, *launch, *command, "--teacher_cache_dir", str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
