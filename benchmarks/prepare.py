@@ -74,7 +74,8 @@ def full_teachers(directory: Path, layers: int | None) -> dict[str, str]:
     large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision = {**large, "patch_size": 14, "image_size": 224, **few}
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, **few}
-    clip = CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
+    end = AutoTokenizer.from_pretrained(checkpoint("clip")).eos_token_id
+    clip = CLIPConfig(text_config={**text, "eos_token_id": end}, vision_config=vision, projection_dim=768)
     for name, model in (
         ("image", Dinov2Model(Dinov2Config(image_size=518, patch_size=14, **few))),
         ("text", BertModel(BertConfig(**few))),

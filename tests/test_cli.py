@@ -285,9 +285,10 @@ def test_without_network(hub, monkeypatch, capsys):
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_sugar.SugarForConditionalGeneration.from_pretrained", None)
-    for name, run in (("sft", '{"settings": {"structure_weight": 0}}'), ("cut", '{"settings": {"struct')):
+    for name, run in (("sft", "{}"), ("cut", '{"settings": {"struct')):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text('{"model_type": "sugar"}')
+        config = {"model_type": "sugar", "random_projector": name == "sft"}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
         (tmp_path / name / "sugar_run.json").write_text(run)
     data, llava = str(place / "llava.json"), str(place / "llava")
     of_images = f"{{image: {tiny.encoder('dinov2', tmp_path / 'dinov2')}}}"
@@ -318,8 +319,12 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(place, tmp_path, monke
         "`rerank_rows` is mined, and so": ["mine", llava, data, "--output", "mined", "--rerank_rows", "mined"],
         "nowhere.json does not exist": ["train", llava, data, "--generation_data", "nowhere.json", *trained],
         "not trained .llava is a plain 'llava' model": ["embed", llava, data, "--output", str(tmp_path / "e")],
-        "not trained .it was trained with `structure_weight` 0": ["index", str(tmp_path / "sft"), data],
-        "cut/sugar_run.json is not valid JSON": ["index", str(tmp_path / "cut"), data],
+        "not trained .`random_projector` is true in its config.json": ["index", str(tmp_path / "sft"), data],
+        "cut/sugar_run.json is not valid JSON": [
+            "evaluate",
+            str(tmp_path / "cut"),
+            *("--image_text_data", data, "--teachers", "tiny"),
+        ],
     }.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             main(argv)

@@ -442,24 +442,26 @@ def test_a_projector_that_is_not_trained_is_not_measured(mixed, tmp_path, monkey
     tiny.llava().save_pretrained(tmp_path / "llava")
     tiny.processor().save_pretrained(tmp_path / "llava")
     model = SugarForConditionalGeneration.from_pretrained(tmp_path / "llava", retrieval_dim=16)
-    model.save_pretrained(tmp_path / "sugar")
-    SugarProcessor.from_pretrained(tmp_path / "llava").save_pretrained(tmp_path / "sugar")
+    for name in ("new", "sugar"):
+        model.save_pretrained(tmp_path / name)
+        SugarProcessor.from_pretrained(tmp_path / "llava").save_pretrained(tmp_path / name)
+        model.config.random_projector = False
     settings = "--structure_weight 0 --max_steps 1 --use_peft false --use_cpu true --bf16 false --report_to none"
     data = [str(tmp_path / "llava"), source, "--image_text_data", source, "--output_dir", str(tmp_path / "sft")]
     main(["train", *data, *settings.split()])
     found = {"train": json.loads((tmp_path / "sft" / "report.json").read_text())}
-    for name, *flags in (("llava",), ("sugar",), ("sugar", "--untrained"), ("sft",)):
+    for name, *flags in (("llava",), ("new",), ("sugar",), ("sugar", "--untrained"), ("sft",)):
         output = tmp_path / "reports" / "-".join([name, *flags])
         flags += ["--image_text_data", source, "--max_batch_tokens", "90"]
         main(["evaluate", str(tmp_path / name), "--output_dir", str(output), *flags])
         found[output.name] = json.loads((output / "report.json").read_text())
     said = {name: " ".join(report["notes"]) for name, report in found.items()}
     assert "not trained (llava is a plain 'llava' model)" in said["llava"]
-    assert "not trained (it was trained with `structure_weight` 0)" in said["sft"]
+    assert all("not trained (`random_projector` is true in its config.json)" in said[name] for name in ("new", "sft"))
     assert "not trained (`structure_weight` 0)" in said["train"]
     assert "without the retrieval projector" in said["sugar---untrained"] and "projector" not in said["sugar"]
     assert found["llava"]["settings"]["untrained"] and "1 of 5 rows have more than one answer" in said["llava"]
-    assert [settings["project"] for settings in projects] == [False, True, False, False]
+    assert [settings["project"] for settings in projects] == [False, False, True, False, False]
     assert projects[0]["max_batch_tokens"] == 90
     before = (output / "report.md").read_bytes()
     with pytest.raises(ValueError, match="holds a report already.*`overwrite`"):

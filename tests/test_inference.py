@@ -15,6 +15,13 @@ def pair():
     return model, SugarProcessor.from_processor(tiny.processor())
 
 
+def test_a_random_projector_is_warned_of(pair, caplog):
+    SugarEmbedder(*pair, project=False)
+    assert not caplog.records
+    SugarEmbedder(*pair)
+    assert "The retrieval projector is random: train the model" in caplog.text
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_items_of_every_kind(pair, batch_size, tmp_path):
     model, processor = pair

@@ -36,7 +36,7 @@ def row(color, question, answer, **columns):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("retrieval")
-    model = SugarForConditionalGeneration.from_vlm(tiny.llava(), retrieval_dim=16)
+    model = SugarForConditionalGeneration.from_vlm(tiny.llava(), retrieval_dim=16, random_projector=False)
     processor = SugarProcessor.from_processor(tiny.processor())
     model.save_pretrained(path / "full")
     processor.save_pretrained(path / "full")

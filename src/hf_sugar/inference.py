@@ -1,5 +1,6 @@
 """One embedder and one generator of a model, for the index, evaluation, the trainer, the harnesses and the demo."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -19,6 +20,9 @@ from .data import load_image
 from .data.images import image_size
 from .models.fingerprint_sugar import fingerprint
 from .models.rows_sugar import as_row, check_row, fill_images, instructed, row_name, row_text
+
+
+logger = logging.getLogger(__name__)
 
 
 def require_sizes(**sizes: int | None) -> None:
@@ -88,6 +92,8 @@ class SugarEmbedder:
         whole = model.config.retrieval_dim if project else model.config.get_text_config().hidden_size
         if truncate_dim is not None and not 0 < truncate_dim <= whole:
             raise ValueError(f"`truncate_dim` is {truncate_dim}; it must be from 1 to {whole}.")
+        if project and model.config.random_projector:
+            logger.warning("The retrieval projector is random: train the model, or embed with `project=False`.")
         self.truncate_dim, self.max_batch_tokens = truncate_dim, max_batch_tokens
         self.dim: int = truncate_dim or whole  # of the embeddings
 

@@ -46,11 +46,11 @@ class CheckpointArguments:
 
     def untrained_projector(self) -> str | None:
         """Why the retrieval projector is known to be random, if it is."""
-        model_type = self.stored_config().get("model_type")
-        if model_type != "sugar":
-            return f"{Path(self.model_name_or_path).name} is a plain {model_type!r} model"
-        if self.training_settings().get("structure_weight") == 0:
-            return "it was trained with `structure_weight` 0"
+        config = self.stored_config()
+        if config.get("model_type") != "sugar":
+            return f"{Path(self.model_name_or_path).name} is a plain {config.get('model_type')!r} model"
+        if config.get("random_projector"):
+            return "`random_projector` is true in its config.json"
         return None
 
     def load(self, device: torch.device | str = "cpu") -> tuple[SugarForConditionalGeneration, SugarProcessor]:

@@ -151,11 +151,11 @@ def train(
 
 def report(trainer: SugarTrainer, model: ModelConfig, evaluation: EvaluationData, tasks: list[Any]) -> None:
     """Measure what was trained, and write it down beside the model."""
-    output_dir, project = Path(trainer.args.output_dir), trainer.args.structure_weight > 0
-    trained = trainer.model
+    output_dir, trained = Path(trainer.args.output_dir), trainer.model
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # of which this process has a share
         with loaded_whole():
             trained = SugarForConditionalGeneration.from_pretrained(output_dir, dtype="auto").to(trainer.args.device)
+    project = not trained.config.random_projector
     trained = (trained, trainer.processing_class, trainer.args.per_device_eval_batch_size)
     embed = SugarEmbedder(*trained, project=project, progress=True)
     columns, notes = {"chance": chance(tasks)}, []

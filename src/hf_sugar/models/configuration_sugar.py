@@ -35,6 +35,9 @@ class SugarConfig(PreTrainedConfig):
             Standard deviation of the projector's initial weights. Defaults to one over the square root of the
             backbone's hidden size: much less would make the embeddings so short that normalising them blows up the
             gradient.
+        random_projector (`bool`, *optional*, defaults to `False`):
+            Whether nobody has trained the projector yet: so it is where a plain backbone is loaded or wrapped, until
+            [`SugarTrainer`] trains it, or a loop of your own, which sets it. Embeddings of such a model are refused or warned of.
         rerank_prompt (`str`, *optional*):
             What a reranker asks of a `{query}` and a `{document}`, in a model that was taught to answer "yes" or "no". Others
             rerank by the likelihood of the query after the document.
@@ -57,6 +60,7 @@ class SugarConfig(PreTrainedConfig):
     image_pooling: str = "mean"
     matryoshka_dims: list[int] | None = None
     initializer_range: float | None = None
+    random_projector: bool = False
     rerank_prompt: str | None = None
     query_instruction: str | None = None
     document_instruction: str | None = None
@@ -101,7 +105,7 @@ class SugarConfig(PreTrainedConfig):
         # Without this, pointing at a plain or damaged checkpoint would silently build the default 7B with random weights.
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") not in (None, cls.model_type):
-            config = {"model_type": cls.model_type, "vlm_config": config}
+            config = {"model_type": cls.model_type, "random_projector": True, "vlm_config": config}
         if not config.get("vlm_config"):
             raise OSError(
                 f"{pretrained_model_name_or_path} has no config.json of a model: it is missing or damaged. Download it again."

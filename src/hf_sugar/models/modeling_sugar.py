@@ -331,6 +331,7 @@ class SugarForConditionalGeneration(SugarCheckpointMixin, PreTrainedModel, Gener
         """
         if any(unwrapped(module) is not module for module in vlm.modules()):
             raise ValueError("The backbone has an adapter of its own. Merge it first (PEFT's `merge_and_unload`).")
+        config_kwargs = {"random_projector": True, **config_kwargs}
         config = cls.config_class(vlm_config=copy.deepcopy(vlm.config), **config_kwargs)
         config.name_or_path = vlm.config.name_or_path
         with torch.device("meta"):

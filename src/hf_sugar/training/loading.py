@@ -65,7 +65,11 @@ def load_model(
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED", "FSDP"):
         kwargs["device_map"] = None
     stored, _ = SugarConfig.get_config_dict(name, revision=kwargs.get("revision"))
-    if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
+    if stored.keys() <= {
+        "model_type",
+        "random_projector",
+        "vlm_config",
+    }:  # a plain backbone: the projector is made new
         kwargs = {**projector_settings(args), **kwargs}
     return create_model_from_path(name, SugarForConditionalGeneration, **kwargs)
 
