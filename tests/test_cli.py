@@ -18,9 +18,11 @@ from PIL import Image
 from rows import llava, mmc4, write
 from tiny_runs import caption, conversation, rows, story
 
+from hf_sugar import SugarForConditionalGeneration, SugarTrainingConfig
 from hf_sugar.cli.demo import _second_process
 from hf_sugar.cli.main import COMMANDS, console, main
 from hf_sugar.cli.parsing import UsageError, command_settings, parse
+from hf_sugar.cli.train import ModelArguments, estimate
 from hf_sugar.evaluation import EvaluationData, label_ceilings, load_tasks, to_dict
 from hf_sugar.teachers import TripleEncoder
 from hf_sugar.training.config import _WITHOUT_EFFECT
@@ -127,6 +129,20 @@ def test_streamed_training(place, tmp_path, capsys):
     [state] = (tmp_path / "out").rglob("trainer_state.json")
     losses = [entry["structure_loss"] for entry in json.loads(state.read_text())["log_history"][:2]]
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
+
+
+def test_memory_is_that_of_the_projector_that_will_be_made(place, tmp_path):
+    """A plain backbone gets one of the size that the settings ask for; that of a Sugar model is there."""
+    sugar = SugarForConditionalGeneration.from_pretrained(place / "llava", retrieval_dim=8)
+    sugar.save_pretrained(tmp_path / "sugar")
+    hidden = sugar.config.get_text_config().hidden_size
+
+    def trained(name, dim):
+        args = SugarTrainingConfig(str(tmp_path), retrieval_dim=dim, use_cpu=True)
+        return estimate(args, ModelArguments(model_name_or_path=str(name), use_peft=True)).trained
+
+    assert trained(place / "llava", 32) - trained(place / "llava", 16) == 16 * hidden
+    assert trained(tmp_path / "sugar", 32) == trained(tmp_path / "sugar", 16) == trained(place / "llava", 8)
 
 
 @pytest.mark.extras

@@ -71,9 +71,7 @@ def quantization_config(model: ModelConfig) -> BitsAndBytesConfig | None:
 def estimate(args: SugarTrainingConfig, model: ModelConfig) -> MemoryEstimate:
     """Memory that [`train`] would need. Of the model only its configuration is read."""
     stored, _ = SugarConfig.get_config_dict(model.model_name_or_path, revision=model.model_revision)
-    if stored.keys() <= {"model_type", "vlm_config"}:  # a plain backbone: the projector is made new
-        stored = {**stored, **projector_settings(args)}
-    config = SugarConfig.from_dict(stored)
+    config = SugarConfig.from_dict({**stored, **projector_settings(args, stored)})
     dtype = config.vlm_config.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype)
     processes, sharding = 1, None
     if getattr(args, "accelerate_config", None) is not None:

@@ -65,13 +65,9 @@ def load_model(
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED", "FSDP"):
         kwargs["device_map"] = None
     stored, _ = SugarConfig.get_config_dict(name, revision=kwargs.get("revision"))
-    if stored.keys() <= {
-        "model_type",
-        "random_projector",
-        "vlm_config",
-    }:  # a plain backbone: the projector is made new
-        kwargs = {**projector_settings(args), **kwargs}
-    return create_model_from_path(name, SugarForConditionalGeneration, **kwargs)
+    return create_model_from_path(
+        name, SugarForConditionalGeneration, **{**projector_settings(args, stored), **kwargs}
+    )
 
 
 def load_processor(
@@ -211,8 +207,11 @@ def train_through_4bit(model: SugarForConditionalGeneration) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def projector_settings(args: SugarTrainingConfig) -> dict[str, Any]:
-    """Fields of [`SugarConfig`] that the training configuration sets where the retrieval projector is made new."""
+def projector_settings(args: SugarTrainingConfig, stored: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Fields of [`SugarConfig`] that the training configuration sets where the retrieval projector is made new: not where
+    the configuration that is `stored` is of more than a plain backbone."""
+    if stored is not None and stored.keys() - {"model_type", "random_projector", "vlm_config"}:
+        return {}
     return {name: getattr(args, name) for name in ("retrieval_dim", "retrieval_hidden_size", "image_pooling")}
 
 
