@@ -92,6 +92,19 @@ class TestFiles:
         with pytest.raises(ValueError, match="test.jsonl, row 1 is a str, not an object"):
             list(load_table(folder, "test", streaming=streaming))
 
+    def test_keys_of_a_table(self, root):
+        """A key that would have no effect is refused, as by `load_data`."""
+        path = str(write(root / "pairs.json", [{"caption_0": "a"}]))
+        for key, message in (
+            ("split", "`split` would have no effect: a file has none"),
+            ("revision", "`revision` would have no effect"),
+            ("splt", "a source has no key `splt`. Did you mean `split`"),
+            ("weight", "a source has no key `weight`. There are path, split, name, revision"),
+        ):
+            with pytest.raises(ValueError, match=f"pairs.json: {message}"):
+                load_table({"path": path, key: "test"})
+        assert load_table({"path": path}, "test")["caption_0"] == ["a"]
+
     @both
     def test_saved(self, root, streaming):
         rows = [chat() | {"images": [str(root / name)]} for name in ("red.png", "blue.png")]

@@ -7,6 +7,7 @@ sample lacks, and refuses shards whose first five samples differ. Seen with 5.2.
 the files say.
 """
 
+import difflib
 import glob
 import gzip
 import io
@@ -35,6 +36,7 @@ from .layouts import CAPTION_FIELDS, BadRow
 
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".zip")
+TABLE_KEYS = ("path", "split", "name", "revision")
 
 
 def load_table(
@@ -53,13 +55,36 @@ def load_table(
         `FileNotFoundError`, `ValueError`: if the path does not exist, is none of these, or is damaged.
     """
     source = source if isinstance(source, dict) else {"path": source}
+    check_source(source, TABLE_KEYS)
     split = source.get("split") or split
     return load_located(*locate(source, split), source, split, streaming)
+
+
+def check_source(source: dict[str, Any], keys: Iterable[str], name: str = "source") -> None:
+    """A `ValueError` for a key of a source that is none of `keys`, or would have no effect."""
+    name = str(source.get("path", name))
+    for key in source:
+        if key not in keys:
+            near = difflib.get_close_matches(str(key), keys, n=1)
+            hint = f"Did you mean `{near[0]}`?" if near else f"There are {', '.join(keys)}."
+            raise ValueError(f"{name}: a source has no key `{key}`. {hint}")
+    if "path" not in source:
+        raise ValueError(f"{name} has no `path`.")
+    unused = ("revision",) if os.path.isdir(name) else ()
+    if name.endswith((".tar", ".parquet")) or os.path.isfile(os.path.join(name, "dataset_info.json")):
+        unused = ("name", "revision", "split")
+    elif name.endswith(JSON_SUFFIXES):  # one of Karpathy's has splits
+        unused = ("name", "revision")
+    for key in unused:
+        if source.get(key) is not None:
+            raise ValueError(f"{name}: `{key}` would have no effect. Leave it out.")
 
 
 def load_located(kind: str, files: list[str], source: dict[str, Any], split: str, streaming: bool):
     path = str(source["path"])
     if kind in ("json", "tar"):
+        if source.get("split") and path.endswith(JSON_SUFFIXES):
+            raise ValueError(f"{path}: `split` would have no effect: a file has none. Leave it out.")
         if streaming:
             records = json_records if kind == "json" else tar_records
             return IterableDataset.from_generator(records, gen_kwargs={"files": files})

@@ -1,6 +1,5 @@
 """Sources of rows, one or several: files, folders, tables and Hub datasets of any layout, read and mixed."""
 
-import difflib
 import itertools
 import json
 import logging
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_sugar.models.rows_sugar import IMAGE_SUFFIXES, LOSS_ON, LOSSES, UNREAD, row_problems
 
 from .checks import Problem
-from .files import JSON_SUFFIXES, damaged, file_records, first_record, load_located, locate
+from .files import JSON_SUFFIXES, check_source, damaged, file_records, first_record, load_located, locate
 from .images import undecoded
 from .layouts import LAYOUTS, UNREAD_MEMBERS, BadRow, layout_of
 
@@ -108,25 +107,12 @@ def load_data(
         raise ValueError(f"`on_bad_row` is {on_bad_row!r}. Use 'error' or 'skip'.")
     for n, source in enumerate(sources):
         name = str(source.get("path", f"source {n + 1}"))
+        check_source(source, _SOURCE_KEYS, name)
         for key, value in source.items():
-            if key not in _SOURCE_KEYS:
-                near = difflib.get_close_matches(str(key), _SOURCE_KEYS, n=1)
-                hint = f"Did you mean `{near[0]}`?" if near else f"There are {', '.join(_SOURCE_KEYS)}."
-                raise ValueError(f"{name}: a source has no key `{key}`. {hint}")
             if value is not None and _SOURCE_KEYS[key] and value not in _SOURCE_KEYS[key]:
                 raise ValueError(f"{name}: `{key}` is {value!r}. Use one of {', '.join(map(str, _SOURCE_KEYS[key]))}.")
-        if "path" not in source:
-            raise ValueError(f"{name} has no `path`.")
         if not isinstance(source.get("rename") or {}, dict):
             raise ValueError(f"{name}: `rename` is {source['rename']!r}. Write it as {{name: new name}}.")
-        unused = ("revision",) if os.path.isdir(name) else ()
-        if name.endswith((".tar", ".parquet")) or os.path.isfile(os.path.join(name, "dataset_info.json")):
-            unused = ("name", "revision", "split")
-        elif name.endswith(JSON_SUFFIXES):  # that of Karpathy has splits
-            unused = ("name", "revision")
-        for key in unused:
-            if source.get(key) is not None:
-                raise ValueError(f"{name}: `{key}` would have no effect. Leave it out.")
     weights = source_weights(sources)
 
     datasets = [_load_source(source, split, on_bad_row, streaming, bad_rows) for source in sources]
