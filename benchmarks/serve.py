@@ -38,6 +38,7 @@ def save(size: str, directory: Path) -> float:
         with contextlib.redirect_stdout(sys.stderr):
             llava(argparse.Namespace(hidden=1024, layers=12, image_size=56), source)
     model = SugarForConditionalGeneration.from_backbone(str(source), retrieval_dim=128, dtype="float32")
+    model.config.random_projector = False  # such a model would be refused
     model.save_pretrained(directory / "model")
     SugarProcessor.from_pretrained(str(source)).save_pretrained(directory / "model")
     return sum(each.numel() * each.element_size() for each in model.parameters()) / 1e6

@@ -93,6 +93,15 @@ def test_claims_name_what_is_there():
 
 
 @pytest.mark.extras
+def test_the_benchmark_of_the_server_runs():
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    few = ["--sizes", "tiny", "--requests", "2", "--tokens", "2", "--repeat", "1"]
+    finished = subprocess.run([sys.executable, BENCHMARKS / "serve.py", *few], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "| tiny | 2 embeddings |" in finished.stdout and "| tiny | 2 answers |" in finished.stdout
+
+
+@pytest.mark.extras
 @pytest.mark.timeout(900)
 def test_the_claims_benchmark_runs_and_goes_on(tmp_path):
     script = BENCHMARKS / "claims.py"
