@@ -152,6 +152,15 @@ class TestModels:
         found, expected = (outputs(each, trainer.processing_class) for each in (loaded, trainer.model))
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_projector_is_random_until_it_is_trained(self, make, backbone, lora):
+        model = SugarForConditionalGeneration.from_pretrained(backbone, retrieval_dim=16)
+        make(model=model, structure_weight=0.0, max_steps=1).train()
+        trainer = make(model=model, lora=lora, max_steps=1)
+        assert model.config.random_projector
+        trainer.train()
+        assert not model.config.random_projector and not trainer.model.config.random_projector
+
     def test_adapter_of_a_half_precision_backbone_stays_exact(self, make, tmp_path):
         trainer = make(lora=True, model_init_kwargs={"dtype": "bfloat16"}, max_steps=2)
         trainer.train()

@@ -50,6 +50,7 @@ class SavingMixin:
             last = last_whole_checkpoint(directory)
             remedy = f"Resume from {last}." if last else "Start without `resume_from_checkpoint`."
             raise ValueError(f"{checkpoint} is no whole checkpoint. {remedy}")
+        self.model.config.random_projector &= not self._structure
         output = super().train(checkpoint or None, *args, **kwargs)
         if self.state.global_step == 0:
             raise ValueError(

@@ -265,7 +265,6 @@ class SugarTrainer(SavingMixin, SFTTrainer):
             base.disable_input_require_grads()
             base.enable_input_require_grads = base.vlm.get_decoder().enable_input_require_grads
         add_structure_head(base, lays_rows(base, args))
-        base.config.random_projector &= not self._structure
 
         # Teachers, collators and loss
         self.teachers: dict[str, str] = {}  # what the model card says of the run
