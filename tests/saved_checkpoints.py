@@ -44,6 +44,7 @@ def trained(backbone, seed=0, **settings) -> PeftModel:
     settings = {"modules_to_save": ["retrieval_projector"], **TARGETS, **settings}
     if not isinstance(backbone, SugarForConditionalGeneration):
         backbone = load(backbone, dtype=torch.float32, retrieval_dim=16)
+    backbone.config.random_projector = False
     model = get_peft_model(backbone, LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

@@ -74,6 +74,14 @@ class TestAdapter:
                 model.set_adapter(name)
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
+    def test_a_trained_projector_comes_with_one(self, saved, tmp_path):
+        model = load(saved / "llava", retrieval_dim=16)
+        assert model.config.random_projector
+        model.load_sugar_adapter(saved / "adapter")
+        assert not model.config.random_projector
+        model.save_pretrained(tmp_path)
+        assert not read(tmp_path / "config.json")["random_projector"]
+
     def test_checkpoints_of_a_training(self, saved, plain, make, tmp_path):
         """Each is an adapter repository, and the best one is found again."""
         settings = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, max_steps=2)

@@ -88,6 +88,7 @@ class SugarAdapterMixin:
             peft.functional.cast_adapter_dtype(self, adapter_name)
         peft.set_peft_model_state_dict(self, state_dict, adapter_name)
         self._hf_peft_config_loaded = True
+        self.config.random_projector &= config.random_projector
         self.set_adapter(adapter_name)
         self.requires_grad_(False)
         self.eval()
