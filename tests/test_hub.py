@@ -309,13 +309,11 @@ class TestCard:
         assert "hf-sugar evaluate --config evaluate.yaml --model_name_or_path me/measured" in text
         assert "seen: captions.parquet" in text
 
-    def test_without_the_structure_loss_the_card_says_that_embeddings_mean_nothing(self, place, tmp_path):
-        run = json.loads((place / "full" / "sugar_run.json").read_text())
-        (tmp_path / "config.json").write_bytes((place / "full" / "config.json").read_bytes())
-        assert "The structure loss was off" not in str(model_card(place / "full"))
-        run["settings"]["structure_weight"] = 0.0
-        (tmp_path / "sugar_run.json").write_text(json.dumps(run))
-        assert "The structure loss was off" in str(model_card(tmp_path))
+    def test_of_a_random_projector_it_says_that_embeddings_mean_nothing(self, place, tmp_path):
+        config = json.loads((place / "full" / "config.json").read_text())
+        assert "the embeddings mean nothing" not in str(model_card(place / "full"))
+        (tmp_path / "config.json").write_text(json.dumps({**config, "random_projector": True}))
+        assert "the embeddings mean nothing" in str(model_card(tmp_path))
 
     def test_settings_of_the_loss(self, place):
         """All of them, but those that say what the model is, where teachers run and what is refused or only measured."""
