@@ -39,6 +39,8 @@ def exported(tmp_path_factory):
     path = tmp_path_factory.mktemp("export")
     for pooling in ("last", "mean"):
         model = SugarForConditionalGeneration.from_vlm(tiny.llava(), retrieval_dim=16, image_pooling=pooling)
+        model.save_pretrained(path / "random")
+        model.config.random_projector = False
         model.save_pretrained(path / pooling / "sugar")
         SugarProcessor.from_processor(tiny.processor()).save_pretrained(path / pooling / "sugar")
         arguments = ["--format", "sentence-transformers", "--output", str(path / pooling / "export")]
@@ -236,7 +238,8 @@ def test_errors_name_the_setting(exported, tmp_path):
         ([checkpoint, *out, "--format", "gguf"], "`format` is 'gguf'"),
         ([checkpoint, *out, "--dtype", "float17"], "`dtype`"),
         ([tmp_path / "nowhere", *out], "nowhere"),
-        ([llava, *out], "'llava', no Sugar model"),
+        ([llava, *out], "not trained .llava is a plain 'llava' model"),
+        ([exported / "random", *out], "not trained .`random_projector` is true"),
         ([checkpoint, "--output", checkpoint], "exists and is not empty"),
     ):
         with pytest.raises((OSError, ValueError), match=message):

@@ -53,6 +53,14 @@ class CheckpointArguments:
             return "`random_projector` is true in its config.json"
         return None
 
+    def require_trained_projector(self) -> None:
+        """Refuse, with a `ValueError`, a model whose embeddings would be random."""
+        if reason := self.untrained_projector():
+            raise ValueError(
+                f"The retrieval projector of {self.model_name_or_path} is not trained ({reason}). Train it with `hf-sugar train` "
+                "and a `structure_weight` above 0."
+            )
+
     def load(self, device: torch.device | str = "cpu") -> tuple[SugarForConditionalGeneration, SugarProcessor]:
         """The model, in evaluation mode, and its processor."""
         self.stored_config()
@@ -80,10 +88,7 @@ class ModelArguments(CheckpointArguments):
 
     def embedder(self) -> SugarEmbedder:
         """The model as an embedder. One whose projector is not trained is refused."""
-        if reason := self.untrained_projector():
-            raise ValueError(
-                f"The retrieval projector of {self.model_name_or_path} is not trained ({reason}). Train it with `hf-sugar train`."
-            )
+        self.require_trained_projector()
         loaded, tokens = self.load(distributed_state().device), self.max_batch_tokens
         return SugarEmbedder(*loaded, self.batch_size, max_batch_tokens=tokens, truncate_dim=self.truncate_dim)
 

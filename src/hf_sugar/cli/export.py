@@ -25,9 +25,8 @@ def export(args: ExportArguments) -> Path:
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"`output` {output} exists and is not empty. Remove it, or name another directory.")
-    model_type = args.stored_config().get("model_type")
-    if args.format == "sentence-transformers" and model_type != "sugar":
-        raise ValueError(f"{args.model_name_or_path} is a {model_type!r}, no Sugar model. Train it first.")
+    if args.format == "sentence-transformers":
+        args.require_trained_projector()
     model, processor = args.load()
     if args.format == "backbone":
         model.export_backbone(output, merge=True, processor=processor)
