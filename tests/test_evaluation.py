@@ -457,7 +457,7 @@ def test_a_projector_that_is_not_trained_is_not_measured(mixed, tmp_path, monkey
         found[output.name] = json.loads((output / "report.json").read_text())
     said = {name: " ".join(report["notes"]) for name, report in found.items()}
     assert "not trained (llava is a plain 'llava' model)" in said["llava"]
-    assert all("not trained (`random_projector` is true in its config.json)" in said[name] for name in ("new", "sft"))
+    assert all("not trained (`random_projector` is true in its config.json" in said[name] for name in ("new", "sft"))
     assert "not trained (`structure_weight` 0)" in said["train"]
     assert "without the retrieval projector" in said["sugar---untrained"] and "projector" not in said["sugar"]
     assert found["llava"]["settings"]["untrained"] and "1 of 5 rows have more than one answer" in said["llava"]

@@ -15,11 +15,15 @@ def pair():
     return model, SugarProcessor.from_processor(tiny.processor())
 
 
-def test_a_random_projector_is_warned_of(pair, caplog):
+def test_a_random_projector_is_warned_of(pair, caplog, monkeypatch):
     SugarEmbedder(*pair, project=False)
     assert not caplog.records
     SugarEmbedder(*pair)
     assert "The retrieval projector is random: train the model" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(pair[0].config, "random_projector", False)  # as the warning says
+    SugarEmbedder(*pair)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -93,7 +93,10 @@ class SugarEmbedder:
         if truncate_dim is not None and not 0 < truncate_dim <= whole:
             raise ValueError(f"`truncate_dim` is {truncate_dim}; it must be from 1 to {whole}.")
         if project and model.config.random_projector:
-            logger.warning("The retrieval projector is random: train the model, or embed with `project=False`.")
+            logger.warning(
+                "The retrieval projector is random: train the model, or embed with `project=False`. After a training of your "
+                "own, set `model.config.random_projector = False`."
+            )
         self.truncate_dim, self.max_batch_tokens = truncate_dim, max_batch_tokens
         self.dim: int = truncate_dim or whole  # of the embeddings
 

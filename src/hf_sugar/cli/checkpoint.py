@@ -50,7 +50,7 @@ class CheckpointArguments:
         if config.get("model_type") != "sugar":
             return f"{Path(self.model_name_or_path).name} is a plain {config.get('model_type')!r} model"
         if config.get("random_projector"):
-            return "`random_projector` is true in its config.json"
+            return "`random_projector` is true in its config.json: after a training of your own, set it to false"
         return None
 
     def require_trained_projector(self) -> None:

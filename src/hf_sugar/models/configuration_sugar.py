@@ -36,8 +36,9 @@ class SugarConfig(PreTrainedConfig):
             backbone's hidden size: much less would make the embeddings so short that normalising them blows up the
             gradient.
         random_projector (`bool`, *optional*, defaults to `False`):
-            Whether nobody has trained the projector yet: so it is where a plain backbone is loaded or wrapped, until
-            [`SugarTrainer`] trains it, or a loop of your own, which sets it. Embeddings of such a model are refused or warned of.
+            Whether the projector is as it was made: so it is where a plain backbone is loaded or wrapped, until [`SugarTrainer`]
+            trains it. A training loop of your own sets it to `False`. Commands refuse to embed with such a model, and
+            [`SugarEmbedder`] warns.
         rerank_prompt (`str`, *optional*):
             What a reranker asks of a `{query}` and a `{document}`, in a model that was taught to answer "yes" or "no". Others
             rerank by the likelihood of the query after the document.
