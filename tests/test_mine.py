@@ -147,7 +147,9 @@ def test_from_the_command_line_to_the_loss(make, teachers, tmp_path, capsys):
     """What is mined is trained on as it is: every negative is a candidate."""
     data, model, output = tmp_path / "captions.parquet", str(tmp_path / "model"), tmp_path / "mined"
     rows([caption], 8).to_parquet(data)
-    make(rows([caption], 4)).save_model(model)
+    trainer = make(rows([caption], 4), max_steps=1)
+    trainer.train()
+    trainer.save_model(model)
     main(["index", model, str(data), "--by", "texts", "--index", str(tmp_path / "index")])
     settings = {
         "data": [{"path": str(data)}],
