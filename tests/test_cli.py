@@ -95,6 +95,7 @@ def test_prepare_train_evaluate(place, capsys):
     arguments = ["--model_name_or_path", str(place / "out"), "--output_dir", str(place / "evaluated")]
     main(["evaluate", "--config", str(place / "evaluate.yaml"), *arguments])
     again = json.loads((place / "evaluated" / "report.json").read_text())
+    assert "default kernel" not in " ".join(again["notes"])
     # what was saved is what was trained, and the labels are those that it was trained with
     assert [*report["runs"]] == ["chance", "labels", "trained"]
     assert again["runs"] == {name.replace("trained", "out"): results for name, results in report["runs"].items()}

@@ -37,11 +37,10 @@ class CheckpointArguments:
             raise OSError(f"The model {self.model_name_or_path!r} cannot be loaded. {error}") from error
 
     def training_settings(self) -> dict[str, Any]:
-        """What [`SugarTrainer`] left of its settings with the checkpoint; empty for one that it did not make."""
-        missing = dict.fromkeys(
-            ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
-        )
-        file = cached_file(self.model_name_or_path, RUN_FILE, revision=self.revision, **missing)
+        """What [`SugarTrainer`] left of its settings with the checkpoint; empty for one that it did not make, or of
+        the Hub where there is no network. A `ValueError` names a damaged file."""
+        name, revision = self.model_name_or_path, self.revision
+        file = cached_file(name, RUN_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
         return {} if file is None else read_json(Path(file)).get("settings", {})
 
     def untrained_projector(self) -> str | None:

@@ -68,7 +68,11 @@ def evaluate(args: EvaluateArguments, data: EvaluationData) -> dict[str, Any]:
     if args.teachers:  # which may refuse the data too
         print("the labels ...")
         encoder = TripleEncoder.from_teachers(args.teachers, device=distributed_state().device)
-        ceilings["labels"] = label_ceilings(bounded, encoder, **kernel_settings(args.training_settings()))
+        training = args.training_settings()
+        ceilings["labels"] = label_ceilings(bounded, encoder, **kernel_settings(training))
+        if not training:
+            said = "The labels have the default kernel: how the model was trained is not known."
+            ceilings["labels"].setdefault("notes", []).append(said)
         encoder.unload()
 
     loaded = (*args.load(distributed_state().device), args.batch_size)

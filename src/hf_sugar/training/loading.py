@@ -65,9 +65,8 @@ def load_model(
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED", "FSDP"):
         kwargs["device_map"] = None
     stored, _ = SugarConfig.get_config_dict(name, revision=kwargs.get("revision"))
-    return create_model_from_path(
-        name, SugarForConditionalGeneration, **{**projector_settings(args, stored), **kwargs}
-    )
+    kwargs = {**projector_settings(args, stored), **kwargs}
+    return create_model_from_path(name, SugarForConditionalGeneration, **kwargs)
 
 
 def load_processor(
